@@ -1,0 +1,14 @@
+"""LogART: post-training quantization of networks onto logarithmic weight grids."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from logart.config import QuantConfig
+from logart.grid import ScaleMethod
+from logart.pipeline import Report, quantize_model
+
+try:
+    __version__ = version("logart")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["QuantConfig", "Report", "ScaleMethod", "__version__", "quantize_model"]

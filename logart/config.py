@@ -1,0 +1,97 @@
+"""The settings of one quantization, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+
+from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod
+
+
+class SearchMethod(str, Enum):
+    """Which error DBS minimises per channel: of the weight, the layer's output or the block's output."""
+
+    TENSOR_WISE = "tensor_wise"
+    LAYER_WISE = "layer_wise"
+    BLOCK_WISE = "block_wise"
+
+
+class ReconInput(str, Enum):
+    """What a block is fed while its rounding is learned."""
+
+    QUANTIZED = "quantized"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that decides the codes, apart from the network and the images.
+
+    Attributes:
+        n_bits: 2 to 8, for every layer but the first and last if `first_last_bits` says otherwise.
+        first_last_bits: bits of the first and last layer; None is the same as `n_bits`.
+        channel_wise: one codebook per output channel, or one per layer.
+        scale_method: the grid.
+        search_method: the measure of DBS; acts with the dynamic grid.
+        search_samples: images for DBS.
+        calib_samples: images for LLR.
+        batch_size: images per LLR step.
+        iters: LLR steps per block; 0 leaves rounding to nearest.
+        rrweight: λ, the weight of the rounding penalty.
+        lr: start learning rate of α.
+        b_start, b_end: the penalty's exponent β goes linearly from one to the other.
+        warmup: share of the steps without the penalty, 0 to 1.
+        recon_input: what blocks are fed during LLR.
+        hardware_terms: 0 for the exact √2, else the number of powers of two that stand for it.
+        seed: of the order of images during LLR and of the probes of BW.
+    """
+
+    n_bits: int = 4
+    first_last_bits: int | None = None
+    channel_wise: bool = True
+    scale_method: ScaleMethod = ScaleMethod.DYNAMIC
+    search_method: SearchMethod = SearchMethod.TENSOR_WISE
+    search_samples: int = 32
+    calib_samples: int = 1024
+    batch_size: int = 32
+    iters: int = 2000
+    rrweight: float = 0.01
+    lr: float = 1e-2
+    b_start: float = 20.0
+    b_end: float = 2.0
+    warmup: float = 0.2
+    recon_input: ReconInput = ReconInput.QUANTIZED
+    hardware_terms: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value out of its range, naming the field."""
+        object.__setattr__(self, "scale_method", ScaleMethod(self.scale_method))
+        object.__setattr__(self, "search_method", SearchMethod(self.search_method))
+        object.__setattr__(self, "recon_input", ReconInput(self.recon_input))
+        for name in ("n_bits", "first_last_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
+                raise ValueError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {bits}")
+        for name in ("search_samples", "calib_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.iters < 0:
+            raise ValueError(f"iters must be at least 0, got {self.iters}")
+        if not (0 < self.lr < float("inf") and 0 <= self.rrweight < float("inf")):
+            raise ValueError(f"lr must be positive and rrweight at least 0, got {self.lr} and {self.rrweight}")
+        if not (self.b_start >= self.b_end > 1):
+            raise ValueError(f"b_start ≥ b_end > 1 is needed, got {self.b_start} and {self.b_end}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be 0 to 1, got {self.warmup}")
+
+    def bits_of(self, layers: list[str]) -> dict[str, int]:
+        """The bit width of each layer, given in the order they run."""
+        bits = dict.fromkeys(layers, self.n_bits)
+        if self.first_last_bits is not None and layers:
+            bits[layers[0]] = bits[layers[-1]] = self.first_last_bits
+        return bits
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(QuantConfig))

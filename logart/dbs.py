@@ -1,0 +1,167 @@
+"""Dynamic base search (DBS) over the layers of one block: builds each measure from data and lets `search` choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from logart.capture import output_and_input
+from logart.config import QuantConfig, SearchMethod
+from logart.grid import ScaleMethod
+from logart.layers import QuantizedLayer
+from logart.search import BlockSensitivity, ErrorFunction, OutputMoments, choose_codebook, squared_error
+from logart.surgery import Unit
+
+PROBES = 16  # random sign vectors of BW; with 32 images 512 samples, about 6 % of standard error
+_PATCH_ROWS = 1 << 26  # elements of unfolded patches held at once: 256 MB in float32
+
+
+def search_unit(
+    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Tensor, ...] | None, config: QuantConfig
+) -> None:
+    """Give every layer of a unit its codebook, in the order they run, and round it to nearest.
+
+    Args:
+        reference, quantized: the float network and the one being quantized; only the unit inside is run.
+        data: the unit's inputs [n, ...] in both networks, in this order; None when the measure needs none.
+    """
+    for name in unit.layers:
+        layer = quantized.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        error: ErrorFunction = squared_error
+        if data is not None:
+            blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
+            float_layer = reference.get_submodule(name)
+            if config.search_method is SearchMethod.LAYER_WISE:
+                measured = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size).error
+            else:
+                measured = block_sensitivity(*blocks, layer, *data, seed=config.seed).error
+            error = per_codebook(measured, layer)
+        codebook = choose_codebook(
+            layer.rows, ScaleMethod(config.scale_method), layer.n_bits, terms=config.hardware_terms, error=error
+        )
+        layer.set_codebook(codebook)
+
+
+def per_codebook(error: ErrorFunction, layer: QuantizedLayer) -> ErrorFunction:
+    """An error per output channel, [C, K] -> [C], as an error per codebook, [G, M] -> [G]."""
+    channels = layer.shape[0]
+
+    def grouped(delta: Tensor) -> Tensor:
+        return error(delta.reshape(channels, -1)).reshape(layer.n_codebooks, -1).sum(1)
+
+    return grouped
+
+
+@torch.no_grad()
+def layer_moments(
+    float_block: nn.Module,
+    block: nn.Module,
+    float_layer: nn.Module,
+    layer: nn.Module,
+    float_inputs: Tensor,
+    inputs: Tensor,
+    *,
+    batch_size: int = 32,
+) -> OutputMoments:
+    """The LW measure of one layer, which must still hold its float weight.
+
+    Args:
+        float_block, block: what holds the layer in the float network and in the one being quantized.
+        float_inputs, inputs: [n, ...] the inputs of both.
+    """
+    groups, weight = getattr(layer, "groups", 1), layer.weight
+    assert isinstance(weight, Tensor)
+    moments = OutputMoments.zeros(groups, weight.shape[0], weight[0].numel(), weight.device)
+    for start in range(0, len(inputs), batch_size):
+        batch = slice(start, start + batch_size)
+        wanted, _ = output_and_input(float_block, float_layer, float_inputs[batch])
+        given, x = output_and_input(block, layer, inputs[batch])
+        for part in range(len(x)) if _too_large(layer, x) else [slice(None)]:
+            rows = slice(part, part + 1) if isinstance(part, int) else part
+            patches = unfold(layer, x[rows])
+            residual = _positions_last(layer, (wanted - given)[rows])
+            moments.add(patches, residual.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2))
+    return moments
+
+
+def _too_large(layer: nn.Module, x: Tensor) -> bool:
+    kernel = getattr(layer, "kernel_size", (1, 1))
+    return x.numel() * kernel[0] * kernel[1] > _PATCH_ROWS
+
+
+def unfold(layer: nn.Module, x: Tensor) -> Tensor:
+    """The rows that a layer's weight is multiplied with.
+
+    Args:
+        layer: a Conv2d (any stride, padding, padding mode, dilation, groups) or Linear.
+        x: its input, [B, Cin, H, W] or [B, ..., Cin].
+
+    Returns:
+        [groups, n, K], n = B·positions, K = the weight's elements per output channel.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(1, -1, x.shape[-1])
+    x = _padded(layer, x)
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # type: ignore[arg-type]
+    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution's input with its padding made explicit."""
+    if type(layer).__name__ == "QuantConv2dSame" or type(layer).__name__ == "Conv2dSame":
+        from timm.layers import pad_same
+
+        return pad_same(x, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def _positions_last(layer: nn.Module, y: Tensor) -> Tensor:
+    """A layer's output as [B, C, positions]: channels are dimension 1 of a convolution's, the last of a linear's."""
+    if isinstance(layer, nn.Conv2d):
+        return y.flatten(2)
+    return y.reshape(len(y), -1, y.shape[-1]).mT
+
+
+def block_sensitivity(
+    float_block: nn.Module, block: nn.Module, layer: nn.Module, float_inputs: Tensor, inputs: Tensor, *, seed: int = 0
+) -> BlockSensitivity:
+    """The BW measure of one layer, which must still hold its float weight; arguments as `layer_moments`."""
+    seen: list[Tensor] = []
+
+    def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.extend((args[0].detach(), output.detach().requires_grad_()))
+        return seen[1]
+
+    handle = layer.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            z = block(inputs)
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        residual = float_block(float_inputs) - z
+    x, y = seen
+    generator = torch.Generator().manual_seed(seed)
+    signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
+    pulls = [
+        _positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]
+    ]
+
+    @torch.no_grad()
+    def outputs(delta: Tensor) -> Tensor:
+        return _positions_last(layer, _apply(layer, x, delta))
+
+    return BlockSensitivity(outputs, pulls[0], torch.stack(pulls[1:]))
+
+
+def _apply(layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+    """The layer's output for the weight δ [C, K] and no bias."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    delta = delta.to(weight.dtype).reshape(weight.shape)
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(_padded(layer, x), delta, None, layer.stride, 0, layer.dilation, layer.groups)
+    return F.linear(x, delta)

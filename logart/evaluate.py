@@ -1,0 +1,66 @@
+"""Top-1 and top-5 accuracy of a classifier, streamed batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Accuracy(NamedTuple):
+    """Accuracy over a set of images, in percent; with fewer than 5 classes top-5 looks at all of them."""
+
+    top1: float
+    top5: float
+    images: int
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    progress: Callable[[int], object] | None = None,
+) -> Accuracy:
+    """Count how often the label is the network's first choice, and among its first five.
+
+    Which of several equal logits comes first is `torch.topk`'s choice, not the label's: a network that
+    answers the same for every class gains nothing from its ties.
+
+    Args:
+        model: gives logits [B, classes]; on `device`, and in evaluation mode throughout.
+        batches: images [B, ...] and labels [B] (int64); read once, one batch held at a time.
+        device: where the images go.
+        progress: called with B after every batch, such as `tqdm.update`.
+
+    Raises:
+        ValueError: a module is in training mode, a batch has logits that are not finite or not of the shape
+            [B, classes], or there are no images.
+    """
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"accuracy needs a model in evaluation mode; {training[0]} is in training mode")
+    top1 = top5 = images = 0
+    for index, (inputs, labels) in enumerate(batches):
+        logits = _checked(model(inputs.to(device)), labels, index)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels.to(device).unsqueeze(1)
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.sum())
+        images += len(labels)
+        if progress is not None:
+            progress(len(labels))
+    if images == 0:
+        raise ValueError("accuracy needs at least one image; the batches are empty")
+    return Accuracy(100 * top1 / images, 100 * top5 / images, images)
+
+
+def _checked(logits: Tensor, labels: Tensor, index: int) -> Tensor:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        seen = f"logits {list(logits.shape)} and labels {list(labels.shape)}"
+        raise ValueError(f"batch {index}: expected logits [B, classes] and labels [B], got {seen}")
+    if not logits.isfinite().all():
+        raise ValueError(f"batch {index}: the network's logits are not all finite")
+    return logits

@@ -1,0 +1,200 @@
+"""Codebooks: which levels an n-bit weight may take.
+
+One idea carries the whole project: a grid is a sorted codebook of at most 2^n levels per channel. Base 2, base √2,
+their per-channel mix and the linear grids are four ways to fill it; everything behind (rounding, search, learning,
+packing) sees only the codebook.
+
+Magnitudes of logarithmic grids are counted in *half-steps*: the integer h stands for 2^(h/2). Even half-steps are
+powers of two, odd ones carry a factor √2. Levels are float64, so that comparing a float32 weight with the border
+between two levels is exact, and 2^(h/2) of an even half-step is exact too.
+
+Everything here is a pure function of tensors; C is the number of channels (of codebooks), n the bit width,
+N = 2^(n-1) the number of magnitudes of one sign.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+MIN_BITS, MAX_BITS = 2, 8
+
+# √2 as sums of powers of two, for a multiplier-less product: one shift and `terms - 1` adds.
+_ROOT2 = {
+    0: math.sqrt(2.0),
+    2: 1 + 1 / 2,
+    3: 1 + 1 / 2 - 1 / 16,
+    4: 1 + 1 / 2 - 1 / 16 - 1 / 64,
+}
+
+
+class Spacing(str, Enum):
+    """How neighbouring levels are spaced, which decides the mean that separates them."""
+
+    LOG = "log"
+    LINEAR = "linear"
+
+
+class ScaleMethod(str, Enum):
+    """The five grids a user can ask for."""
+
+    LINEAR_MSE = "linear_mse"
+    LINEAR_MINMAX = "linear_minmax"
+    LOG_2 = "log_2"
+    LOG_SQRT2 = "log_sqrt2"
+    DYNAMIC = "dynamic"
+
+    @property
+    def spacing(self) -> Spacing:
+        return Spacing.LINEAR if self.value.startswith("linear") else Spacing.LOG
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The levels of C channels.
+
+    Attributes:
+        levels: [C, 2^n] float64, ascending. A channel that needs fewer levels repeats one (all-zero: 2^n zeros).
+        spacing: log or linear.
+        half_steps: [C, N] int64, ascending magnitudes of one sign; None for linear grids.
+        n_base2: [C] int64, how many of the N magnitudes, from the smallest, are base 2; None for linear grids.
+    """
+
+    levels: Tensor
+    spacing: Spacing
+    half_steps: Tensor | None = None
+    n_base2: Tensor | None = None
+
+    @property
+    def borders(self) -> Tensor:
+        """[C, 2^n - 1] float64: a weight at or past border i, seen from zero, belongs to the level beyond it."""
+        lower, upper = self.levels[:, :-1], self.levels[:, 1:]
+        if self.spacing is Spacing.LINEAR:
+            return lower + (upper - lower) / 2
+        geometric = lower.sign() * lower.abs().sqrt() * upper.abs().sqrt()
+        return torch.where(lower.sign() == upper.sign(), geometric, 0.0)
+
+    def select(self, rows: Tensor) -> Codebook:
+        """The codebooks of some channels; `rows` is an index [C'] of integers."""
+        pick: Callable[[Tensor | None], Tensor | None] = lambda t: None if t is None else t[rows]  # noqa: E731
+        return Codebook(self.levels[rows], self.spacing, pick(self.half_steps), pick(self.n_base2))
+
+    def with_terms(self, terms: int) -> Codebook:
+        """The same codes on levels whose √2 is approximated by `terms` terms; a linear codebook is unchanged."""
+        if self.half_steps is None:
+            return self
+        nonzero = (self.levels != 0).any(1)
+        return Codebook(
+            _both_signs(self.half_steps, nonzero, terms), self.spacing, self.half_steps, self.n_base2
+        )
+
+
+def root2(terms: int) -> float:
+    """√2, exact (`terms` 0) or as a sum of 2, 3 or 4 powers of two: 1.5, 1.4375, 1.421875.
+
+    Raises:
+        ValueError: any other number of terms.
+    """
+    if terms not in _ROOT2:
+        raise ValueError(f"terms must be one of {sorted(_ROOT2)} (0 is the exact square root), got {terms}")
+    return _ROOT2[terms]
+
+
+def check_bits(n_bits: int) -> None:
+    """Raise ValueError unless a code of `n_bits` bits is one this project can pack."""
+    if not MIN_BITS <= n_bits <= MAX_BITS:
+        raise ValueError(f"bit width must be {MIN_BITS} to {MAX_BITS}, got {n_bits}")
+
+
+def log_codebook(
+    absmax: Tensor, n_bits: int, n_base2: int | Tensor, *, terms: int = 0, dtype: torch.dtype = torch.float32
+) -> Codebook:
+    """The logarithmic codebook of DESIGN section 2: k = n_base2 base-2 levels below, N - k base-√2 levels on top.
+
+    Args:
+        absmax: [C], largest magnitude of each channel's weights; 0 gives the codebook {0}.
+        n_bits: 2 to 8.
+        n_base2: k in 0..N, one for all channels or an integer tensor [C]. N is `log_2`, 0 is `log_sqrt2`.
+        terms: how √2 is approximated, see `root2`.
+        dtype: the weights' type; the top level is lowered where it would overflow that type.
+
+    Returns:
+        A log-spaced codebook with both signs of N magnitudes, no zero: exactly 2^n levels.
+
+    Raises:
+        ValueError: a bit width, n_base2 or number of terms out of range, or an absmax that is not finite.
+    """
+    check_bits(n_bits)
+    n_levels = 2 ** (n_bits - 1)
+    if not torch.isfinite(absmax).all():
+        raise ValueError("absmax must be finite")
+    k = torch.as_tensor(n_base2, device=absmax.device).expand(absmax.shape).long()
+    if k.numel() and not (0 <= int(k.min()) and int(k.max()) <= n_levels):
+        raise ValueError(f"n_base2 must be 0 to {n_levels} at {n_bits} bits, got {int(k.min())} to {int(k.max())}")
+    half_steps = _mixed_half_steps(absmax.double(), n_levels, k[:, None], dtype)
+    return Codebook(_both_signs(half_steps, absmax != 0, terms), Spacing.LOG, half_steps, k)
+
+
+def _mixed_half_steps(absmax: Tensor, n_levels: int, k: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half-steps [C, N], ascending, for absmax [C] float64 and k [C, 1]."""
+    top_exponent, top_half_step = _top_levels(absmax, dtype)
+    n_sqrt2 = n_levels - k
+    below = torch.div(top_half_step[:, None] - n_sqrt2, 2, rounding_mode="floor")
+    exponent = torch.where(n_sqrt2 == 0, top_exponent[:, None], below)
+    position = torch.arange(n_levels, device=absmax.device)[None]
+    base2 = 2 * (exponent - (k - 1 - position))
+    sqrt2 = top_half_step[:, None] - (n_levels - 1 - position)
+    return torch.where(position < k, base2, sqrt2)
+
+
+def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """floor(log2 a + 1/2) and floor(2·log2 a + 1/2), each [C] int64, no larger than `dtype` can hold.
+
+    From the mantissa, not from a logarithm: log2 rounds, and a weight one ulp below a border would cross it.
+    """
+    mantissa, exponent = torch.frexp(absmax)  # a = mantissa · 2^exponent with mantissa in [1/2, 1)
+    exponent = exponent.long()
+    top_exponent = exponent - (mantissa < 2**-0.5).long()
+    top_half_step = 2 * exponent - (mantissa < 2**-0.25).long() - (mantissa < 2**-0.75).long()
+    largest = math.frexp(torch.finfo(dtype).max)[1] - 1
+    return top_exponent.clamp(max=largest), top_half_step.clamp(max=2 * largest + 1)
+
+
+def _both_signs(half_steps: Tensor, nonzero: Tensor, terms: int) -> Tensor:
+    """Levels [C, 2N] float64 from half-steps [C, N]: the magnitudes and their negatives, ascending."""
+    odd = half_steps % 2
+    factor = torch.where(odd == 1, root2(terms), 1.0).double()
+    exponent = torch.div(half_steps - odd, 2, rounding_mode="floor")
+    magnitudes = torch.ldexp(factor, exponent) * nonzero[:, None]
+    return torch.cat([-magnitudes.flip(1), magnitudes], dim=1) + 0.0  # + 0.0 turns -0 into 0
+
+
+def linear_codebook(low: Tensor, high: Tensor, n_bits: int) -> Codebook:
+    """2^n evenly spaced levels over [low, high], widened to hold zero, which falls on a level (asymmetric affine).
+
+    Args:
+        low, high: [C], the range of each channel.
+        n_bits: 2 to 8.
+
+    Raises:
+        ValueError: a bit width out of range, or a bound that is not finite.
+    """
+    check_bits(n_bits)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise ValueError("the range of a linear grid must be finite")
+    low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
+    steps = 2**n_bits - 1
+    scale = high / steps - low / steps  # two divisions: high - low may overflow
+    zero_point = torch.where(scale > 0, torch.round(-low / torch.where(scale > 0, scale, 1.0)), 0.0)
+    index = torch.arange(steps + 1, device=low.device, dtype=torch.float64)
+    return Codebook(scale[:, None] * (index - zero_point[:, None]), Spacing.LINEAR)
+
+
+def minmax_codebook(w: Tensor, n_bits: int) -> Codebook:
+    """The linear codebook over the whole range of w [C, K]."""
+    return linear_codebook(w.amin(1), w.amax(1), n_bits)

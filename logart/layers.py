@@ -1,0 +1,175 @@
+"""Quantized layers: torch's own Conv2d and Linear whose `weight` is read off a codebook.
+
+A quantized layer is its float layer with one difference: `weight` is a property. The parent's forward reads it and
+never knows, so every padding mode, stride and group works as it does in float. What the property gives follows from
+what the layer holds: a soft rounding while it learns, the levels of its codes once it is rounded, the float weight
+before. The float weight is shared with the float network, not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from logart.grid import Codebook, Spacing
+from logart.rounding import dequantize, lower_neighbour, nearest, soft_bit, soft_neighbours, soft_round
+
+
+class SoftRounding(nn.Module):
+    """The α of one layer and what turns them into soft weights (DESIGN section 4)."""
+
+    lo: Tensor
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, w: Tensor, codebook: Codebook) -> None:
+        """Start where the soft weights equal w [G, M], within the codebook's range."""
+        super().__init__()
+        lo, a, b, alpha = soft_neighbours(w, codebook)
+        self.register_buffer("lo", lo)
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+        self.alpha = nn.Parameter(alpha)
+
+    def forward(self, beta: float | None = None) -> tuple[Tensor, Tensor]:
+        """Soft weights [G, M] and the rounding penalty (0 without `beta`)."""
+        return soft_round(self.alpha, self.lo, self.a, self.b, beta)
+
+    @torch.no_grad()
+    def codes(self, w: Tensor, codebook: Codebook) -> Tensor:
+        """Where learning ended: the upper neighbour's code where h ≥ 1/2, else the lower one's; [G, M] uint8."""
+        return lower_neighbour(w, codebook) + (soft_bit(self.alpha) >= 0.5).to(torch.uint8)
+
+
+class QuantizedLayer(nn.Module):
+    """What QuantConv2d and QuantLinear add to their parents.
+
+    Attributes:
+        float_weight: the float parameter, shared with the float network; None once `drop_float` was called.
+        codes: uint8, the weight's shape; None before rounding.
+        levels: [G, L] float64; half_steps: [G, N] int16 and n_base2: [G] int16 on log grids.
+        n_codebooks: G; rows of the weight are split evenly among codebooks, in order.
+    """
+
+    float_weight: nn.Parameter | None
+    codes: Tensor | None
+    levels: Tensor | None
+    half_steps: Tensor | None
+    n_base2: Tensor | None
+    expanded: Tensor | None
+    soft: SoftRounding | None
+    soft_weight: Tensor
+    spacing: Spacing
+    n_codebooks: int
+    n_bits: int
+
+    @classmethod
+    def from_float(cls, module: nn.Module, n_bits: int, n_codebooks: int) -> QuantizedLayer:
+        """A quantized twin of `module` that shares its parameters, still holding float weights."""
+        layer = copy.copy(module)
+        for name in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[name] = layer.__dict__[name].copy()
+        layer.__class__ = cls
+        assert isinstance(layer, QuantizedLayer)
+        weight = layer._parameters.pop("weight")
+        layer.register_parameter("float_weight", weight)
+        for name in ("codes", "levels", "half_steps", "n_base2"):
+            layer.register_buffer(name, None)
+        layer.register_buffer("expanded", None, persistent=False)
+        layer.register_module("soft", None)
+        layer.spacing, layer.n_bits, layer.n_codebooks = Spacing.LOG, n_bits, n_codebooks
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight the forward uses now: soft while learning, else rounded, else float."""
+        if self.soft is not None:
+            return self.soft_weight
+        if self.expanded is not None:
+            return self.expanded
+        assert self.float_weight is not None
+        return self.float_weight
+
+    @property
+    def rows(self) -> Tensor:
+        """The float weight as the matrix [G, M] that the core's functions take."""
+        assert self.float_weight is not None
+        return self.float_weight.detach().reshape(self.n_codebooks, -1)
+
+    @property
+    def codebook(self) -> Codebook:
+        """The codebook that was set; needs `set_codebook` before."""
+        assert self.levels is not None
+        if self.half_steps is None or self.n_base2 is None:
+            return Codebook(self.levels, self.spacing)
+        return Codebook(self.levels, self.spacing, self.half_steps.long(), self.n_base2.long())
+
+    def set_codebook(self, codebook: Codebook, codes: Tensor | None = None) -> None:
+        """Take a codebook and round to nearest, or take the codes [G, M] given."""
+        self.spacing, self.levels = codebook.spacing, codebook.levels
+        short = torch.int16
+        self.half_steps = None if codebook.half_steps is None else codebook.half_steps.to(short)
+        self.n_base2 = None if codebook.n_base2 is None else codebook.n_base2.to(short)
+        self.set_codes(nearest(self.rows, codebook) if codes is None else codes)
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Take codes [G, M] uint8 of the codebook already set; ends learning."""
+        assert self.levels is not None
+        reference = self.float_weight if self.float_weight is not None else self.expanded
+        assert reference is not None
+        self.codes = codes.reshape(reference.shape)
+        self.expanded = dequantize(codes, self.levels).to(reference.dtype).reshape(reference.shape)
+        self.soft = None
+
+    def start_learning(self) -> SoftRounding:
+        """Put soft rounding in place of the codes; the soft weights start equal to the float ones, within the range."""
+        self.soft = SoftRounding(self.rows, self.codebook)
+        self.soft_weight = self.rows.reshape(self.shape)
+        return self.soft
+
+    def soften(self, beta: float | None) -> Tensor:
+        """Compute the soft weights for the next forward; returns their rounding penalty (see `soft_round`)."""
+        assert self.soft is not None
+        soft, penalty = self.soft(beta)
+        self.soft_weight = soft.reshape(self.shape)
+        return penalty  # type: ignore[no-any-return]
+
+    def finish_learning(self) -> None:
+        """Round where learning ended."""
+        assert self.soft is not None
+        self.set_codes(self.soft.codes(self.rows, self.codebook))
+        del self.soft_weight
+
+    def drop_float(self) -> None:
+        """Forget the float weight: from here on the codes are all there is."""
+        self.float_weight = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's shape."""
+        assert self.float_weight is not None
+        return self.float_weight.shape
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """A convolution on a codebook; forward is nn.Conv2d's own."""
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """A linear layer on a codebook; forward is nn.Linear's own."""
+
+
+class QuantConv2dSame(QuantizedLayer, Conv2dSame):
+    """timm's TensorFlow-style padded convolution on a codebook; forward is its own."""
+
+
+# Exact types: a subclass may do with its weight what it likes (standardise it, say), and a codebook would be lost.
+QUANTIZED_TYPES: dict[type[nn.Module], Any] = {
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+    Conv2dSame: QuantConv2dSame,
+}

@@ -1,0 +1,248 @@
+"""results.csv: one header, one row a run, the same columns for both tracks.
+
+Rows are appended whole and under a lock, so that runs side by side can share one file. A file with a cut row
+is refused, not repaired: a number cut to "9" still reads as a number, so only its owner can say what it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from logart.runtime import UserError
+
+Cell = str | int | float | Path | None
+LOCK_SECONDS = 60.0  # an append takes milliseconds: whoever holds the lock this long is stuck
+
+
+class Column(NamedTuple):
+    """One column: its name in the header, its unit ("" when it has none) and what it says."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("utc_time", "ISO 8601, UTC", "when the row was written"),
+    Column("track", "", "`cnn` or `vit`, the entry point that ran"),
+    Column("arch", "", "the network, as given to `--arch` or `--model`"),
+    Column("checkpoint", "", "where the float weights come from: a file, a URL or timm's full tag"),
+    Column("checkpoint_sha256", "hex", "SHA-256 of the float weights' file"),
+    Column("data", "", "the data set, as given to `--data_path` or `--dataset`"),
+    Column("bits", "bits", "width of a weight's code"),
+    Column("first_last_bits", "bits", "width in the first and last layer, or `same`"),
+    Column("channel_wise", "", "`True`: a codebook per output channel; `False`: one per layer"),
+    Column("scale_method", "", "the grid: linear, base 2, base sqrt 2 or dynamic"),
+    Column("search_method", "", "the error that DBS minimises; `dynamic` only"),
+    Column("search_samples", "images", "calibration images seen by DBS"),
+    Column("calib_samples", "images", "calibration images seen by LLR"),
+    Column("batch_size", "images", "calibration images per LLR step"),
+    Column("iters_w", "steps", "LLR steps per block; 0: rounding to nearest"),
+    Column("lr", "", "LLR's learning rate at the start"),
+    Column("rrweight", "", "weight of the rounding penalty against the reconstruction loss"),
+    Column("b_start", "", "exponent of the rounding penalty at the start"),
+    Column("b_end", "", "exponent of the rounding penalty at the end"),
+    Column("warmup", "fraction", "share of the LLR steps without the rounding penalty"),
+    Column("recon_input", "", "a block's input in LLR: from the `quantized` or `float` prefix, or a mix"),
+    Column("recon_metric", "", "LLR's reconstruction loss"),
+    Column("drop_prob", "probability", "share of a mixed input taken from the float prefix"),
+    Column("hardware_approx", "", "`True`: sqrt 2 is 1 + 1/2 during search, LLR and evaluation"),
+    Column("calib_augment", "", "`True`: calibration images are randomly cropped and flipped"),
+    Column("seed", "", "seed of every random choice"),
+    Column("config", "", "the settings file, as given to `--config`; ViT only"),
+    Column("val_images", "images", "test images behind each accuracy"),
+    Column("Acc@1", "%", "top-1 accuracy of the final quantized network"),
+    Column("Acc@5", "%", "top-5 accuracy of the final quantized network"),
+    Column("float_Acc@1", "%", "top-1 accuracy of the float network"),
+    Column("float_Acc@5", "%", "top-5 accuracy of the float network"),
+    Column("search_Acc@1", "%", "top-1 accuracy after DBS, before LLR"),
+    Column("search_Acc@5", "%", "top-5 accuracy after DBS, before LLR"),
+    Column("approx_Acc@1", "%", "top-1 accuracy with the hardware approximation at test only"),
+    Column("approx_Acc@5", "%", "top-5 accuracy with the hardware approximation at test only"),
+    Column("search_seconds", "s", "time of DBS"),
+    Column("reconstruction_seconds", "s", "time of LLR"),
+    Column("total_seconds", "s", "time of the whole run, evaluations included"),
+    Column("peak_memory_mb", "MiB", "most memory used: the GPU's on CUDA, the process's on the CPU"),
+    Column("device", "", "where the run computed"),
+    Column("torch_version", "", "version of torch"),
+    Column("timm_version", "", "version of timm"),
+    Column("project_version", "", "version of this project"),
+)
+NAMES = tuple(column.name for column in COLUMNS)
+
+
+def columns_markdown() -> str:
+    """The table of every column with its unit and meaning, as the README shows it."""
+    head = ["| column | unit | meaning |", "|---|---|---|"]
+    return "\n".join(head + [f"| `{name}` | {unit} | {meaning} |" for name, unit, meaning in COLUMNS])
+
+
+def environment() -> dict[str, str]:
+    """The columns that the surroundings decide: the time now and the versions ("" where not installed)."""
+    packages = {"torch_version": "torch", "timm_version": "timm", "project_version": "logart"}
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"utc_time": now} | {column: _version(package) for column, package in packages.items()}
+
+
+def check_results(path: str | Path) -> None:
+    """Find out before long work whether `append_row` will be able to write; changes nothing on disk.
+
+    Raises:
+        UserError: as `append_row`.
+    """
+    path = Path(path)
+    with _named_errors(path):
+        _refuse_place(path)
+        lock = _lock_path(path)
+        there, lock_there = _is_there(path), _is_there(lock)
+        if lock_there:
+            os.close(os.open(lock, os.O_RDWR))
+        if there:
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+            # A writer makes the lock file before it writes: where there is none, no row can be half-way.
+            with _locked(path) if lock_there else nullcontext():
+                _refuse_content(path)
+        if not (there and lock_there):
+            tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
+    """Append one run to the results file, made with its header when it is new or empty.
+
+    Args:
+        path: the CSV file; its folder must exist.
+        row: column name to value; columns that do not apply may be left out or None and stay empty.
+
+    Raises:
+        ValueError: the row has a column that the schema does not know.
+        UserError: the file cannot be written, has another header or holds a cut row; nothing is written then.
+    """
+    unknown = sorted(set(row) - set(NAMES))
+    if unknown:
+        raise ValueError(f"results row has unknown columns {unknown}; the schema is logart.results.COLUMNS")
+    path = Path(path)
+    with _named_errors(path):
+        _refuse_place(path)
+        with _locked(path):
+            if _is_there(path):
+                _refuse_content(path)
+            _write_whole(path, _csv_line(row.get(name) for name in NAMES))
+
+
+def _write_whole(path: Path, line: bytes) -> None:
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        data = line if size else _csv_line(NAMES) + line
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)  # a full disk takes part of a row
+            raise
+
+
+def _csv_line(cells: Iterable[Cell]) -> bytes:
+    text = io.StringIO()
+    # Older csv modules quote a line break in a value only where the terminator has it; a row ends in "\n".
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return (text.getvalue().removesuffix("\r\n") + "\n").encode("utf-8", "backslashreplace")
+
+
+def _refuse_place(path: Path) -> None:
+    # filelock would make the missing folder, and so hide a misspelt path.
+    if not path.parent.is_dir():
+        raise _user_error(f"no folder {str(path.parent)!r}; make it or pass another path")
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise _user_error(f"{str(path)!r} is {kind}; expected the path of a CSV file")
+
+
+def _refuse_content(path: Path) -> None:
+    """Raise UserError unless the file is empty or holds our header and whole rows only."""
+    hint = "mend or delete that row, or pass another path"
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, None)
+        except (csv.Error, UnicodeDecodeError):
+            header = []
+        if header is None:
+            return
+        if tuple(header) != NAMES:
+            raise _user_error(f"{_difference(path, header)}; rename it or pass another path")
+        try:
+            whole = all(len(row) in (0, len(NAMES)) for row in rows)
+        except (csv.Error, UnicodeDecodeError):
+            whole = False
+    if not whole:
+        raise _user_error(f"{str(path)!r} has a cut row at line {rows.line_num}; {hint}")
+    if not _ends_a_line(path):
+        raise _user_error(f"{str(path)!r} has no line end after its last row, which may be cut; {hint}")
+
+
+def _difference(path: Path, header: list[str]) -> str:
+    for index, name in enumerate(NAMES):
+        seen = header[index] if index < len(header) else ""
+        if seen != name:
+            return f"{str(path)!r} has another header: column {index + 1} is {seen[:40]!r}, expected {name!r}"
+    return f"{str(path)!r} has another header: {len(header)} columns, expected {len(NAMES)}"
+
+
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _is_there(path: Path) -> bool:
+    # Path.exists() hides, on some versions of Python, a name that is too long to be written later.
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _locked(path: Path) -> AbstractContextManager[object]:
+    return FileLock(_lock_path(path)).acquire(timeout=LOCK_SECONDS, poll_interval=0.01)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _user_error(f"cannot write {str(path)!r}: {reason}; pass another path") from None
+
+
+def _user_error(message: str) -> UserError:
+    # Here because it imports torch, which a process that only appends a row can do without.
+    from logart.runtime import UserError
+
+    return UserError(f"--results: {message}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

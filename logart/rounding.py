@@ -1,0 +1,132 @@
+"""Rounding: from weights to codes, and the soft rounding that learning moves (DESIGN sections 2 and 4).
+
+Pure functions over matrices w[C, K] with one codebook per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from logart.grid import Codebook, Spacing
+
+# The rectified sigmoid stretches (0, 1) to (-0.1, 1.1) so that h reaches 0 and 1 at a finite alpha
+# (Louizos et al. 2018; Nagel et al. 2020, eq. 23).
+_STRETCH, _SHIFT = 1.2, 0.1
+
+
+def nearest(w: Tensor, codebook: Codebook) -> Tensor:
+    """Round to nearest (RTN): the code of the level on whose side of the borders each weight lies.
+
+    Log grids are nearest in the log domain, linear grids in the linear one; weights past either end take the end
+    level; a tie goes away from zero; ±0 takes the smallest positive level.
+
+    Args:
+        w: [C, K] float32 or float64, finite.
+
+    Returns:
+        [C, K] uint8 codes.
+    """
+    w = w.double().contiguous()
+    borders = codebook.borders.contiguous()
+    positive = torch.searchsorted(borders, w, right=True)
+    negative = torch.searchsorted(borders, w, right=False)
+    return torch.where(w < 0, negative, positive).to(torch.uint8)
+
+
+def lower_neighbour(w: Tensor, codebook: Codebook) -> Tensor:
+    """The code lo [C, K] uint8 with levels[lo] ≤ w ≤ levels[lo + 1]; the end interval for weights past an end."""
+    levels = codebook.levels.contiguous()
+    upper = torch.searchsorted(levels, w.double().contiguous(), right=True)
+    return (upper - 1).clamp(0, levels.shape[1] - 2).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, levels: Tensor) -> Tensor:
+    """The level of every code: codes [C, K] of any integer type, levels [C, L] -> [C, K] of the levels' type."""
+    return levels.gather(1, codes.long())
+
+
+def soft_bit(alpha: Tensor) -> Tensor:
+    """h(α) = clip(1.2·sigmoid(α) - 0.1, 0, 1): how far up from the lower neighbour a weight stands."""
+    return (torch.sigmoid(alpha) * _STRETCH - _SHIFT).clamp(0, 1)
+
+
+def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two neighbours of each weight, prepared for learning.
+
+    Between levels lo and hi of one sign on a log grid, the soft weight is the log-domain interpolation
+    sign·|lo|^(1-h)·|hi|^h = lo·exp(a·h) with a = ln(hi/lo); anywhere else (a linear grid, a zero level, or between the
+    smallest levels of both signs, where no logarithm exists) it is lo + b·h with b = hi - lo. Written
+    lo·exp(a·h) + b·h with a = 0 or b = 0, both are one formula.
+
+    Args:
+        w: [C, K], the float weights.
+
+    Returns:
+        lo, a, b and α, each [C, K] of w's type. α makes the soft weight equal w (or the end level, past an end).
+    """
+    lower = lower_neighbour(w, codebook).long()
+    lo, hi = codebook.levels.gather(1, lower), codebook.levels.gather(1, lower + 1)
+    geometric = (lo * hi > 0) & (codebook.spacing is Spacing.LOG)
+    a = torch.where(geometric, torch.log(torch.where(geometric, hi / lo, 1.0)), 0.0)
+    b = torch.where(geometric, 0.0, hi - lo)
+    inside = w.double().clamp(lo, hi)
+    log_h = torch.log(torch.where(geometric, inside / lo, 1.0)) / torch.where(a != 0, a, 1.0)
+    linear_h = (inside - lo) / torch.where(b > 0, b, 1.0)
+    h = torch.where(geometric, log_h, linear_h).clamp(0, 1)
+    alpha = torch.logit((h + _SHIFT) / _STRETCH)
+    return lo.to(w.dtype), a.to(w.dtype), b.to(w.dtype), alpha.to(w.dtype)
+
+
+class _SoftRound(torch.autograd.Function):
+    """Soft weights and the rounding penalty in one pass, with the derivative written out.
+
+    Left to autograd, this takes a dozen weight-sized temporaries each way; here it saves three.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        alpha: Tensor,
+        lo: Tensor,
+        a: Tensor,
+        b: Tensor,
+        beta: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        sigmoid = torch.sigmoid(alpha)
+        h = torch.mul(sigmoid, _STRETCH).sub_(_SHIFT).clamp_(0, 1)
+        soft = torch.mul(a, h).exp_().mul_(lo).addcmul_(b, h)
+        if beta is None:
+            penalty, penalty_slope = soft.new_zeros(()), None
+        else:
+            signed = h.mul(2).sub_(1)
+            power = signed.abs().pow_(beta - 1)
+            penalty = alpha.numel() - (power * signed.abs()).sum()
+            penalty_slope = power.mul_(signed.sign_()).mul_(-2 * beta)
+        ctx.save_for_backward(sigmoid, h, soft, a, b, penalty_slope)  # type: ignore[attr-defined]
+        return soft, penalty
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, soft_grad: Tensor, penalty_grad: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        sigmoid, h, soft, a, b, penalty_slope = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = torch.addcmul(b, a, soft).mul_(soft_grad)
+        if penalty_slope is not None:
+            grad.addcmul_(penalty_slope, penalty_grad)
+        inside = (h > 0) & (h < 1)
+        slope = sigmoid.mul(1 - sigmoid).mul_(_STRETCH).mul_(inside)
+        return grad.mul_(slope), None, None, None, None
+
+
+def soft_round(alpha: Tensor, lo: Tensor, a: Tensor, b: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+    """Soft weights and rounding penalty, differentiable in α alone.
+
+    Args:
+        alpha, lo, a, b: [C, K] from `soft_neighbours`.
+        beta: the penalty's exponent; None leaves the penalty out (0).
+
+    Returns:
+        The soft weights [C, K], and Σ(1 - |2h - 1|^β), a scalar (Nagel et al. 2020, eq. 24).
+    """
+    return _SoftRound.apply(alpha, lo, a, b, beta)  # type: ignore[no-untyped-call, no-any-return]
