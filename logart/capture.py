@@ -1,13 +1,12 @@
 """Seeing inside a network: what enters and leaves one module, image by image.
 
-Hooks live in context managers and always come off; a forward is cut short, once the module has been seen, by a private
-exception. Captured tensors are written into memory taken once, so that n images cost one copy.
+Hooks always come off; a forward is cut short, once the module has been seen, by a private exception. Captured tensors
+are written into memory taken once, so that n images cost one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,63 +17,65 @@ class _Seen(Exception):
     """Raised by a hook to end a forward that has gone as far as needed."""
 
 
-@contextmanager
-def forward_hook(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """`hook(module, args, output)` runs after the module's forward while the context lasts."""
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> tuple[Tensor, Tensor | None]:
+    """What `module` is given, and with `through` what it gives, when `model` runs on x; the model runs no further.
 
+    Args:
+        model: holds `module`, or is it.
+        x: the model's input.
+        through: run the module too.
 
-@contextmanager
-def stop_before(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    """While the context lasts, a forward that reaches `module` puts its input into `seen` and ends."""
+    Returns:
+        The module's one input tensor, and its output or None.
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_only_tensor(args, kwargs))
+    Raises:
+        ValueError: the forward never reaches the module, or the module takes anything but one tensor.
+    """
+    seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError(
+                f"{type(module).__name__} was called with {len(args)} arguments and keywords {sorted(kwargs)}; "
+                "what is reconstructed must take one tensor"
+            )
+        if not through:
+            seen.append((args[0], None))
+            raise _Seen
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.append((args[0], output))
         raise _Seen
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
-        yield
+        model(x)
     except _Seen:
         pass
     finally:
-        handle.remove()
-
-
-def _only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-        raise ValueError(f"a block takes one tensor; this one was given {len(args)} arguments and {sorted(kwargs)}")
-    return args[0]
-
-
-def input_of(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
-    """What `module` is given when the model runs on `images`; the model runs no further."""
-    seen: list[Tensor] = []
-    with stop_before(module, seen):
-        model(images)
+        for handle in handles:
+            handle.remove()
     if not seen:
         raise ValueError(f"the forward pass never reached {type(module).__name__}")
     return seen[0]
 
 
-def output_and_input(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `module` gives and what it is given when `model` runs on x; the model runs no further."""
-    seen: list[Tensor] = []
+def inputs(model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """What the module called `name` is given when the model runs on images [n, ...]; [n, ...] on `device`."""
+    module = model.get_submodule(name)
+    return collect(lambda x: run_to(model, module, x, through=False)[0], images, batch_size, device)
 
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.extend((output, args[0]))
-        raise _Seen
 
-    try:
-        with forward_hook(module, hook):
-            model(x)
-    except _Seen:
-        pass
-    return seen[0], seen[1]
+def outputs(model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """What the module called `name` gives when the model runs on images [n, ...]; [n, ...] on `device`."""
+    module = model.get_submodule(name)
+
+    def output(x: Tensor) -> Tensor:
+        result = run_to(model, module, x, through=True)[1]
+        assert result is not None
+        return result
+
+    return collect(output, images, batch_size, device)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
@@ -86,12 +85,19 @@ class QuantConfig:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be 0 to 1, got {self.warmup}")
 
+    @property
+    def searches_data(self) -> bool:
+        """Whether DBS looks at images: the dynamic grid, by layer or block output."""
+        return self.scale_method is ScaleMethod.DYNAMIC and self.search_method is not SearchMethod.TENSOR_WISE
+
+    @property
+    def images_needed(self) -> int:
+        """How many calibration images the stages that run look at."""
+        return max(self.search_samples * self.searches_data, self.calib_samples * (self.iters > 0))
+
     def bits_of(self, layers: list[str]) -> dict[str, int]:
         """The bit width of each layer, given in the order they run."""
         bits = dict.fromkeys(layers, self.n_bits)
         if self.first_last_bits is not None and layers:
             bits[layers[0]] = bits[layers[-1]] = self.first_last_bits
         return bits
-
-
-FIELDS = tuple(field.name for field in dataclasses.fields(QuantConfig))

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from tqdm import tqdm
 
-from logart.runtime import UserError
+from logart.runtime import UserError, progress_bar
 
 DIGITS = "digits"
 DIGITS_VAL_IMAGES = 500
@@ -56,7 +55,10 @@ class Split(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, names: Sequence[str], labels: Sequence[int], load: Callable[[str], Image.Image],
+        self,
+        names: Sequence[str],
+        labels: Sequence[int],
+        load: Callable[[str], Image.Image],
         preprocessing: Preprocessing,
     ) -> None:
         p = preprocessing
@@ -64,16 +66,22 @@ class Split(Dataset[tuple[Tensor, int]]):
         self._labels = labels
         self._load = load
         self._transform = create_transform(
-            p.input_size, is_training=False, crop_pct=p.crop_pct, interpolation=p.interpolation,
-            mean=p.mean, std=p.std,
+            p.input_size,
+            is_training=False,
+            crop_pct=p.crop_pct,
+            interpolation=p.interpolation,
+            mean=p.mean,
+            std=p.std,
         )
         mode = transforms.InterpolationMode(p.interpolation)
-        self._augmentation = transforms.Compose([
-            transforms.RandomResizedCrop(p.input_size[1:], interpolation=mode),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(p.mean, p.std),
-        ])
+        self._augmentation = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(p.input_size[1:], interpolation=mode),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(p.mean, p.std),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,8 +127,15 @@ def open_images(
 
 
 def calibration_images(
-    source: ImageSource, count: int, seed: int, *, augment: bool = False, names: Sequence[str] | None = None,
-    flag: str = "--calib_samples", list_flag: str = "--calib_list", quiet: bool = False,
+    source: ImageSource,
+    count: int,
+    seed: int,
+    *,
+    augment: bool = False,
+    names: Sequence[str] | None = None,
+    flag: str = "--calib_samples",
+    list_flag: str = "--calib_list",
+    quiet: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """Load training images, chosen by the seed without replacement: the same on every machine.
 
@@ -150,13 +165,14 @@ def calibration_images(
     else:
         indices = _find(source, names, list_flag)[:count]
     images: Tensor | None = None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), progress_bar(count, "calibration images", quiet) as bar:
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also reaches the GPU
-        for row, index in enumerate(tqdm(indices, desc="calibration images", leave=False, disable=quiet)):
+        for row, index in enumerate(indices):
             image = source.train.augmented(index) if augment else source.train[index][0]
             if images is None:
                 images = image.new_empty(count, *image.shape)  # stacking a list would hold two copies
             images[row] = image
+            bar.update()
     assert images is not None
     return images, [source.train.names[index] for index in indices]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.capture import output_and_input
+from logart.capture import run_to
 from logart.config import QuantConfig, SearchMethod
 from logart.grid import ScaleMethod
 from logart.layers import QuantizedLayer
@@ -76,8 +76,9 @@ def layer_moments(
     moments = OutputMoments.zeros(groups, weight.shape[0], weight[0].numel(), weight.device)
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        wanted, _ = output_and_input(float_block, float_layer, float_inputs[batch])
-        given, x = output_and_input(block, layer, inputs[batch])
+        _, wanted = run_to(float_block, float_layer, float_inputs[batch], through=True)
+        x, given = run_to(block, layer, inputs[batch], through=True)
+        assert wanted is not None and given is not None
         for part in range(len(x)) if _too_large(layer, x) else [slice(None)]:
             rows = slice(part, part + 1) if isinstance(part, int) else part
             patches = unfold(layer, x[rows])
@@ -146,9 +147,7 @@ def block_sensitivity(
     x, y = seen
     generator = torch.Generator().manual_seed(seed)
     signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
-    pulls = [
-        _positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]
-    ]
+    pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]]
 
     @torch.no_grad()
     def outputs(delta: Tensor) -> Tensor:

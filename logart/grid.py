@@ -89,9 +89,7 @@ class Codebook:
         if self.half_steps is None:
             return self
         nonzero = (self.levels != 0).any(1)
-        return Codebook(
-            _both_signs(self.half_steps, nonzero, terms), self.spacing, self.half_steps, self.n_base2
-        )
+        return Codebook(_both_signs(self.half_steps, nonzero, terms), self.spacing, self.half_steps, self.n_base2)
 
 
 def root2(terms: int) -> float:
@@ -155,12 +153,13 @@ def _mixed_half_steps(absmax: Tensor, n_levels: int, k: Tensor, dtype: torch.dty
 def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """floor(log2 a + 1/2) and floor(2·log2 a + 1/2), each [C] int64, no larger than `dtype` can hold.
 
-    From the mantissa, not from a logarithm: log2 rounds, and a weight one ulp below a border would cross it.
+    From the mantissa, not from a logarithm: log2 rounds, and a weight one ulp below a border would cross it. The
+    floats 2**-0.25 and 2**-0.75 lie just below the true borders, 2**-0.5 just above its own, hence <= and <.
     """
     mantissa, exponent = torch.frexp(absmax)  # a = mantissa · 2^exponent with mantissa in [1/2, 1)
     exponent = exponent.long()
     top_exponent = exponent - (mantissa < 2**-0.5).long()
-    top_half_step = 2 * exponent - (mantissa < 2**-0.25).long() - (mantissa < 2**-0.75).long()
+    top_half_step = 2 * exponent - (mantissa <= 2**-0.25).long() - (mantissa <= 2**-0.75).long()
     largest = math.frexp(torch.finfo(dtype).max)[1] - 1
     return top_exponent.clamp(max=largest), top_half_step.clamp(max=2 * largest + 1)
 
@@ -168,18 +167,19 @@ def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _both_signs(half_steps: Tensor, nonzero: Tensor, terms: int) -> Tensor:
     """Levels [C, 2N] float64 from half-steps [C, N]: the magnitudes and their negatives, ascending."""
     odd = half_steps % 2
-    factor = torch.where(odd == 1, root2(terms), 1.0).double()
+    factor = torch.tensor([1.0, root2(terms)], dtype=torch.float64, device=odd.device)[odd]
     exponent = torch.div(half_steps - odd, 2, rounding_mode="floor")
     magnitudes = torch.ldexp(factor, exponent) * nonzero[:, None]
     return torch.cat([-magnitudes.flip(1), magnitudes], dim=1) + 0.0  # + 0.0 turns -0 into 0
 
 
-def linear_codebook(low: Tensor, high: Tensor, n_bits: int) -> Codebook:
+def linear_codebook(low: Tensor, high: Tensor, n_bits: int, *, dtype: torch.dtype = torch.float32) -> Codebook:
     """2^n evenly spaced levels over [low, high], widened to hold zero, which falls on a level (asymmetric affine).
 
     Args:
         low, high: [C], the range of each channel.
         n_bits: 2 to 8.
+        dtype: the weights' type; moving zero onto a level can push an end past what it holds, which is cut.
 
     Raises:
         ValueError: a bit width out of range, or a bound that is not finite.
@@ -192,9 +192,10 @@ def linear_codebook(low: Tensor, high: Tensor, n_bits: int) -> Codebook:
     scale = high / steps - low / steps  # two divisions: high - low may overflow
     zero_point = torch.where(scale > 0, torch.round(-low / torch.where(scale > 0, scale, 1.0)), 0.0)
     index = torch.arange(steps + 1, device=low.device, dtype=torch.float64)
-    return Codebook(scale[:, None] * (index - zero_point[:, None]), Spacing.LINEAR)
+    largest = torch.finfo(dtype).max
+    return Codebook((scale[:, None] * (index - zero_point[:, None])).clamp(-largest, largest), Spacing.LINEAR)
 
 
 def minmax_codebook(w: Tensor, n_bits: int) -> Codebook:
     """The linear codebook over the whole range of w [C, K]."""
-    return linear_codebook(w.amin(1), w.amax(1), n_bits)
+    return linear_codebook(w.amin(1), w.amax(1), n_bits, dtype=w.dtype)

@@ -9,6 +9,8 @@ before. The float weight is shared with the float network, not copied.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,15 +157,15 @@ class QuantizedLayer(nn.Module):
         return self.float_weight.shape
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override,misc]
     """A convolution on a codebook; forward is nn.Conv2d's own."""
 
 
-class QuantLinear(QuantizedLayer, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override,misc]
     """A linear layer on a codebook; forward is nn.Linear's own."""
 
 
-class QuantConv2dSame(QuantizedLayer, Conv2dSame):
+class QuantConv2dSame(QuantizedLayer, Conv2dSame):  # type: ignore[override,misc]
     """timm's TensorFlow-style padded convolution on a codebook; forward is its own."""
 
 
@@ -173,3 +175,21 @@ QUANTIZED_TYPES: dict[type[nn.Module], Any] = {
     nn.Linear: QuantLinear,
     Conv2dSame: QuantConv2dSame,
 }
+
+
+@contextmanager
+def hardware_approximation(model: nn.Module, terms: int) -> Iterator[None]:
+    """While the context lasts, the codes of log grids stand for levels whose √2 is a sum of `terms` powers of two."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    exact = [layer.codebook for layer in layers]
+
+    def swap(codebooks: list[Codebook]) -> None:
+        for layer, codebook in zip(layers, codebooks, strict=True):
+            assert layer.codes is not None
+            layer.set_codebook(codebook, layer.codes.reshape(layer.n_codebooks, -1))
+
+    swap([codebook.with_terms(terms) for codebook in exact])
+    try:
+        yield
+    finally:
+        swap(exact)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from logart import capture, surgery
-from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.config import QuantConfig, ReconInput
 from logart.dbs import search_unit
-from logart.grid import ScaleMethod
 from logart.losses import squared_error
 from logart.reconstruct import BlockReport, learn_rounding
 from logart.rounding import nearest
@@ -96,7 +95,7 @@ def quantize_model(
             weights or losses, no block of the types given.
     """
     device = torch.device(device)
-    images = gather_images(calibration_images, _images_needed(config))
+    images = gather_images(calibration_images, max(2, config.images_needed))  # tracing takes an example
     report = Report()
     reference = surgery.clone_sharing(model).eval().requires_grad_(False).to(device)
     example = images[:2].to(device)
@@ -121,12 +120,6 @@ def quantize_model(
         observe("learned", quantized)
     report.layers = _layer_reports(quantized, units)
     return quantized, report
-
-
-def _images_needed(config: QuantConfig) -> int:
-    """How many images the settings make use of; two to trace the network when no stage looks at any."""
-    searches = config.scale_method is ScaleMethod.DYNAMIC and config.search_method is not SearchMethod.TENSOR_WISE
-    return max(2, config.search_samples * searches, config.calib_samples * (config.iters > 0))
 
 
 def gather_images(images: Tensor | Iterable[Tensor], count: int) -> Tensor:
@@ -157,21 +150,13 @@ def _search(
     device: torch.device,
 ) -> None:
     """DBS, unit by unit in the order they run; every layer then holds its codebook and codes of plain rounding."""
-    needs_data = config.scale_method is ScaleMethod.DYNAMIC and config.search_method is not SearchMethod.TENSOR_WISE
     with progress_bar(len(units), "DBS", quiet) as bar:
         for unit in units:
             bar.set_description(f"DBS {unit.name}")
             data = None
-            if needs_data:
-                data = tuple(
-                    capture.collect(
-                        lambda x, m=m: capture.input_of(m, m.get_submodule(unit.name), x),  # type: ignore[misc]
-                        images,
-                        config.batch_size,
-                        device,
-                    )
-                    for m in (reference, quantized)
-                )
+            if config.searches_data:
+                networks = (reference, quantized)
+                data = tuple(capture.inputs(net, unit.name, images, config.batch_size, device) for net in networks)
             search_unit(reference, quantized, unit, data, config)
             bar.update()
 
@@ -191,18 +176,9 @@ def _reconstruct(
     prefix = quantized if config.recon_input is ReconInput.QUANTIZED else reference
     with progress_bar(len(units) * config.iters, "LLR", quiet) as bar:
         for index, unit in enumerate(units):
-            block, float_block = quantized.get_submodule(unit.name), reference.get_submodule(unit.name)
-            entry = prefix.get_submodule(unit.name)
-
-            def feed(x: Tensor, entry: nn.Module = entry) -> Tensor:
-                return capture.input_of(prefix, entry, x)
-
-            def target(x: Tensor, float_block: nn.Module = float_block) -> Tensor:
-                return capture.output_and_input(reference, float_block, x)[0]
-
             bar.set_description(f"LLR {unit.name}")
-            inputs = capture.collect(feed, images, config.batch_size, device)
-            targets = capture.collect(target, images, config.batch_size, device)
+            inputs = capture.inputs(prefix, unit.name, images, config.batch_size, device)
+            targets = capture.outputs(reference, unit.name, images, config.batch_size, device)
 
             def show(step: int, loss: float, done: int = index * config.iters) -> None:
                 bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
@@ -210,7 +186,9 @@ def _reconstruct(
 
             layers = [surgery.quantized_layers(quantized)[name] for name in unit.layers]
             reports.append(
-                learn_rounding(unit.name, block, layers, inputs, targets, config, squared_error, show)
+                learn_rounding(
+                    unit.name, quantized.get_submodule(unit.name), layers, inputs, targets, config, squared_error, show
+                )
             )
     return reports
 

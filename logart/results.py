@@ -106,14 +106,11 @@ def check_results(path: str | Path) -> None:
     path = Path(path)
     with _named_errors(path):
         _refuse_place(path)
-        lock = _lock_path(path)
-        there, lock_there = _is_there(path), _is_there(lock)
-        if lock_there:
-            os.close(os.open(lock, os.O_RDWR))
-        if there:
-            os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
-            # A writer makes the lock file before it writes: where there is none, no row can be half-way.
-            with _locked(path) if lock_there else nullcontext():
+        there, lock_there = _is_there(path), _is_there(_lock_path(path))
+        # A writer makes the lock file before it writes: where there is none, no row can be half-way.
+        with _locked(path) if lock_there else nullcontext():
+            if there:
+                os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
                 _refuse_content(path)
         if not (there and lock_there):
             tempfile.TemporaryFile(dir=path.parent).close()

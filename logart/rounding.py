@@ -13,6 +13,8 @@ from logart.grid import Codebook, Spacing
 # The rectified sigmoid stretches (0, 1) to (-0.1, 1.1) so that h reaches 0 and 1 at a finite alpha
 # (Louizos et al. 2018; Nagel et al. 2020, eq. 23).
 _STRETCH, _SHIFT = 1.2, 0.1
+# Where a weight below the smallest magnitude starts: on its own side of zero, inside the clip, so that it can move.
+_STRADDLE_H = 0.9
 
 
 def nearest(w: Tensor, codebook: Codebook) -> Tensor:
@@ -59,11 +61,16 @@ def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tens
     smallest levels of both signs, where no logarithm exists) it is lo + b·h with b = hi - lo. Written
     lo·exp(a·h) + b·h with a = 0 or b = 0, both are one formula.
 
+    A weight below the smallest magnitude of a grid without zero is past the end of the grid. It starts close to the
+    level of its own sign and may change sign; were it to start at its value, the layer would first learn with a zero
+    that it does not have (measured in EXPERIMENTS.md).
+
     Args:
         w: [C, K], the float weights.
 
     Returns:
-        lo, a, b and α, each [C, K] of w's type. α makes the soft weight equal w (or the end level, past an end).
+        lo, a, b and α, each [C, K] of w's type. α makes the soft weight equal w within the grid's range, and the end
+        level past it.
     """
     lower = lower_neighbour(w, codebook).long()
     lo, hi = codebook.levels.gather(1, lower), codebook.levels.gather(1, lower + 1)
@@ -74,6 +81,8 @@ def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tens
     log_h = torch.log(torch.where(geometric, inside / lo, 1.0)) / torch.where(a != 0, a, 1.0)
     linear_h = (inside - lo) / torch.where(b > 0, b, 1.0)
     h = torch.where(geometric, log_h, linear_h).clamp(0, 1)
+    straddles = (lo * hi < 0) & (codebook.spacing is Spacing.LOG)
+    h = torch.where(straddles, torch.where(w < 0, 1 - _STRADDLE_H, _STRADDLE_H), h)
     alpha = torch.logit((h + _SHIFT) / _STRETCH)
     return lo.to(w.dtype), a.to(w.dtype), b.to(w.dtype), alpha.to(w.dtype)
 
@@ -103,7 +112,7 @@ class _SoftRound(torch.autograd.Function):
             power = signed.abs().pow_(beta - 1)
             penalty = alpha.numel() - (power * signed.abs()).sum()
             penalty_slope = power.mul_(signed.sign_()).mul_(-2 * beta)
-        ctx.save_for_backward(sigmoid, h, soft, a, b, penalty_slope)  # type: ignore[attr-defined]
+        ctx.save_for_backward(sigmoid, h, soft, a, b, penalty_slope)  # type: ignore[attr-defined,arg-type]
         return soft, penalty
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,20 +52,26 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # absent on Windows, where only this figure is missing
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+class _Lines(tqdm):  # type: ignore[type-arg]
+    """A bar for logs and pipes, where redrawing in place would leave control characters: a plain line at a time."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:
+            print(str(self), file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_bar(total: int, title: str, quiet: bool) -> Iterator[tqdm]:  # type: ignore[type-arg]
-    """A tqdm bar on stderr: what runs now, its loss, the time left. Nothing when quiet.
-
-    Where stderr is no terminal a bar would leave a line per redraw, so it is redrawn only every 30 seconds.
-    """
-    import sys
-
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, desc=title, disable=quiet, mininterval=interval, leave=False) as bar:
+    """A tqdm bar on stderr: what runs now, its loss, the time left; a line every 30 s where stderr is no terminal."""
+    if sys.stderr.isatty():
+        bar = tqdm(total=total, desc=title, disable=quiet, leave=False)
+    else:
+        form = "{desc} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+        bar = _Lines(total=total, desc=title, disable=quiet, leave=False, mininterval=30.0, delay=1e-9, bar_format=form)
+    with bar:
         yield bar

@@ -29,15 +29,13 @@ def log_candidates(
     absmax: Tensor, n_bits: int, *, terms: int = 0, dtype: torch.dtype = torch.float32
 ) -> list[Codebook]:
     """The N + 1 codebooks k = 0..N of every channel, `absmax` [C]; arguments as `log_codebook`."""
-    return [
-        log_codebook(absmax, n_bits, k, terms=terms, dtype=dtype) for k in range(2 ** (n_bits - 1) + 1)
-    ]
+    return [log_codebook(absmax, n_bits, k, terms=terms, dtype=dtype) for k in range(2 ** (n_bits - 1) + 1)]
 
 
 def shrunk_candidates(w: Tensor, n_bits: int) -> list[Codebook]:
     """Linear codebooks over 21 %, 22 %, … 100 % of the range of w [C, K]."""
     low, high = w.double().amin(1), w.double().amax(1)
-    return [linear_codebook(low * p / 100, high * p / 100, n_bits) for p in range(21, 101)]
+    return [linear_codebook(low * p / 100, high * p / 100, n_bits, dtype=w.dtype) for p in range(21, 101)]
 
 
 def squared_error(delta: Tensor) -> Tensor:
@@ -127,9 +125,13 @@ class OutputMoments:
     gram: Tensor
     cross: Tensor
     energy: Tensor
+    _precision: torch.dtype = torch.float64
+    _working_gram: Tensor | None = None  # in the inputs' precision, made at the first use
 
     @classmethod
     def zeros(cls, groups: int, channels: int, elements: int, device: torch.device) -> OutputMoments:
+        """Nothing seen yet, of a layer with C = `channels` and K = `elements`."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -142,15 +144,18 @@ class OutputMoments:
             patches: [groups, n, K] rows of X̂.
             residual: [groups, n, C/groups], r at the same n positions.
         """
-        self.gram += (patches.mT @ patches).double()
-        self.cross += (residual.mT @ patches).double().flatten(0, 1)
+        self.gram += patches.mT @ patches
+        self.cross += (residual.mT @ patches).flatten(0, 1)
         self.energy += residual.double().square().sum(1).flatten()
+        self._precision, self._working_gram = patches.dtype, None
 
     def error(self, delta: Tensor) -> Tensor:
         """‖Xw - X̂(w + δ)‖² of every output channel, [C, K] -> [C] float64."""
         groups = self.gram.shape[0]
-        grouped = delta.double().unflatten(0, (groups, -1))
-        quadratic = ((grouped @ self.gram) * grouped).sum(-1).flatten()
+        grouped = delta.unflatten(0, (groups, -1))
+        if self._working_gram is None:
+            self._working_gram = self.gram.to(self._precision)
+        quadratic = ((grouped.to(self._precision) @ self._working_gram) * grouped).sum(-1).flatten()
         return self.energy - 2 * (delta * self.cross).sum(1) + quadratic
 
 

@@ -125,7 +125,8 @@ def _fold(layer: Any, norm: Any) -> None:
 
 def _what_remains(norm: nn.Module) -> nn.Module:
     """timm's BatchNormAct2d keeps its activation; a plain norm leaves nothing."""
-    return norm.act if isinstance(getattr(norm, "act", None), nn.Module) else nn.Identity()  # type: ignore[return-value]
+    activation = getattr(norm, "act", None)
+    return activation if isinstance(activation, nn.Module) else nn.Identity().eval()
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,9 @@ def read_state_dict(path: str | Path, *, flag: str = "--checkpoint") -> dict[str
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # hints to torch's developers; what matters is raised
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise UserError(f"{flag}: {path} {_why_unreadable(error)}") from error
     return _tensors(content, f"{flag}: {path}")
@@ -66,9 +69,7 @@ def fetch_state_dict(url: str, *, flag: str = "--checkpoint") -> tuple[dict[str,
         content = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:  # network, disk and reader, each with its own errors
         if path.is_file():
-            raise UserError(
-                f"{flag}: {path} {_why_unreadable(error)}; delete it to download {url} again"
-            ) from error
+            raise UserError(f"{flag}: {path} {_why_unreadable(error)}; delete it to download {url} again") from error
         raise UserError(
             f"{flag}: could not download {url} ({one_line(error)}); "
             f"put the file {path.name} into the folder {path.parent}, or name one with {flag}"
@@ -92,8 +93,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, flag: str,
     missing = [key for key in expected if key not in state and not key.endswith(COUNTER)]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
-        differences = [f"{word} {_some(keys)}" for word, keys in
-                       (("missing", missing), ("unexpected", unexpected)) if keys]
+        differences = [
+            f"{word} {_some(keys)}" for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys
+        ]
         raise UserError(f"{flag}: the keys of {source} do not fit the network: {'; '.join(differences)}")
     wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     if wrong:
@@ -157,16 +159,18 @@ def _some(keys: Sequence[object]) -> str:
     return ", ".join(map(str, keys[:SHOWN_KEYS])) + (f" and {more} more" if more > 0 else "")
 
 
-def _shape_difference(
-    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wrong: Sequence[str]
-) -> str:
+def _shape_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wrong: Sequence[str]) -> str:
     """A class count that differs shows in the rows of the network's last layer and nowhere else."""
     pairs = [(tuple(expected[key].shape), tuple(state[key].shape)) for key in wrong]
     wanted, seen = pairs[0]
     head = next(reversed([key for key in expected if not key.endswith(COUNTER)])).rpartition(".")[0]
     only_rows = all(a[:1] == wanted[:1] and b[:1] == seen[:1] and a[1:] == b[1:] for a, b in pairs)
     if only_rows and wanted and seen and all(key.rpartition(".")[0] == head for key in wrong):
-        return (f"has {seen[0]} classes ({wrong[0]}), but the network was built for {wanted[0]}; "
-                f"expected --num-classes {seen[0]}")
-    return (f"does not fit the network: {wrong[0]} has shape {list(seen)}, expected {list(wanted)} "
-            f"({len(wrong)} tensors differ in shape)")
+        return (
+            f"has {seen[0]} classes ({wrong[0]}), but the network was built for {wanted[0]}; "
+            f"expected --num-classes {seen[0]}"
+        )
+    return (
+        f"does not fit the network: {wrong[0]} has shape {list(seen)}, expected {list(wanted)} "
+        f"({len(wrong)} tensors differ in shape)"
+    )

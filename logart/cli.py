@@ -1,0 +1,84 @@
+"""What both command lines share: flags in two spellings, one-line errors, flags that cannot act.
+
+Only the entry points import this; the core never reads a command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+from logart.runtime import UserError
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser in which `--n_bits_w` may be written `--n-bits-w` and errors take one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def flag(self, name: str, *aliases: str, **kwargs: Any) -> None:
+        """Add a flag that is None unless given, in both spellings; keywords as for `add_argument`."""
+        spellings: list[str] = []
+        for spelling in (name, *aliases):
+            spellings += [spelling, "--" + spelling[2:].replace("_", "-"), "--" + spelling[2:].replace("-", "_")]
+        kwargs.setdefault("dest", name[2:].replace("-", "_"))
+        kwargs.setdefault("default", None)
+        self.add_argument(*dict.fromkeys(spellings), **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit code 2."""
+        message = " ".join(message.split()).removeprefix("argument ")
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+    """Parse and run; a user's mistake becomes one line and exit code 2, ours keeps its traceback."""
+    args = parser.parse_args(argv)
+    try:
+        command(args)
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing was recorded", file=sys.stderr)
+        return 130
+    return 0
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those flags among `names` (destinations) that the user gave."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def refuse_idle(args: argparse.Namespace, flags: Mapping[str, str], acts: bool, why: str) -> None:
+    """Raise UserError when a flag was given that cannot act.
+
+    Args:
+        flags: destination -> the flag as written in messages.
+        acts: whether they act in this combination.
+        why: what would have to be otherwise.
+    """
+    if acts:
+        return
+    for name, flag in flags.items():
+        if getattr(args, name) is not None:
+            raise UserError(f"{flag} has no effect here: {why}")
+
+
+def key_values(pairs: Iterable[str], flag: str) -> dict[str, Any]:
+    """`KEY=VALUE` words as a dictionary; values are Python literals where they look like one, else text."""
+    import ast
+
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise UserError(f"{flag}: {pair!r} is not of the form KEY=VALUE")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result

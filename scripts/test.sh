@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, type check and the whole default test run; arguments go on to pytest.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+use_venv test,report
+cd "$PROJECT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,177 @@
+"""The shell scripts, run for real beside a stub interpreter that writes down what it was asked to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
+# Logs its arguments, makes the .venv that `-m venv` asks for, and fails where $FAIL is among its arguments.
+STUB = """#!{bash}
+if [[ $1 == -c ]]; then exit {old}; fi
+echo "$*" >> "{log}"
+if [[ "$*" == "-m venv"* ]]; then mkdir -p "${{!#}}/bin"; cp "{ready}" "${{!#}}/bin/python"; fi
+if [[ -n "${{FAIL:-}}" && "$*" == *"$FAIL"* ]]; then exit 3; fi
+"""
+TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir")
+
+
+class Project:
+    """A copy of the scripts in a folder of its own, with stubs for every interpreter on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.bin, self.elsewhere = folder / "a project", folder / "bin", folder / "elsewhere"
+        self.log = folder / "log"
+        self.log.touch()
+        for path in (self.root, self.bin, self.elsewhere):
+            path.mkdir()
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        shutil.copytree(ROOT / ".ci", self.root / ".ci")
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        for tool in TOOLS:
+            (self.bin / tool).symlink_to(str(shutil.which(tool)))
+        self.interpreter("ready")
+
+    def interpreter(self, name: str, old: bool = False) -> None:
+        """Put an interpreter on PATH; an old one fails the question for its version."""
+        stub = self.bin / name
+        stub.write_text(
+            STUB.format(bash=self.bin / "bash", log=self.log, old=int(old), ready=self.bin / "ready")
+        )
+        stub.chmod(0o755)
+
+    def run(self, script: str, *args: str, fail: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a script from a foreign folder."""
+        command = [str(self.bin / "bash"), str(self.root / script), *args]
+        env = {"PATH": str(self.bin), "HOME": os.environ.get("HOME", ""), "FAIL": fail}
+        return subprocess.run(command, cwd=self.elsewhere, env=env, capture_output=True, text=True)
+
+    def calls(self) -> list[str]:
+        """What the interpreters were asked since the last look."""
+        lines = self.log.read_text().splitlines()
+        self.log.write_text("")
+        return lines
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = Project(tmp_path)
+    made.interpreter("python3")
+    return made
+
+
+def installs(calls: list[str]) -> list[str]:
+    return [call.split()[-1] for call in calls if call.startswith("-m pip install")]
+
+
+def test_there_are_scripts_and_each_one_parses() -> None:
+    assert {"_venv.sh", "demo.sh", "test.sh", "run"} <= {script.name for script in SCRIPTS}
+    for script in SCRIPTS:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        if script.name != "_venv.sh":
+            assert "\nset -euo pipefail\n" in script.read_text(), script
+
+
+def test_ci_runs_exactly_the_test_script(project: Project) -> None:
+    (project.root / "scripts" / "test.sh").write_text('echo "tests in $PWD with $# arguments"; exit 4\n')
+    done = project.run(".ci/run")
+    assert done.stdout == f"tests in {project.root} with 0 arguments\n"
+    assert done.returncode == 4
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash scripts/test.sh"
+
+
+def test_demo_on_an_empty_machine_makes_installs_and_runs(project: Project) -> None:
+    done = project.run("scripts/demo.sh", "--seed", "3", "two words")
+    assert done.returncode == 0, done.stderr
+    venv, pip, install, main = project.calls()
+    assert venv == f"-m venv --clear {project.root}/.venv"
+    assert pip == "-m pip --version"
+    assert install.startswith("-m pip install --quiet") and install.endswith(" -e .")
+    assert main == "-m logart_cnn.main --seed 3 two words"
+
+
+def test_a_second_call_makes_no_pip_call(project: Project) -> None:
+    project.run("scripts/demo.sh")
+    project.calls()
+    done = project.run("scripts/demo.sh", "--quiet")
+    assert project.calls() == ["-m logart_cnn.main --quiet"]
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_changed_pyproject_and_a_moved_project_are_installed_anew(project: Project) -> None:
+    project.run("scripts/demo.sh")
+    with (project.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    project.calls()
+    project.run("scripts/demo.sh")
+    assert installs(project.calls()) == ["."]
+    project.root = project.root.rename(project.root.with_name("moved"))
+    project.run("scripts/demo.sh")
+    assert installs(project.calls()) == ["."]
+
+
+def test_demo_and_test_by_turns_install_once_each(project: Project) -> None:
+    project.run("scripts/demo.sh")
+    project.run("scripts/test.sh")
+    assert installs(project.calls()) == [".", ".[test,report]"]
+    project.run("scripts/demo.sh")
+    project.run("scripts/test.sh")
+    assert installs(project.calls()) == []
+
+
+def test_a_failed_install_ends_the_script_and_is_tried_again(project: Project) -> None:
+    assert project.run("scripts/demo.sh", fail="pip install").returncode != 0
+    assert "logart_cnn" not in "".join(project.calls())
+    assert project.run("scripts/demo.sh").returncode == 0
+    assert installs(project.calls()) == ["."]
+
+
+def test_an_interpreter_without_pip_gets_one(project: Project) -> None:
+    project.run("scripts/demo.sh", fail="pip --version")
+    assert "-m ensurepip --upgrade" in project.calls()
+
+
+def test_a_dangling_interpreter_is_made_anew(project: Project) -> None:
+    project.run("scripts/demo.sh")
+    project.calls()
+    python = project.root / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("nowhere")
+    project.run("scripts/demo.sh")
+    assert project.calls()[0].startswith("-m venv --clear")
+
+
+def test_the_failure_of_the_command_is_the_failure_of_the_demo(project: Project) -> None:
+    assert project.run("scripts/demo.sh", fail="logart_cnn.main").returncode == 3
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, None])
+def test_lint_types_and_tests_run_in_order_until_one_fails(project: Project, failing: int | None) -> None:
+    steps = ["-m ruff check .", "-m mypy", "-m pytest -q -k two words"]
+    project.run("scripts/demo.sh")
+    fail = "" if failing is None else steps[failing]
+    done = project.run("scripts/test.sh", "-k", "two words", fail=fail)
+    ran = [call for call in project.calls() if call.split()[1] in ("ruff", "mypy", "pytest")]
+    assert ran == (steps if failing is None else steps[: failing + 1])
+    assert (done.returncode == 0) == (failing is None)
+
+
+def test_an_old_python3_gives_way_to_a_newer_one(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.interpreter("python3", old=True)
+    project.interpreter("python3.12")
+    done = project.run("scripts/demo.sh")
+    assert done.returncode == 0 and "with python3.12" in done.stdout
+
+
+def test_without_a_new_enough_python_one_line_says_so(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.interpreter("python3", old=True)
+    done = project.run("scripts/demo.sh")
+    assert done.returncode != 0 and project.calls() == []
+    assert done.stderr.count("\n") == 1 and "3.10" in done.stderr
