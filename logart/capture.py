@@ -49,7 +49,7 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     try:
-        model(x)
+        model(x.clone())  # an in-place operation at the start must not reach the caller's images
     except _Seen:
         pass
     finally:

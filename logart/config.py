@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod
+from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod, root2
 
 
 class SearchMethod(str, Enum):
@@ -80,10 +80,11 @@ class QuantConfig:
             raise ValueError(f"iters must be at least 0, got {self.iters}")
         if not (0 < self.lr < float("inf") and 0 <= self.rrweight < float("inf")):
             raise ValueError(f"lr must be positive and rrweight at least 0, got {self.lr} and {self.rrweight}")
-        if not (self.b_start >= self.b_end > 1):
+        if not float("inf") > self.b_start >= self.b_end > 1:
             raise ValueError(f"b_start ≥ b_end > 1 is needed, got {self.b_start} and {self.b_end}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be 0 to 1, got {self.warmup}")
+        root2(self.hardware_terms)
 
     @property
     def searches_data(self) -> bool:

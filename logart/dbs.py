@@ -10,7 +10,15 @@ from logart.capture import run_to
 from logart.config import QuantConfig, SearchMethod
 from logart.grid import ScaleMethod
 from logart.layers import QuantizedLayer
-from logart.search import BlockSensitivity, ErrorFunction, OutputMoments, choose_codebook, squared_error
+from logart.search import (
+    BlockSensitivity,
+    ErrorFunction,
+    OutputMoments,
+    OutputResidual,
+    choose_codebook,
+    moments_are_cheaper,
+    squared_error,
+)
 from logart.surgery import Unit
 
 PROBES = 16  # random sign vectors of BW; with 32 images 512 samples, about 6 % of standard error
@@ -34,7 +42,7 @@ def search_unit(
             blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
             float_layer = reference.get_submodule(name)
             if config.search_method is SearchMethod.LAYER_WISE:
-                measured = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size).error
+                measured = layer_error(*blocks, float_layer, layer, *data, batch_size=config.batch_size)
             else:
                 measured = block_sensitivity(*blocks, layer, *data, seed=config.seed).error
             error = per_codebook(measured, layer)
@@ -52,6 +60,45 @@ def per_codebook(error: ErrorFunction, layer: QuantizedLayer) -> ErrorFunction:
         return error(delta.reshape(channels, -1)).reshape(layer.n_codebooks, -1).sum(1)
 
     return grouped
+
+
+@torch.no_grad()
+def layer_error(
+    float_block: nn.Module,
+    block: nn.Module,
+    float_layer: nn.Module,
+    layer: QuantizedLayer,
+    float_inputs: Tensor,
+    inputs: Tensor,
+    *,
+    batch_size: int = 32,
+) -> ErrorFunction:
+    """The LW measure of one layer, from δ [C, K] to [C]; arguments as `layer_moments`."""
+    arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
+    groups, shape = getattr(layer, "groups", 1), layer.shape
+    x, given = run_to(block, layer, inputs[:1], through=True)
+    assert given is not None
+    rows = len(inputs) * given[0].numel() // shape[0]
+    candidates = 2 ** (layer.n_bits - 1) + 1
+    if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
+        return layer_moments(*arguments, batch_size=batch_size).error
+    return layer_residual(*arguments).error
+
+
+@torch.no_grad()
+def layer_residual(
+    float_block: nn.Module,
+    block: nn.Module,
+    float_layer: nn.Module,
+    layer: nn.Module,
+    float_inputs: Tensor,
+    inputs: Tensor,
+) -> OutputResidual:
+    """The LW measure of one layer through its outputs; arguments as `layer_moments`."""
+    _, wanted = run_to(float_block, float_layer, float_inputs, through=True)
+    x, given = run_to(block, layer, inputs, through=True)
+    assert wanted is not None and given is not None
+    return OutputResidual(lambda delta: _apply(layer, x, delta), _positions_last(layer, wanted - given))
 
 
 @torch.no_grad()
@@ -134,33 +181,31 @@ def block_sensitivity(
 
     def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.extend((args[0].detach(), output.detach().requires_grad_()))
-        return seen[1]
+        return seen[1].clone()  # autograd forbids an in-place activation on a leaf
 
     handle = layer.register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            z = block(inputs)
+            z = block(inputs.clone())  # an in-place operation at the start must not reach them
     finally:
         handle.remove()
     with torch.no_grad():
-        residual = float_block(float_inputs) - z
+        residual = float_block(float_inputs.clone()) - z
     x, y = seen
     generator = torch.Generator().manual_seed(seed)
     signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
     pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]]
 
-    @torch.no_grad()
-    def outputs(delta: Tensor) -> Tensor:
-        return _positions_last(layer, _apply(layer, x, delta))
-
-    return BlockSensitivity(outputs, pulls[0], torch.stack(pulls[1:]))
+    return BlockSensitivity(lambda delta: _apply(layer, x, delta), pulls[0], torch.stack(pulls[1:]))
 
 
+@torch.no_grad()
 def _apply(layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """The layer's output for the weight δ [C, K] and no bias."""
+    """X̂δ: the layer's output for the weight δ [C, K] and no bias, [B, C, positions]."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     delta = delta.to(weight.dtype).reshape(weight.shape)
     if isinstance(layer, nn.Conv2d):
-        return F.conv2d(_padded(layer, x), delta, None, layer.stride, 0, layer.dilation, layer.groups)
-    return F.linear(x, delta)
+        y = F.conv2d(_padded(layer, x), delta, None, layer.stride, 0, layer.dilation, layer.groups)
+        return _positions_last(layer, y)
+    return _positions_last(layer, F.linear(x, delta))

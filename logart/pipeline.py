@@ -98,7 +98,7 @@ def quantize_model(
     images = gather_images(calibration_images, max(2, config.images_needed))  # tracing takes an example
     report = Report()
     reference = surgery.clone_sharing(model).eval().requires_grad_(False).to(device)
-    example = images[:2].to(device)
+    example = images[:2].to(device, copy=True)  # some networks normalise in place
     report.folded = surgery.fold_batch_norms(reference, example)
     names, report.skipped = surgery.layers_to_quantize(reference, example)
     if not names:

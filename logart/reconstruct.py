@@ -59,7 +59,8 @@ def block_error(block: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, b
     total = 0.0
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        total += float(loss(block(inputs[batch]), targets[batch])) * len(inputs[batch])
+        # a clone: an in-place operation at the block's start must not reach the captured inputs
+        total += float(loss(block(inputs[batch].clone()), targets[batch])) * len(inputs[batch])
     return total / len(inputs)
 
 

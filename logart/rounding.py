@@ -29,11 +29,10 @@ def nearest(w: Tensor, codebook: Codebook) -> Tensor:
     Returns:
         [C, K] uint8 codes.
     """
-    w = w.double().contiguous()
-    borders = codebook.borders.contiguous()
-    positive = torch.searchsorted(borders, w, right=True)
-    negative = torch.searchsorted(borders, w, right=False)
-    return torch.where(w < 0, negative, positive).to(torch.uint8)
+    w = w.double()
+    # A weight on a border goes up; one ulp lower, a negative weight on a border goes down: away from zero both.
+    w = torch.where(w < 0, torch.nextafter(w, w.new_tensor(-torch.inf)), w)
+    return torch.searchsorted(codebook.borders.contiguous(), w.contiguous(), right=True).to(torch.uint8)
 
 
 def lower_neighbour(w: Tensor, codebook: Codebook) -> Tensor:

@@ -7,8 +7,9 @@ error per codebook, [G] float64. The measures differ only in how they weigh δ:
 * layer-wise (LW): the error of the layer's output, ‖X w - X̂ q‖²;
 * block-wise (BW): the error of the block's output, to first order in δ.
 
-LW and BW are quadratic in δ, so they are accumulated once, while the search images stream by (`OutputMoments`), or
-read off the outputs X̂δ (`BlockSensitivity`); no candidate needs a forward pass of the network.
+LW and BW are quadratic in δ. They are read off second moments that are accumulated once, while the search images stream
+by (`OutputMoments`), or off the layer's own outputs X̂δ (`OutputResidual`, `BlockSensitivity`), whichever is cheaper; no
+candidate needs a forward pass of the network.
 """
 
 from __future__ import annotations
@@ -157,6 +158,34 @@ class OutputMoments:
             self._working_gram = self.gram.to(self._precision)
         quadratic = ((grouped.to(self._precision) @ self._working_gram) * grouped).sum(-1).flatten()
         return self.energy - 2 * (delta * self.cross).sum(1) + quadratic
+
+
+@dataclass
+class OutputResidual:
+    """LW from the outputs themselves: the same error as `OutputMoments`, by one product X̂δ per candidate.
+
+    Attributes:
+        outputs: from δ [C, K] to X̂δ as [images, C, positions].
+        residual: [images, C, positions], r.
+    """
+
+    outputs: Callable[[Tensor], Tensor]
+    residual: Tensor
+
+    def error(self, delta: Tensor) -> Tensor:
+        """‖Xw - X̂(w + δ)‖² of every output channel, [C, K] -> [C] float64."""
+        return (self.residual - self.outputs(delta)).square().sum(dim=(0, 2), dtype=torch.float64)
+
+
+def moments_are_cheaper(candidates: int, rows: int, channels: int, elements: int) -> bool:
+    """Whether LW costs fewer multiplications by `OutputMoments` than by `OutputResidual`.
+
+    Per group of `channels` output channels with K = `elements` weights each and n = `rows` input rows: X̂ᵀX̂ and X̂ᵀr
+    cost n·K·(K + C) once and C·K² a candidate, X̂δ costs n·K·C a candidate. Moments pay where there are many candidates
+    or K is not much larger than C; a 3×3 convolution has K = 9·C and needs more than ten candidates.
+    """
+    by_moments = rows * (elements + channels) + candidates * channels * elements
+    return by_moments < candidates * rows * channels
 
 
 @dataclass

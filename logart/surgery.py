@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,8 +32,12 @@ class Unit:
 
 
 def clone_sharing(model: nn.Module) -> nn.Module:
-    """A copy of the network's structure that shares every parameter and buffer with it."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    """A copy of the network's structure that shares the memory of every parameter and buffer with it.
+
+    The parameters are objects of their own, without gradient: what is done to the copy (requires_grad_, to) stays there.
+    """
+    shared: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, shared)  # type: ignore[arg-type]
 
 
@@ -68,8 +71,27 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> list[str]:
 
     Returns:
         The names of the norms folded.
+
+    Raises:
+        ValueError: two modules share one weight, which folding would part; the message names them.
     """
-    names = {module: name for name, module in model.named_modules()}
+    _refuse_sharing(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    folded = []
+    for norm, layer in _norms_after_layers(model, example).items():
+        if _foldable(norm, layer):
+            _fold(layer, norm)
+            remains = _what_remains(norm)
+            for name in names[norm]:
+                _replace(model, name, remains)
+            folded.append(names[norm][0])
+    return folded
+
+
+def _norms_after_layers(model: nn.Module, example: Tensor) -> dict[nn.Module, nn.Module]:
+    """The layer whose output a batch norm uses, as the only one and once, for every norm where there is such."""
     produced: dict[int, nn.Module] = {}
     pairs: dict[nn.Module, tuple[nn.Module, int]] = {}
     runs: Counter[nn.Module] = Counter()
@@ -82,25 +104,25 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> list[str]:
 
     def before_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         runs[norm] += 1
-        layer = produced.get(id(args[0]))
-        if layer is not None:
+        layer = produced.get(id(args[0])) if args else None
+        # A linear layer's channels come last, a norm's second: the same only in [B, C].
+        if isinstance(layer, nn.Conv2d) or (layer is not None and args[0].ndim == 2):
             pairs[norm] = (layer, id(args[0]))
 
-    handles = [m.register_forward_hook(after_layer) for m in names if type(m) in QUANTIZED_TYPES]
-    handles += [m.register_forward_pre_hook(before_norm) for m in names if isinstance(m, _BATCH_NORMS)]
+    modules = list(model.modules())
+    handles = [m.register_forward_hook(after_layer) for m in modules if type(m) in QUANTIZED_TYPES]
+    handles += [m.register_forward_pre_hook(before_norm) for m in modules if isinstance(m, _BATCH_NORMS)]
     try:
         with uses:
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-    folded = []
-    for norm, (layer, output) in pairs.items():
-        if uses.count[output] == 1 and runs[layer] == 1 and runs[norm] == 1 and _foldable(norm, layer):
-            _fold(layer, norm)
-            _replace(model, names[norm], _what_remains(norm))
-            folded.append(names[norm])
-    return folded
+    return {
+        norm: layer
+        for norm, (layer, output) in pairs.items()
+        if uses.count[output] == 1 and runs[layer] == 1 and runs[norm] == 1
+    }
 
 
 def _foldable(norm: Any, layer: Any) -> bool:
@@ -115,7 +137,8 @@ def _fold(layer: Any, norm: Any) -> None:
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * scale
     if norm.affine:
-        scale, shift = scale * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+        scale, shift = scale * norm.weight.double(), shift * norm.weight.double()
+        shift = shift if norm.bias is None else shift + norm.bias.double()
     if layer.bias is not None:
         shift = shift + layer.bias.double() * scale
     weight = layer.weight.double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
@@ -161,7 +184,7 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
 
     Raises:
         ValueError: a layer runs more than once in a forward, shares its weight with another module, or holds a
-            weight that is not finite; the message names it.
+            weight or bias that is not finite; the message names it.
     """
     runs: Counter[str] = Counter()
     handles = []
@@ -177,9 +200,9 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
     for name, count in runs.items():
         if count > 1:
             raise ValueError(f"layer {name} runs {count} times in one forward; a layer may run once")
-        weight = model.get_submodule(name).weight
-        if not torch.isfinite(weight).all():  # type: ignore[arg-type]
-            raise ValueError(f"layer {name}: its weight holds NaN or infinite values")
+        for kind, parameter in model.get_submodule(name).named_parameters(recurse=False):
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"layer {name}: its {kind} holds NaN or infinite values")
     skipped = []
     for name, module in model.named_modules():
         if type(module) in QUANTIZED_TYPES and name not in runs:
