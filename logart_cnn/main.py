@@ -190,7 +190,7 @@ def command(args: argparse.Namespace) -> None:
         "arch": network.arch,
         "checkpoint": network.source,
         "checkpoint_sha256": network.sha256,
-        "data": data_path,
+        "data": source.name,
     }
     if config.iters:
         columns["calib_augment"] = str(bool(args.calib_augment))
