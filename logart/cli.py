@@ -6,6 +6,9 @@ Only the entry points import this; the core never reads a command line.
 from __future__ import annotations
 
 import argparse
+import ast
+import io
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -37,6 +40,9 @@ class FlagParser(argparse.ArgumentParser):
 
 def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
     """Parse and run; a user's mistake becomes one line and exit code 2, ours keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks √, or a file name that is not UTF-8, must not end a run of hours.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     try:
         command(args)
@@ -46,6 +52,17 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         print(f"{parser.prog}: interrupted; nothing was recorded", file=sys.stderr)
         return 130
     return 0
+
+
+def finite(text: str) -> float:
+    """A flag's number, as argparse's `type`; nan and inf are refused."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -69,14 +86,18 @@ def refuse_idle(args: argparse.Namespace, flags: Mapping[str, str], acts: bool, 
 
 
 def key_values(pairs: Iterable[str], flag: str) -> dict[str, Any]:
-    """`KEY=VALUE` words as a dictionary; values are Python literals where they look like one, else text."""
-    import ast
+    """`KEY=VALUE` words as a dictionary; values are Python literals where they look like one, else text.
 
+    Raises:
+        UserError: a word of another form, or a key given twice.
+    """
     result: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (equals and key.isidentifier()):
             raise UserError(f"{flag}: {pair!r} is not of the form KEY=VALUE")
+        if key in result:
+            raise UserError(f"{flag}: {key} is given twice")
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

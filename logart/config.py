@@ -54,8 +54,8 @@ class QuantConfig:
     search_samples: int = 32
     calib_samples: int = 1024
     batch_size: int = 32
-    iters: int = 2000
-    rrweight: float = 0.01
+    iters: int = 1000
+    rrweight: float = 0.1
     lr: float = 1e-2
     b_start: float = 20.0
     b_end: float = 2.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from logart.grid import ScaleMethod
 from logart.layers import hardware_approximation
 from logart.pipeline import Report, quantize_model
 from logart.results import Cell, append_row, environment
-from logart.runtime import peak_memory_mb, progress_bar
+from logart.runtime import UserError, peak_memory_mb, progress_bar
+from logart.weights import one_line
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class RunOptions:
         val_batch_size, workers: of the evaluation's loader.
         test_before_calibration: evaluate after DBS too.
         test_with_hardware_approx: evaluate a second time with √2 ≈ 1 + 1/2 in a network calibrated without it.
-        quiet: print no progress and no table, only the results.
+        quiet: print no progress and no table, only the accuracies.
+        network_flags: the flags that choose the network, for errors about it.
     """
 
     device: torch.device
@@ -39,6 +43,35 @@ class RunOptions:
     test_before_calibration: bool = False
     test_with_hardware_approx: bool = False
     quiet: bool = False
+    network_flags: str = "--arch, --checkpoint"
+
+
+def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: str = "--arch, --checkpoint") -> None:
+    """Run the float network once, so that one that does not fit its images shows before any long work.
+
+    Args:
+        model: on the CPU, in eval mode.
+        images: [n, C, H, W]; the first two are looked at.
+        num_classes: how many logits an image must get.
+        flags: what errors name.
+
+    Raises:
+        UserError: it cannot run on these images, or gives anything but finite logits [n, num_classes].
+    """
+    images = images[:2].clone()  # some networks normalise in place
+    size = "×".join(map(str, images.shape[1:]))
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's answers to a size that is wrong
+        reason = f"({one_line(error)}); see --input_size"
+        raise UserError(f"{flags}: the network cannot run on images of {size} {reason}") from error
+    expected = [len(images), num_classes]
+    seen = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if seen != expected:
+        raise UserError(f"{flags}: expected logits {expected} for {len(images)} images, got {seen}")
+    if not logits.isfinite().all():
+        raise UserError(f"{flags}: the float network's logits are not all finite")
 
 
 def run(
@@ -61,52 +94,88 @@ def run(
 
     Returns:
         The report of `quantize_model`.
+
+    Raises:
+        UserError: the network cannot be quantized, an image cannot be read or the row cannot be written.
     """
-    accuracies: dict[str, Accuracy] = {}
-
-    def measure(stage: str, network: nn.Module) -> None:
-        batches = validation_batches(source, options.val_batch_size, options.workers)
-        with progress_bar(len(source.val), f"evaluate {stage}", options.quiet) as bar:
-            accuracies[stage] = accuracy(network, batches, options.device, bar.update)
-        print(f"{stage:<28} Acc@1 {accuracies[stage].top1:6.2f} %  Acc@5 {accuracies[stage].top5:6.2f} %", flush=True)
-
-    def observe(stage: str, network: nn.Module) -> None:
-        if stage == "float":
-            measure("float", network)
-        elif stage == "searched" and (options.test_before_calibration or not config.iters):
-            measure("after DBS" if config.scale_method is ScaleMethod.DYNAMIC else "after rounding", network)
-            accuracies["searched"] = list(accuracies.values())[-1]
-        elif stage == "learned":
-            measure("after LLR", network)
-
-    quantized, report = quantize_model(
-        model, config, images, block_types=block_types, device=options.device, quiet=options.quiet, observe=observe
-    )
-    final = accuracies.get("after LLR") or accuracies["searched"]
+    stages = _Stages(source, config, options)
+    with _naming(options.network_flags):
+        quantized, report = quantize_model(
+            model,
+            config,
+            images,
+            block_types=block_types,
+            device=options.device,
+            quiet=options.quiet,
+            observe=stages.observe,
+        )
     if options.test_with_hardware_approx:
         with hardware_approximation(quantized, terms=2):
-            measure("with √2 ≈ 1 + 1/2 at test", quantized)
+            stages.measure("approximated", quantized)
     total = time.perf_counter() - started
-    row = dict(columns) | config_columns(config) | environment()
-    row |= _accuracy_columns("", final) | _accuracy_columns("float_", accuracies["float"])
-    row |= _accuracy_columns("search_", accuracies.get("searched"))
-    row |= _accuracy_columns("approx_", accuracies.get("with √2 ≈ 1 + 1/2 at test"))
-    row |= {
-        "val_images": final.images,
-        "search_seconds": round(report.search_seconds, 3),
-        "reconstruction_seconds": round(report.reconstruction_seconds, 3),
-        "total_seconds": round(total, 3),
-        "peak_memory_mb": round(peak_memory_mb(options.device)),
-        "device": device_name(options.device),
-    }
-    append_row(options.results, row)
+    row = dict(columns) | config_columns(config) | stages.columns() | _cost_columns(report, total, options.device)
+    append_row(options.results, row | environment())
     if not options.quiet:
         print(layer_table(report))
-    print(
-        f"DBS {report.search_seconds:.1f} s, LLR {report.reconstruction_seconds:.1f} s, total {total:.1f} s; "
-        f"row appended to {options.results}"
-    )
+        times = f"DBS {report.search_seconds:.1f} s, LLR {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
+        print(f"{times}; row appended to {options.results}")
     return report
+
+
+@dataclass
+class _Stages:
+    """Evaluates the network stage by stage, prints the accuracies and keeps them."""
+
+    source: ImageSource
+    config: QuantConfig
+    options: RunOptions
+    accuracies: dict[str, Accuracy] = field(default_factory=dict)
+
+    def observe(self, stage: str, network: nn.Module) -> None:
+        """What `quantize_model` calls: measures, unless learning goes on from here and nobody asked."""
+        if stage != "searched" or self.options.test_before_calibration or not self.config.iters:
+            self.measure(stage, network)
+
+    def measure(self, stage: str, network: nn.Module) -> None:
+        title = {
+            "float": "float",
+            "searched": "after DBS" if self.config.scale_method is ScaleMethod.DYNAMIC else "after rounding",
+            "learned": "after LLR",
+            "approximated": "with √2 ≈ 1 + 1/2 at test",
+        }[stage]
+        batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)
+        with progress_bar(len(self.source.val), f"evaluate {title}", self.options.quiet) as bar:
+            value = accuracy(network, batches, self.options.device, bar.update)
+        print(f"{title:<28} Acc@1 {value.top1:6.2f} %  Acc@5 {value.top5:6.2f} %", flush=True)
+        self.accuracies[stage] = value
+
+    def columns(self) -> dict[str, Cell]:
+        """The results columns; a stage that was not measured leaves its own empty."""
+        final = "learned" if self.config.iters else "searched"
+        stages = {"": final, "float_": "float", "search_": "searched", "approx_": "approximated"}
+        row: dict[str, Cell] = {"val_images": self.accuracies[final].images}
+        for prefix, stage in stages.items():
+            if stage in self.accuracies:
+                value = self.accuracies[stage]
+                row |= {f"{prefix}Acc@1": round(value.top1, 3), f"{prefix}Acc@5": round(value.top5, 3)}
+        return row
+
+
+@contextmanager
+def _naming(flags: str) -> Iterator[None]:
+    """Let what this project's own checks find wrong with the user's network reach them as one line naming `flags`.
+
+    A ValueError out of a library is our mistake, not the user's, and keeps its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("logart"):
+            raise
+        raise UserError(f"{flags}: {one_line(error)}") from error
 
 
 def config_columns(config: QuantConfig) -> dict[str, Cell]:
@@ -122,7 +191,9 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
         "seed": config.seed,
     }
     if dynamic:
-        row |= {"search_method": config.search_method.value, "search_samples": config.search_samples}
+        row["search_method"] = config.search_method.value
+    if config.searches_data:
+        row["search_samples"] = config.search_samples
     if learns:
         row |= {
             "calib_samples": config.calib_samples,
@@ -138,10 +209,14 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
     return row
 
 
-def _accuracy_columns(prefix: str, value: Accuracy | None) -> dict[str, Cell]:
-    if value is None:
-        return {}
-    return {f"{prefix}Acc@1": round(value.top1, 3), f"{prefix}Acc@5": round(value.top5, 3)}
+def _cost_columns(report: Report, total_seconds: float, device: torch.device) -> dict[str, Cell]:
+    return {
+        "search_seconds": round(report.search_seconds, 3),
+        "reconstruction_seconds": round(report.reconstruction_seconds, 3),
+        "total_seconds": round(total_seconds, 3),
+        "peak_memory_mb": round(peak_memory_mb(device)),
+        "device": device_name(device),
+    }
 
 
 def device_name(device: torch.device) -> str:

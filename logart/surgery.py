@@ -34,7 +34,7 @@ class Unit:
 def clone_sharing(model: nn.Module) -> nn.Module:
     """A copy of the network's structure that shares the memory of every parameter and buffer with it.
 
-    The parameters are objects of their own, without gradient: what is done to the copy (requires_grad_, to) stays there.
+    The parameters are objects of their own, without gradient: what is done to the copy (`to`, say) stays there.
     """
     shared: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     shared |= {id(buffer): buffer for buffer in model.buffers()}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from logart.cli import FlagParser, given, key_values, refuse_idle, run_command
+from torch import Tensor
+
+from logart.cli import FlagParser, finite, given, key_values, refuse_idle, run_command
 from logart.config import QuantConfig, ReconInput, SearchMethod
-from logart.data import DIGITS, calibration_images, load_names, open_images, save_names
+from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.grid import ScaleMethod
-from logart.results import check_results
-from logart.run import RunOptions, run
+from logart.results import Cell, check_results
+from logart.run import RunOptions, check_network, run
 from logart.runtime import UserError, resolve_device, seed_everything
 from logart_cnn.models import INTERPOLATIONS, load_network
 
@@ -36,8 +41,18 @@ FIELDS = {
     "seed": "seed",
 }
 LLR_FLAGS = (
-    "batch_size", "rrweight", "calib_lr", "b_start", "b_end", "warmup", "recon_input", "test_before_calibration",
+    "calib_samples", "batch_size", "rrweight", "calib_lr", "b_start", "b_end", "warmup", "recon_input",
+    "test_before_calibration",
 )  # fmt: skip
+LIST_FLAGS = ("calib_list", "save_calib_list")
+DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
+OTHER_DEFAULTS = {
+    "data_path": DIGITS,
+    "arch": "digits_resnet",
+    "device": "auto",
+    "workers": 2,
+    "results": "results.csv",
+}
 
 
 def build_parser() -> FlagParser:
@@ -69,9 +84,9 @@ def _add_network_flags(parser: FlagParser) -> None:
     parser.flag("--model_kwargs", nargs="+", metavar="KEY=VALUE", help="for timm.create_model, with --arch timm:NAME")
     parser.flag("--num_classes", type=int, help="outputs of the network")
     parser.flag("--input_size", type=int, help="height and width of the input in pixels")
-    parser.flag("--crop_pct", type=float, help="part of the resized image that the centre crop keeps")
-    parser.flag("--mean", type=float, nargs="+", help="per channel, of pixels in 0..1")
-    parser.flag("--std", type=float, nargs="+", help="per channel")
+    parser.flag("--crop_pct", type=finite, help="part of the resized image that the centre crop keeps")
+    parser.flag("--mean", type=finite, nargs="+", help="per channel, of pixels in 0..1")
+    parser.flag("--std", type=finite, nargs="+", help="per channel")
     parser.flag("--interpolation", choices=INTERPOLATIONS, help="how images are resized")
 
 
@@ -89,12 +104,12 @@ def _add_quantization_flags(parser: FlagParser) -> None:
     parser.flag("--calib_samples", type=int, help=f"images for LLR (default {d.calib_samples})")
     parser.flag("--batch_size", type=int, help=f"images per LLR step (default {d.batch_size})")
     parser.flag("--iters_w", type=int, help=f"LLR steps per block; 0 leaves plain rounding (default {d.iters})")
-    parser.flag("--rrweight", "--weight", type=float,
+    parser.flag("--rrweight", "--weight", type=finite,
                 help=f"λ, the rounding penalty against the reconstruction loss (default {d.rrweight})")  # fmt: skip
-    parser.flag("--calib_lr", type=float, help=f"LLR's learning rate at the start (default {d.lr})")
-    parser.flag("--b_start", type=float, help=f"the penalty's exponent at the start (default {d.b_start:g})")
-    parser.flag("--b_end", type=float, help=f"the penalty's exponent at the end (default {d.b_end:g})")
-    parser.flag("--warmup", type=float, help=f"share of the steps without the penalty (default {d.warmup})")
+    parser.flag("--calib_lr", type=finite, help=f"LLR's learning rate at the start (default {d.lr})")
+    parser.flag("--b_start", type=finite, help=f"the penalty's exponent at the start (default {d.b_start:g})")
+    parser.flag("--b_end", type=finite, help=f"the penalty's exponent at the end (default {d.b_end:g})")
+    parser.flag("--warmup", type=finite, help=f"share of the steps without the penalty (default {d.warmup})")
     parser.flag("--recon_input", choices=[m.value for m in ReconInput],
                 help=f"what blocks are fed during LLR: the prefix's output in which network "
                 f"(default {d.recon_input.value})")  # fmt: skip
@@ -123,20 +138,28 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
         config = QuantConfig(**fields)
     except ValueError as error:
         raise UserError(_in_flags(str(error))) from None
-    method = config.scale_method
-    search = {name: f"--{name}" for name in ("search_method", "search_samples")}
-    refuse_idle(args, search, method is ScaleMethod.DYNAMIC, f"--scale_method {method.value} searches nothing")
-    llr = {name: f"--{name}" for name in LLR_FLAGS}
-    refuse_idle(args, llr, config.iters > 0, "--iters_w 0 learns nothing")
-    approx = {name: f"--{name}" for name in ("hardware_approx", "test_with_hardware_approx")}
-    has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
-    refuse_idle(args, approx, has_root2, f"--scale_method {method.value} has no √2 to approximate")
-    tested = {"test_with_hardware_approx": "--test_with_hardware_approx"}
-    refuse_idle(args, tested, not args.hardware_approx, "--hardware_approx approximates from the start")
-    images = {name: f"--{name}" for name in ("calib_augment", "calib_list", "save_calib_list")}
-    refuse_idle(args, images, config.images_needed > 0, "no stage of this run looks at calibration images")
-    refuse_idle(args, {"calib_samples": "--calib_samples"}, config.iters > 0, "--iters_w 0 learns nothing")
+    if not 0 <= config.seed < 2**32:  # one seed for torch, which takes more, and for numpy, which does not
+        raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
+    _refuse_idle_flags(args, config)
     return config
+
+
+def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
+    method = config.scale_method
+
+    def refuse(names: Sequence[str], acts: bool, why: str) -> None:
+        refuse_idle(args, {name: f"--{name}" for name in names}, acts, why)
+
+    searches = method is ScaleMethod.DYNAMIC
+    refuse(("search_method", "search_samples"), searches, f"--scale_method {method.value} searches nothing")
+    refuse(LLR_FLAGS, config.iters > 0, "--iters_w 0 learns nothing")
+    has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
+    approximate = ("hardware_approx", "test_with_hardware_approx")
+    refuse(approximate, has_root2, f"--scale_method {method.value} has no √2 to approximate")
+    refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")
+    looks = config.images_needed > 0
+    refuse(("calib_augment", *LIST_FLAGS), looks, "no stage of this run looks at calibration images")
+    refuse(("save_calib_list",), args.calib_list is None, "--calib_list has the list already")
 
 
 def _first_last_bits(text: str | None) -> int | None:
@@ -158,51 +181,75 @@ def command(args: argparse.Namespace) -> None:
     """One run from flags to results row."""
     started = time.perf_counter()
     config = build_config(args)
-    results, workers = args.results or "results.csv", 2 if args.workers is None else args.workers
-    if workers < 0:
-        raise UserError(f"--workers: expected 0 or more, got {workers}")
-    device = resolve_device(args.device or "auto")
-    check_results(results)
+    settings = argparse.Namespace(**OTHER_DEFAULTS | given(args, OTHER_DEFAULTS))
+    options = _run_options(args, settings, config)
+    check_results(options.results)
+    if args.save_calib_list is not None:
+        _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
+    names = None if args.calib_list is None else load_names(args.calib_list)
     seed_everything(config.seed)
     network = load_network(
-        args.arch or "digits_resnet",
+        settings.arch,
         args.checkpoint,
-        model_kwargs=key_values(args.model_kwargs, "--model_kwargs") if args.model_kwargs else None,
-        **{
-            name: getattr(args, name)
-            for name in ("num_classes", "input_size", "crop_pct", "mean", "std", "interpolation")
-        },
+        model_kwargs=None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs"),
+        num_classes=args.num_classes,
+        **{name: getattr(args, name) for name in DATA_SETTINGS},
     )
-    data_path = args.data_path or DIGITS
-    source = open_images(data_path, network.preprocessing, network.num_classes)
-    quiet = bool(args.quiet)
-    needed = max(2, config.images_needed)
-    names = load_names(args.calib_list) if args.calib_list else None
-    flag = "--calib_samples" if config.images_needed == config.calib_samples else "--search_samples"
-    images, chosen = calibration_images(
-        source, needed, config.seed, augment=bool(args.calib_augment), names=names, flag=flag, quiet=quiet
-    )
-    if args.save_calib_list:
-        save_names(args.save_calib_list, chosen)
-    print(f"{network.arch} ({network.source}) on {source.name}: {describe(config)}, on {device}", flush=True)
-    columns = {
+    source = open_images(settings.data_path, network.preprocessing, network.num_classes)
+    images, chosen = _calibration_images(args, config, source, names)
+    check_network(network.model, images, network.num_classes)
+    if not options.quiet:
+        origin = f"{network.arch} ({network.source}) on {source.name}"
+        print(f"{origin}: {describe(config)}, on {options.device}", flush=True)
+    columns: dict[str, Cell] = {
         "track": "cnn",
         "arch": network.arch,
         "checkpoint": network.source,
         "checkpoint_sha256": network.sha256,
         "data": source.name,
     }
-    if config.iters:
+    if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
-    options = RunOptions(
-        device=device,
-        results=results,
-        workers=workers,
-        test_before_calibration=bool(config.iters) and (bool(args.test_before_calibration) or data_path == DIGITS),
-        test_with_hardware_approx=bool(args.test_with_hardware_approx),
-        quiet=quiet,
-    )
     run(network.model, network.block_types, source, images, config, options, columns, started)
+    if args.save_calib_list is not None:
+        save_names(args.save_calib_list, chosen)
+
+
+def _run_options(args: argparse.Namespace, settings: argparse.Namespace, config: QuantConfig) -> RunOptions:
+    if settings.workers < 0:
+        raise UserError(f"--workers: expected 0 or more, got {settings.workers}")
+    return RunOptions(
+        device=resolve_device(settings.device),
+        results=settings.results,
+        workers=settings.workers,
+        # The built-in digits tell the whole story; elsewhere one more evaluation may take minutes.
+        test_before_calibration=config.iters > 0
+        and (bool(args.test_before_calibration) or settings.data_path == DIGITS),
+        test_with_hardware_approx=bool(args.test_with_hardware_approx),
+        quiet=bool(args.quiet),
+    )
+
+
+def _refuse_unwritable(flag: str, path: Path) -> None:
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{flag}: cannot write {path}; expected the path of a file in a folder that exists")
+
+
+def _calibration_images(
+    args: argparse.Namespace, config: QuantConfig, source: ImageSource, names: list[str] | None
+) -> tuple[Tensor, list[str]]:
+    """The images that the stages look at, two at least, which tracing needs; and their names."""
+    count = config.images_needed
+    flag = "--calib_samples" if config.iters and count == config.calib_samples else "--search_samples"
+    return calibration_images(
+        source,
+        max(2, count),
+        config.seed,
+        augment=bool(args.calib_augment),
+        names=names,
+        flag=flag if count >= 2 else "--data_path",
+        quiet=bool(args.quiet),
+    )
 
 
 def describe(config: QuantConfig) -> str:
