@@ -1,0 +1,163 @@
+"""Search: each measure against its definition, the least error wins, ties go to the larger k."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from logart.grid import ScaleMethod, Spacing
+from logart.search import (
+    BlockSensitivity,
+    OutputMoments,
+    OutputResidual,
+    choose_codebook,
+    least_error,
+    log_candidates,
+    moments_are_cheaper,
+    rounding_error,
+    squared_error,
+)
+
+
+def weights(channels: int, elements: int, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(channels, elements, dtype=torch.float64) * torch.logspace(-2, 1, channels).double()[:, None]
+
+
+def oracle_error(row: list[float], n_bits: int, k: int, terms: int) -> float:
+    """Σ(w - q)² of one channel, level by level."""
+    steps = oracle.half_steps(max(map(abs, row)), n_bits, k, "float64")
+    magnitudes = [oracle.level(h, terms) for h in steps]
+    levels = [-m for m in reversed(magnitudes)] + magnitudes
+    return math.fsum((w - levels[oracle.nearest_log_code(w, steps, terms)]) ** 2 for w in row)
+
+
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("terms", [0, 2])
+def test_tensor_wise_errors_and_choice_equal_the_oracle(n_bits: int, terms: int) -> None:
+    w = weights(6, 30, seed=n_bits)
+    candidates = log_candidates(w.abs().amax(1), n_bits, terms=terms, dtype=w.dtype)
+    n_levels = 2 ** (n_bits - 1)
+    assert [c.n_base2.unique().tolist() for c in candidates] == [[k] for k in range(n_levels + 1)]  # type: ignore[union-attr]
+    expected = torch.tensor(
+        [[oracle_error(row, n_bits, k, terms) for row in w.tolist()] for k in range(n_levels + 1)], dtype=torch.float64
+    )
+    chosen, errors = least_error(w, candidates, squared_error)
+    torch.testing.assert_close(errors, expected, rtol=1e-9, atol=0)
+    best = [max(range(n_levels + 1), key=lambda k, c=c: (-float(expected[k, c]), k)) for c in range(6)]  # type: ignore[misc]
+    assert chosen.n_base2 is not None and chosen.n_base2.tolist() == best
+    assert len(set(best)) > 1 or n_bits == 2  # else a search that always says the same would pass
+    for c, k in enumerate(best):
+        assert torch.equal(chosen.levels[c], candidates[k].levels[c])
+        assert torch.equal(chosen.half_steps[c], candidates[k].half_steps[c])  # type: ignore[index]
+
+
+def test_ties_go_to_the_larger_k() -> None:
+    """1 is a level of every mix; √2 of every mix but the last; the zero channel has one codebook only."""
+    root2 = math.sqrt(2)
+    w = torch.tensor([[1.0, -1.0, 1.0], [root2, -root2, root2], [0.0, -0.0, 0.0]], dtype=torch.float64)
+    chosen = choose_codebook(w, ScaleMethod.DYNAMIC, 4)
+    assert chosen.n_base2 is not None and chosen.n_base2.tolist() == [8, 7, 8]
+
+
+def test_any_error_function_decides() -> None:
+    """The candidate that the function likes wins, channel by channel."""
+    w = weights(5, 12)
+    candidates = log_candidates(w.abs().amax(1), 4, dtype=w.dtype)
+    wanted = torch.tensor([3, 0, 8, 5, 1])
+    liked = torch.stack([rounding_error(w, candidates[int(k)])[c] for c, k in enumerate(wanted)])
+    error = lambda delta: (delta - liked).square().sum(1)  # noqa: E731
+    chosen = choose_codebook(w, ScaleMethod.DYNAMIC, 4, error=error)
+    reached = (rounding_error(w, chosen) - liked).abs().amax()
+    assert reached == 0
+    assert chosen.n_base2 is not None and bool((chosen.n_base2 >= wanted).all())
+
+
+@pytest.mark.parametrize("method", [m for m in ScaleMethod if m is not ScaleMethod.DYNAMIC])
+def test_fixed_grids_ignore_the_error_function(method: ScaleMethod) -> None:
+    def unwanted(delta: Tensor) -> Tensor:
+        raise AssertionError("a fixed grid has nothing to search")
+
+    w = weights(3, 20)
+    codebook = choose_codebook(w, method, 4, error=unwanted)
+    assert codebook.spacing is (Spacing.LINEAR if method.value.startswith("linear") else Spacing.LOG)
+    if codebook.n_base2 is not None:
+        assert codebook.n_base2.tolist() == [8 if method is ScaleMethod.LOG_2 else 0] * 3
+
+
+def layer_wise_data(groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, x̂ [groups, n, K]; w, δ [C, K]; and ‖Xw - X̂(w + δ)‖² [C] computed plainly."""
+    torch.manual_seed(groups)
+    n, k, per_group = 40, 9, 4
+    x = torch.randn(groups, n, k, dtype=torch.float64)
+    x_hat = x + 0.3 * torch.randn_like(x)
+    w = torch.randn(groups * per_group, k, dtype=torch.float64)
+    delta = 0.1 * torch.randn_like(w)
+    expected = torch.stack(
+        [(x[c // per_group] @ w[c] - x_hat[c // per_group] @ (w + delta)[c]).square().sum() for c in range(len(w))]
+    )
+    return x, x_hat, w, delta, expected
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_output_moments_are_the_layer_error_however_batched(groups: int) -> None:
+    x, x_hat, w, delta, expected = layer_wise_data(groups)
+    grouped = w.unflatten(0, (groups, -1)).mT
+    residual = x @ grouped - x_hat @ grouped
+    moments = OutputMoments.zeros(groups, len(w), w.shape[1], w.device)
+    for rows in (slice(0, 7), slice(7, 8), slice(8, 40)):
+        moments.add(x_hat[:, rows], residual[:, rows])
+    torch.testing.assert_close(moments.error(delta), expected, rtol=1e-10, atol=0)
+    with_zero = moments.error(torch.zeros_like(delta))
+    torch.testing.assert_close(with_zero, residual.square().sum(1).flatten(), rtol=1e-12, atol=0)
+
+
+def test_output_moments_take_more_data_after_an_error_was_read() -> None:
+    x, x_hat, w, delta, expected = layer_wise_data(1)
+    residual = (x - x_hat) @ w.mT
+    moments = OutputMoments.zeros(1, len(w), w.shape[1], w.device)
+    moments.add(x_hat[:, :20], residual[:, :20])
+    early = moments.error(delta)
+    moments.add(x_hat[:, 20:], residual[:, 20:])
+    assert bool((early < expected).all())
+    torch.testing.assert_close(moments.error(delta), expected, rtol=1e-10, atol=0)
+
+
+def test_output_residual_is_the_layer_error() -> None:
+    x, x_hat, w, delta, expected = layer_wise_data(1)
+    images = 4  # the 40 rows are 10 positions of 4 images
+    as_images = lambda y: y[0].reshape(images, -1, y.shape[-1]).mT  # noqa: E731
+    residual = OutputResidual(lambda d: as_images(x_hat @ d.mT), as_images((x - x_hat) @ w.mT))
+    torch.testing.assert_close(residual.error(delta), expected, rtol=1e-12, atol=0)
+
+
+def test_moments_are_cheaper_counts_multiplications() -> None:
+    """Candidates decide for a 3×3 convolution; a 1×1 convolution profits early, a depthwise one late."""
+    assert not moments_are_cheaper(candidates=9, rows=100_000, channels=64, elements=576)
+    assert moments_are_cheaper(candidates=17, rows=100_000, channels=64, elements=576)
+    assert moments_are_cheaper(candidates=3, rows=100_000, channels=64, elements=64)
+    assert not moments_are_cheaper(candidates=9, rows=100_000, channels=1, elements=9)
+    assert not moments_are_cheaper(candidates=129, rows=10, channels=64, elements=576)
+
+
+def test_block_sensitivity_is_exact_for_a_linear_block_seen_along_all_directions() -> None:
+    """Over the rows of a Hadamard matrix the mean of ⟨v, u⟩² is ‖u‖² itself, not only on average."""
+    torch.manual_seed(0)
+    images, channels, positions, elements, outputs = 3, 4, 5, 6, 8
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < outputs:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    patches = torch.randn(images, positions, elements, dtype=torch.float64)
+    jacobian = torch.randn(images, outputs, channels, positions, dtype=torch.float64)
+    residual = torch.randn(images, outputs, dtype=torch.float64)
+    delta = torch.randn(channels, elements, dtype=torch.float64)
+    sensitivity = BlockSensitivity(
+        lambda d: torch.einsum("ipk,ck->icp", patches, d),
+        torch.einsum("iocp,io->icp", jacobian, residual),
+        torch.einsum("iocp,vo->vicp", jacobian, hadamard),
+    )
+    moved = torch.einsum("iocp,ipk,ck->cio", jacobian, patches, delta)
+    expected = (residual - moved).square().sum((1, 2)) - residual.square().sum()
+    torch.testing.assert_close(sensitivity.error(delta), expected, rtol=1e-10, atol=1e-10)
