@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import timm
 import torchvision
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
 from logart.data import Preprocessing
 from logart.runtime import UserError
@@ -26,6 +24,7 @@ from logart.weights import (
     read_state_dict,
     state_sha256,
 )
+from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -94,9 +93,6 @@ TIMM_BLOCKS = (
     "Block8",
     "Fire",
 )
-
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -301,54 +297,6 @@ def _close(name: str, known: Sequence[str]) -> str:
     return f"; perhaps {' or '.join(close)}" if close else ""
 
 
-def _renamed(state: State, rules: Sequence[tuple[str, str]]) -> State:
-    """Every key after the first rule (pattern, replacement) that matches its start."""
-    result = {}
-    for key, tensor in state.items():
-        for pattern, replacement in rules:
-            new, hits = re.subn("^" + pattern, replacement, key)
-            if hits:
-                break
-        else:
-            new = key
-        result[new] = tensor
-    return result
-
-
-_ONE_LINEAR = (r"classifier\.(weight|bias)$", r"classifier.1.\1")  # a classifier without its dropout
-
-
-def _rename_mobilenetv2(state: State) -> State:
-    """From the layout with one flat list of layers a block onto torchvision's, which nests them."""
-    if "features.2.conv.0.weight" not in state:
-        return _renamed(state, [_ONE_LINEAR])
-    block = r"(features\.\d+\.conv)\."
-    return _renamed(
-        state,
-        [
-            (r"features\.1\.conv\.3\.", "features.1.conv.1."),  # the first block has no expansion
-            (r"features\.1\.conv\.4\.", "features.1.conv.2."),
-            (block + r"([01])\.", r"\1.0.\2."),
-            (block + r"3\.", r"\1.1.0."),
-            (block + r"4\.", r"\1.1.1."),
-            (block + r"6\.", r"\1.2."),
-            (block + r"7\.", r"\1.3."),
-            (r"conv\.([01])\.", r"features.18.\1."),
-            _ONE_LINEAR,
-        ],
-    )
-
-
-def _rename_regnet(state: State) -> State:
-    """From pycls's names onto timm's; timm's own match no rule."""
-    block = r"(s\d\.b\d+)\."
-    layers = {"a": "conv1", "b": "conv2", "c": "conv3"}
-    rules = [(block + "proj", r"\1.downsample.conv"), (block + "bn", r"\1.downsample.bn")]
-    for old, new in layers.items():
-        rules += [(block + rf"f\.{old}_bn", rf"\1.{new}.bn"), (block + rf"f\.{old}", rf"\1.{new}.conv")]
-    return _renamed(state, rules)
-
-
 def _timm_builder(name: str) -> Callable[[State, int], nn.Module]:
     return lambda _, num_classes: timm.create_model(name, num_classes=num_classes)
 
@@ -364,10 +312,10 @@ def _cifar(depth: int) -> _Stock:
 _STOCK = {
     "resnet18": _Stock(_torchvision_builder("resnet18"), ("BasicBlock",)),
     "resnet50": _Stock(_torchvision_builder("resnet50"), ("Bottleneck",)),
-    "mobilenetv2": _Stock(_torchvision_builder("mobilenet_v2"), ("InvertedResidual",), _rename_mobilenetv2),
-    "regnetx_600m": _Stock(_timm_builder("regnetx_006"), ("Bottleneck",), _rename_regnet),
-    "regnetx_3200m": _Stock(_timm_builder("regnetx_032"), ("Bottleneck",), _rename_regnet),
-    "mnasnet": _Stock(build_mnasnet, ("_InvertedResidual",), partial(_renamed, rules=[_ONE_LINEAR])),
+    "mobilenetv2": _Stock(_torchvision_builder("mobilenet_v2"), ("InvertedResidual",), rename_mobilenetv2),
+    "regnetx_600m": _Stock(_timm_builder("regnetx_006"), ("Bottleneck",), rename_regnet),
+    "regnetx_3200m": _Stock(_timm_builder("regnetx_032"), ("Bottleneck",), rename_regnet),
+    "mnasnet": _Stock(build_mnasnet, ("_InvertedResidual",), rename_mnasnet),
     "squeezenet1_1": _Stock(_torchvision_builder("squeezenet1_1"), ("Fire",)),
     **{f"cifar_resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56)},
     "digits_resnet": _Stock(lambda _, classes: DigitsResNet(num_classes=classes), ("DigitsBlock",), dict, DIGITS, 10),
