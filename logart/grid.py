@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -167,9 +168,10 @@ def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _both_signs(half_steps: Tensor, nonzero: Tensor, terms: int) -> Tensor:
     """Levels [C, 2N] float64 from half-steps [C, N]: the magnitudes and their negatives, ascending."""
     odd = half_steps % 2
-    factor = torch.tensor([1.0, root2(terms)], dtype=torch.float64, device=odd.device)[odd]
-    exponent = torch.div(half_steps - odd, 2, rounding_mode="floor")
-    magnitudes = torch.ldexp(factor, exponent) * nonzero[:, None]
+    factor = torch.tensor([1.0, root2(terms)], dtype=torch.float64)[odd.cpu()]
+    # NumPy's ldexp is exact everywhere; a GPU's may go through a power function that rounds.
+    magnitudes = torch.from_numpy(np.ldexp(factor.numpy(), ((half_steps - odd) // 2).cpu().int().numpy()))
+    magnitudes = magnitudes.to(half_steps.device) * nonzero[:, None]
     return torch.cat([-magnitudes.flip(1), magnitudes], dim=1) + 0.0  # + 0.0 turns -0 into 0
 
 

@@ -80,7 +80,7 @@ def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tens
     log_h = torch.log(torch.where(geometric, inside / lo, 1.0)) / torch.where(a != 0, a, 1.0)
     linear_h = (inside - lo) / torch.where(b > 0, b, 1.0)
     h = torch.where(geometric, log_h, linear_h).clamp(0, 1)
-    straddles = (lo * hi < 0) & (codebook.spacing is Spacing.LOG)
+    straddles = (lo * hi < 0) & (w > lo) & (codebook.spacing is Spacing.LOG)
     h = torch.where(straddles, torch.where(w < 0, 1 - _STRADDLE_H, _STRADDLE_H), h)
     alpha = torch.logit((h + _SHIFT) / _STRETCH)
     return lo.to(w.dtype), a.to(w.dtype), b.to(w.dtype), alpha.to(w.dtype)

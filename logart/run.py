@@ -226,7 +226,7 @@ def device_name(device: torch.device) -> str:
 
 def layer_table(report: Report) -> str:
     """The report per layer as text: shape, bits, base mix, relative error before and after LLR, roundings moved."""
-    width = max(len(layer.name) for layer in report.layers)
+    width = max(len("layer"), *(len(layer.name) for layer in report.layers))
     lines = [f"{'layer':<{width}}  {'shape':<18} bits  error: RTN   final  moved  channels per n_base2"]
     for layer in report.layers:
         weights = torch.Size(layer.shape).numel()

@@ -94,7 +94,7 @@ class DigitsResNet(nn.Module):
         num_classes: Outputs.
     """
 
-    def __init__(self, widths: Sequence[int] = (16, 32, 64), num_classes: int = 10) -> None:
+    def __init__(self, widths: Sequence[int] = (8, 8, 8, 16, 16), num_classes: int = 10) -> None:
         super().__init__()
         self.conv1 = _conv3x3(1, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])

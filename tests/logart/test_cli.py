@@ -95,7 +95,7 @@ def test_help_goes_to_stdout_with_code_0(parser: FlagParser, capsys: pytest.Capt
 
 
 def test_a_command_gets_the_parsed_flags_and_its_end_is_code_0(parser: FlagParser) -> None:
-    seen = []
+    seen: list[argparse.Namespace] = []
     assert run_command(parser, seen.append, ["--batch_size", "3"]) == 0
     assert [args.batch_size for args in seen] == [3]
 

@@ -35,7 +35,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def make(name: str, n_bits: int = 4, n_codebooks: int | None = None) -> tuple[nn.Module, QuantizedLayer, Tensor, Tensor]:
+def make(
+    name: str, n_bits: int = 4, n_codebooks: int | None = None
+) -> tuple[nn.Module, QuantizedLayer, Tensor, Tensor]:
     """A float64 layer, its quantized twin, X and X̂ (which differ as after a quantized prefix)."""
     torch.manual_seed(len(name))
     build, shape = LAYERS[name]
@@ -216,10 +218,8 @@ def test_block_wise_agrees_with_the_exact_search() -> None:
     assert agreed >= 0.9 * total, f"{agreed} of {total}"
 
 
-@pytest.mark.parametrize("name", ["zeros", "reflect", "strided", "grouped", "depthwise", "timm same", "linear", "tokens"])
-def test_block_wise_errors_of_a_linear_block_equal_the_exact_ones(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["reflect", "strided", "grouped", "depthwise", "timm same", "linear", "tokens"])
+def test_block_wise_errors_of_a_linear_block_equal_the_exact_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an activation Gauss-Newton is exact but for the probes: 1500 per image leave under 2 %, 4 σ are 8 %."""
     monkeypatch.setattr(dbs, "PROBES", 1500)
     layer, quantized, x, x_hat = make(name)
