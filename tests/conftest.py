@@ -16,6 +16,7 @@ from logart_cnn.networks import DigitsResNet
 
 if "OMP_NUM_THREADS" not in os.environ:
     # More would not help networks this small, and waiting for a busy core costs seconds a forward.
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
 

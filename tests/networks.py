@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart.surgery import quantized_layers
+
 
 class Graph(nn.Module):
     """Named modules and a forward given as a function of them."""
@@ -87,3 +89,12 @@ def hooks_of(model: nn.Module) -> int:
     """How many forward and backward hooks hang in the model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def fingerprint(model: nn.Module) -> list[tuple[list[int], list[float]]]:
+    """Codes and levels of every layer."""
+    found = []
+    for layer in quantized_layers(model).values():
+        assert layer.codes is not None and layer.levels is not None
+        found.append((layer.codes.flatten().tolist(), layer.levels.flatten().tolist()))
+    return found

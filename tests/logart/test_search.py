@@ -115,14 +115,15 @@ def test_output_moments_are_the_layer_error_however_batched(groups: int) -> None
 
 
 def test_output_moments_take_more_data_after_an_error_was_read() -> None:
+    """In float32, where the moments are kept in two precisions."""
     x, x_hat, w, delta, expected = layer_wise_data(1)
-    residual = (x - x_hat) @ w.mT
+    residual = ((x - x_hat) @ w.mT).float()
     moments = OutputMoments.zeros(1, len(w), w.shape[1], w.device)
-    moments.add(x_hat[:, :20], residual[:, :20])
+    moments.add(x_hat[:, :20].float(), residual[:, :20])
     early = moments.error(delta)
-    moments.add(x_hat[:, 20:], residual[:, 20:])
-    assert bool((early < expected).all())
-    torch.testing.assert_close(moments.error(delta), expected, rtol=1e-10, atol=0)
+    moments.add(x_hat[:, 20:].float(), residual[:, 20:])
+    assert bool((early < 0.9 * expected).all())
+    torch.testing.assert_close(moments.error(delta), expected, rtol=1e-5, atol=0)
 
 
 def test_output_residual_is_the_layer_error() -> None:

@@ -1,0 +1,257 @@
+"""The command line: spellings, defaults, and runs from flags to a results row."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from small_runs import SURROUNDINGS, Files, Outcome, seeded
+from torch import Tensor, nn
+
+import logart.pipeline
+import logart.run
+import logart_cnn.main
+from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.grid import ScaleMethod
+from logart.run import RunOptions
+from logart.weights import file_sha256
+from logart_cnn import models
+from logart_cnn.main import build_config, build_parser, main
+from logart_cnn.models import Network, load_network
+
+PAPER = (
+    "--data_path DATA --arch resnet18 --n_bits_w 4 --channel_wise --scale_method dynamic "
+    "--search_method tensor_wise --search_samples 32 --test_before_calibration --iters_w 20000 "
+    "--weight 10000 --hardware_approx"
+).split()
+
+
+def config(*argv: str) -> QuantConfig:
+    return build_config(build_parser().parse_args(argv))
+
+
+def sample(action: argparse.Action) -> list[str]:
+    """Words that a flag takes."""
+    if action.nargs == 0:
+        return []
+    if action.choices:
+        return [next(iter(action.choices))]
+    return {"scale_method": ["log_2"], "model_kwargs": ["a=1"]}.get(action.dest, ["3"])
+
+
+def test_every_flag_has_both_spellings() -> None:
+    parser = build_parser()
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        flags = action.option_strings
+        for flag in flags:
+            word = flag.removeprefix("--no-") if flag.startswith("--no-") else flag.removeprefix("--")
+            prefix = flag.removesuffix(word)
+            assert {prefix + word.replace("_", "-"), prefix + word.replace("-", "_")} <= set(flags), flag
+        values = [getattr(parser.parse_args([flag, *sample(action)]), action.dest) for flag in flags]
+        assert None not in values
+        off = [value for flag, value in zip(flags, values, strict=True) if flag.startswith("--no-")]
+        on = [value for flag, value in zip(flags, values, strict=True) if not flag.startswith("--no-")]
+        assert on == on[:1] * len(on) and off == [False] * len(off)
+
+
+ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method search_method search_samples
+    test_before_calibration calib_samples batch_size iters_w rrweight weight calib_lr b_start b_end warmup recon_input
+    hardware_approx test_with_hardware_approx first_last_bits seed device workers results quiet calib_augment
+    model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise""".split()
+
+
+def test_the_flags_are_those_of_the_issue_and_two_for_lists() -> None:
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert {f"--{flag}" for flag in ISSUE_FLAGS} <= known
+    dests = {action.dest for action in build_parser()._actions} - {"help", "calib_list", "save_calib_list"}
+    assert dests == {flag.replace("-", "_") for flag in ISSUE_FLAGS} - {"weight", "no_channel_wise"}
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path) -> None:
+    called: dict[str, Any] = {}
+
+    def load(arch: str, checkpoint: Any, **kwargs: Any) -> Network:
+        called.update(arch=arch, checkpoint=checkpoint, kwargs=kwargs)
+        return load_network(arch, files.digits)
+
+    def run(*args: Any) -> None:
+        called["run"] = args
+
+    monkeypatch.setattr(logart_cnn.main, "load_network", load)
+    monkeypatch.setattr(logart_cnn.main, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert (called["arch"], called["checkpoint"]) == ("digits_resnet", None)
+    assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 7
+    _, block_types, source, images, settings, options, columns, started = called["run"]
+    assert source.name == "digits" and block_types == ("DigitsBlock",) and len(images) == 1024
+    assert settings == QuantConfig()
+    assert asdict(settings) | {"iters": 0, "lr": 0, "rrweight": 0} == {
+        "n_bits": 4, "first_last_bits": None, "channel_wise": True, "scale_method": ScaleMethod.DYNAMIC,
+        "search_method": SearchMethod.TENSOR_WISE, "search_samples": 32, "calib_samples": 1024, "batch_size": 32,
+        "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": ReconInput.QUANTIZED, "hardware_terms": 0,
+        "seed": 0, "iters": 0, "lr": 0, "rrweight": 0,
+    }  # fmt: skip
+    expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
+    assert options == expected and not options.quiet
+    assert columns["checkpoint_sha256"] == file_sha256(files.digits) and columns["calib_augment"] == "False"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_dynamic_is_dynamic() -> None:
+    assert config("--scale_method", "log_dynamic", "--n_bits_w", "3") == QuantConfig(n_bits=3)
+
+
+def test_the_paper_s_command_is_understood_as_it_stands() -> None:
+    args = build_parser().parse_args(PAPER)
+    expected = QuantConfig(
+        n_bits=4,
+        channel_wise=True,
+        scale_method=ScaleMethod.DYNAMIC,
+        search_method=SearchMethod.TENSOR_WISE,
+        search_samples=32,
+        iters=20000,
+        rrweight=10000.0,
+        hardware_terms=2,
+    )
+    assert build_config(args) == expected
+    assert (args.data_path, args.arch, args.test_before_calibration) == ("DATA", "resnet18", True)
+
+
+def test_alias_weight_is_rrweight() -> None:
+    assert config("--weight", "7") == config("--rrweight", "7") == QuantConfig(rrweight=7.0)
+
+
+# From flags to a row
+
+
+def test_the_digits_are_the_default_data_and_tell_the_whole_story(
+    files: Files, outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--checkpoint", str(files.digits), *"--iters_w 4 --calib_samples 16 --workers 0".split()]
+    row = outcome(*argv).row
+    out = capsys.readouterr().out
+    assert [line.split(" Acc")[0].rstrip() for line in out.splitlines()[1:4]] == ["float", "after DBS", "after LLR"]
+    assert (row["track"], row["arch"], row["data"], row["val_images"]) == ("cnn", "digits_resnet", "digits", "500")
+    assert (row["checkpoint"], row["checkpoint_sha256"]) == (files.digits.name, file_sha256(files.digits))
+    for prefix in ("float_", "search_", ""):
+        assert 0 < float(row[f"{prefix}Acc@1"]) < float(row[f"{prefix}Acc@5"]) < 100
+    assert row["approx_Acc@1"] == "" and float(row["total_seconds"]) >= float(row["reconstruction_seconds"]) > 0
+
+
+@pytest.mark.parametrize("flags", ["--search_method layer_wise --search_samples 8", "--calib_augment --seed 3"])
+def test_the_same_command_gives_the_same_codes_and_the_same_row(
+    flags: str, files: Files, outcome: Callable[..., Outcome]
+) -> None:
+    argv = [*files.on_images(), "--iters_w", "20", *flags.split()]
+    first = outcome(*argv)
+    torch.rand(3)  # what ran before does not matter
+    second = outcome(*argv, again=True)
+    assert (second.codes, second.losses) == (first.codes, first.losses)
+    assert {k for k in first.row if first.row[k] != second.row[k]} <= SURROUNDINGS
+
+
+def test_rounding_alone_needs_no_calibration_images(files: Files, outcome: Callable[..., Outcome]) -> None:
+    argv = files.on_images()[:-6]  # without the flags of LLR
+    row = outcome(*argv, "--iters_w", "0").row
+    empty = {"search_samples", "calib_samples", "batch_size", "lr", "recon_input", "calib_augment"}
+    assert {row[name] for name in empty} == {""} and row["Acc@1"] == row["search_Acc@1"]
+
+
+def test_resnet18_from_a_file_in_the_hub_s_folder(
+    hub: Path, files: Files, outcome: Callable[..., Outcome]
+) -> None:
+    path = seeded(lambda: torchvision.models.resnet18(num_classes=4), hub / "resnet18_imagenet.pth.tar")
+    flags = "--arch resnet18 --num_classes 4 --input_size 32 --scale_method log_2 --iters_w 0 --workers 0"
+    ran = outcome("--data_path", str(files.images), *flags.split())
+    assert ran.row["checkpoint"] == models.WEIGHT_URLS["resnet18"]
+    assert ran.row["checkpoint_sha256"] == file_sha256(path)
+    assert len(ran.codes) == 21 and ran.codes[0][0] == "conv1" and ran.codes[-1][0] == "fc"
+
+
+# What ends a run early
+
+
+class TwoTensors(nn.Module):
+    """A block that cannot be reconstructed as one: it takes the first layer's output twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) + y.mean((2, 3))  # type: ignore[no-any-return]
+
+
+class HoldsTwoTensors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(1, 4, 3), TwoTensors(), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.block(x, x))  # type: ignore[no-any-return]
+
+
+def test_a_network_that_fails_late_takes_one_line_and_gets_no_row(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> Network:
+        network = load_network("digits_resnet", files.digits)
+        return replace(network, model=HoldsTwoTensors().eval(), block_types=("TwoTensors",))
+
+    monkeypatch.setattr(logart_cnn.main, "load_network", load)
+    flags = f"--quiet --workers 0 --results {tmp_path}/results.csv --save_calib_list {tmp_path}/images.txt"
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags.split(), *"--iters_w 2 --calib_samples 4".split()])
+    assert stopped.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith("logart-cnn: --arch, --checkpoint: TwoTensors was called with 2 arguments")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("*.csv")) and not list(tmp_path.glob("*.txt"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, MemoryError, KeyError])
+def test_our_own_mistakes_keep_their_traceback_and_get_no_row(
+    error: type[Exception], files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr(logart.run, "quantize_model", fail)
+    with pytest.raises(error, match="ours"):
+        main([*files.on_images(), "--results", str(tmp_path / "results.csv")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_ends_with_130_and_no_row(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(logart.pipeline, "learn_rounding", interrupt)
+    argv = [*files.on_images(), "--quiet", "--results", str(tmp_path / "results.csv")]
+    assert main(argv) == 130
+    out, err = capfd.readouterr()
+    assert err == "logart-cnn: interrupted; nothing was recorded\n" and "float" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_runs_as_a_command_with_the_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "logart_cnn.main", "--arch", "resnet19"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("logart-cnn: --arch: no network 'resnet19'") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

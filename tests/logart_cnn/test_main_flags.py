@@ -1,0 +1,180 @@
+"""Every flag acts: what giving it changes in the codes, the row, the output or the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from small_runs import SURROUNDINGS, Files, Outcome, rows
+
+import logart.run
+import logart_cnn.main
+from logart_cnn.main import build_parser, main
+
+
+class Effect(NamedTuple):
+    """What giving a flag changes.
+
+    Attributes:
+        flags: the flag and its value.
+        row: the settings columns of the results row that change, with their new values.
+        codes: whether the codes or the losses of LLR change.
+        given: flags that both runs are given.
+    """
+
+    flags: str
+    row: dict[str, str] = {}
+    codes: bool = True
+    given: str = ""
+
+
+LAYER_WISE = "--search_method layer_wise --search_samples 4"
+EFFECTS = {
+    "data_path": Effect("--data_path {others}", {"data": "others"}),
+    "arch": Effect("--arch timm:resnet14t --checkpoint {small14}",
+                   {"arch": "timm:resnet14t", "checkpoint": "small14.pth", "checkpoint_sha256": "{small14_sha256}"}),
+    "checkpoint": Effect("--checkpoint {again}", {"checkpoint": "again.pth", "checkpoint_sha256": "{again_sha256}"}),
+    "model_kwargs": Effect("--model_kwargs channels=(8,8,8,8) stem_width=8 global_pool=max",
+                           given="--input_size 64"),
+    "input_size": Effect("--input_size 40"),
+    "crop_pct": Effect("--crop_pct 0.5"),
+    "interpolation": Effect("--interpolation nearest", given="--crop_pct 0.5"),
+    "mean": Effect("--mean 0.1"),
+    "std": Effect("--std 0.1 0.2 0.3"),
+    "n_bits_w": Effect("--n_bits_w 3", {"bits": "3"}),
+    "channel_wise": Effect("--no-channel_wise", {"channel_wise": "False"}),
+    "scale_method": Effect("--scale_method log_sqrt2", {"scale_method": "log_sqrt2", "search_method": ""}),
+    "search_method": Effect("--search_method layer_wise",
+                            {"search_method": "layer_wise", "search_samples": "4"}, given="--search_samples 4"),
+    "search_samples": Effect("--search_samples 3", {"search_samples": "3"}, given=LAYER_WISE),
+    "calib_samples": Effect("--calib_samples 5", {"calib_samples": "5"}),
+    "batch_size": Effect("--batch_size 3", {"batch_size": "3"}),
+    "iters_w": Effect("--iters_w 9", {"iters_w": "9"}),
+    "rrweight": Effect("--rrweight 100", {"rrweight": "100.0"}),
+    "calib_lr": Effect("--calib_lr 0.2", {"lr": "0.2"}),
+    "b_start": Effect("--b_start 5", {"b_start": "5.0"}, given="--rrweight 100"),
+    "b_end": Effect("--b_end 10", {"b_end": "10.0"}, given="--rrweight 100"),
+    "warmup": Effect("--warmup 0.9", {"warmup": "0.9"}, given="--rrweight 100"),
+    "recon_input": Effect("--recon_input float", {"recon_input": "float"}),
+    "hardware_approx": Effect("--hardware_approx", {"hardware_approx": "True"}),
+    "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
+    "seed": Effect("--seed 1", {"seed": "1"}),
+    "calib_augment": Effect("--calib_augment", {"calib_augment": "True"}),
+    "test_before_calibration": Effect("--test_before_calibration", codes=False),
+    "test_with_hardware_approx": Effect("--test_with_hardware_approx", codes=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_flag_changes_what_it_says_and_nothing_else(
+    name: str, files: Files, outcome: Callable[..., Outcome]
+) -> None:
+    effect = EFFECTS[name]
+    given, flags = (text.format_map(vars(files)).split() for text in (effect.given, effect.flags))
+    before, after = outcome(*files.on_images(), *given), outcome(*files.on_images(), *given, *flags)
+    changed = {k: v for k, v in after.settings().items() if before.settings()[k] != v}
+    assert changed == {column: value.format_map(vars(files)) for column, value in effect.row.items()}
+    assert ((before.codes, before.losses) != (after.codes, after.losses)) == effect.codes
+
+
+def test_a_second_evaluation_fills_its_columns(files: Files, outcome: Callable[..., Outcome]) -> None:
+    plain = outcome(*files.on_images()).row
+    for flag, prefix in (("--test_before_calibration", "search_"), ("--test_with_hardware_approx", "approx_")):
+        row = outcome(*files.on_images(), flag).row
+        filled = {name for name in row if "Acc@" in name and row[name] and not plain[name]}
+        assert filled == {f"{prefix}Acc@1", f"{prefix}Acc@5"}
+
+
+def test_num_classes(files: Files, outcome: Callable[..., Outcome], tmp_path: Path) -> None:
+    """What the checkpoint and the folder have, and the network has not by default."""
+    argv = files.on_images()
+    at = argv.index("--num_classes")
+    with pytest.raises(SystemExit):
+        main([*argv[:at], *argv[at + 2 :], "--results", str(tmp_path / "results.csv")])
+    assert outcome(*argv).row["val_images"] == "8"
+
+
+def test_workers_read_the_same_images(
+    files: Files, outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = logart.run.validation_batches
+
+    def watched(source: Any, batch_size: int, workers: int) -> Any:
+        asked.append(workers)
+        return original(source, batch_size, workers)
+
+    monkeypatch.setattr(logart.run, "validation_batches", watched)
+    alone, helped = outcome(*files.on_images()), outcome(*files.on_images(), "--workers", "2", again=True)
+    assert asked == [2, 2]
+    assert {k: v for k, v in alone.row.items() if k not in SURROUNDINGS} == {
+        k: v for k, v in helped.row.items() if k not in SURROUNDINGS
+    }
+
+
+def test_device_decides_where(files: Files, outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    seen: list[torch.device] = []
+    monkeypatch.setattr(logart_cnn.main, "run", lambda *args: seen.append(args[5].device))
+    argv = files.on_images()
+    for device in ("auto", "cuda:0", "cpu"):
+        assert main([*argv, "--device", device]) == 0
+    assert seen == [torch.device("cuda"), torch.device("cuda:0"), torch.device("cpu")]
+    assert outcome(*argv).row["device"] == "cpu"
+
+
+def test_results_says_where_the_row_goes(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [*files.on_images(), "--iters_w", "1"]
+    assert main(argv) == 0 and main([*argv, "--results", "other.csv"]) == 0 and main(argv) == 0
+    assert len(rows(Path("results.csv"))) == 2 and len(rows(Path("other.csv"))) == 1
+
+
+def test_quiet_leaves_only_accuracies(
+    files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*files.on_images(), "--results", str(tmp_path / "results.csv")]
+    assert main(argv) == 0
+    out, err = capfd.readouterr()
+    assert "timm:resnet10t (small.safetensors) on pictures: 4 bits, dynamic (tensor_wise DBS)" in out
+    assert out.count("Acc@1") == 2 and "layer " in out and str(tmp_path / "results.csv") in out
+    assert "DBS" in err and "LLR" in err and "\r" not in err and "\x1b" not in err
+    assert main([*argv, "--quiet"]) == 0
+    quiet_out, quiet_err = capfd.readouterr()
+    assert quiet_err == ""
+    assert quiet_out.splitlines() == [line for line in out.splitlines() if "Acc@1" in line]
+
+
+def test_a_saved_list_brings_the_same_images_back(
+    files: Files, outcome: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    chosen = tmp_path / "images.txt"
+    first = outcome(*files.on_images(), "--seed", "5", "--save_calib_list", str(chosen))
+    names = chosen.read_text().splitlines()
+    assert len(set(names)) == 6 and all((files.images / name).is_file() for name in names)
+    assert all(name.startswith("train/") for name in names)
+    other = outcome(*files.on_images(), "--seed", "6")
+    again = outcome(*files.on_images(), "--seed", "6", "--calib_list", str(chosen))
+    assert again.losses != other.losses  # other images
+    assert again.losses != first.losses  # in another order
+    assert outcome(*files.on_images(), "--seed", "5", "--calib_list", str(chosen))[1:] == first[1:]
+
+
+TESTED_ALONE = {
+    "num_classes": test_num_classes,
+    "workers": test_workers_read_the_same_images,
+    "device": test_device_decides_where,
+    "results": test_results_says_where_the_row_goes,
+    "quiet": test_quiet_leaves_only_accuracies,
+    "calib_list": test_a_saved_list_brings_the_same_images_back,
+    "save_calib_list": test_a_saved_list_brings_the_same_images_back,
+}
+
+
+def test_no_flag_is_without_a_test() -> None:
+    dests = {action.dest for action in build_parser()._actions} - {"help"}
+    assert dests == EFFECTS.keys() | TESTED_ALONE.keys()

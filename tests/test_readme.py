@@ -1,0 +1,161 @@
+"""The README's commands and Python run, on small data where they ask for ImageNet; its flags and tables are the code's.
+
+A command that no rule below covers fails: whoever adds one to the README says here how it is run.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+import timm
+import torch
+from small_runs import SMALL_KWARGS, rows, seeded
+
+from logart.cli import key_values
+from logart.data import DIGITS
+from logart.grid import ScaleMethod
+from logart.results import columns_markdown
+from logart_cnn import models
+from logart_cnn.main import build_config, build_parser, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+CNN = ["python", "-m", "logart_cnn.main"]
+CLASSES = 4
+NEEDS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="would install everything into a new .venv")
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of every command in a block of shell."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+SHELL = [commands(block) for language, block in BLOCKS if language == "bash"]
+IN_PROSE = [shlex.split(code) for code in re.findall(r"`([^`]+)`", PROSE) if re.match(r"(python|bash|pip) ", code)]
+CNN_RUNS = [[words for words in block if words[:3] == CNN] for block in SHELL]
+SCRIPT_RUNS = [words for block in SHELL for words in block if words[0] == "bash"]
+
+
+def test_every_command_has_a_rule() -> None:
+    known = ("bash scripts/demo.sh", "bash scripts/test.sh", shlex.join(CNN))
+    for words in [words for block in SHELL for words in block] + IN_PROSE:
+        assert shlex.join(words).startswith(known), f"no rule runs {shlex.join(words)!r}; add one to {__file__}"
+    assert {language for language, _ in BLOCKS} <= {"bash", "python", "text"}
+    assert SHELL[0] == [["bash", "scripts/demo.sh"], ["bash", "scripts/test.sh"]]  # what a newcomer reads first
+
+
+def script(words: list[str], *extra: str) -> str:
+    done = subprocess.run([*words, *extra], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@NEEDS_VENV
+@pytest.mark.parametrize("words", [w for w in SCRIPT_RUNS if w[1] == "scripts/demo.sh"], ids=shlex.join)
+def test_the_demo_runs(words: list[str], tmp_path: Path) -> None:
+    out = script(words, "--iters_w", "2", "--results", str(tmp_path / "results.csv"))
+    (row,) = rows(tmp_path / "results.csv")
+    assert (row["arch"], row["data"], row["iters_w"]) == ("digits_resnet", DIGITS, "2")
+    assert float(row["float_Acc@1"]) > 95 and all(word in out for word in ("float", "after DBS", "after LLR"))
+
+
+@NEEDS_VENV
+@pytest.mark.parametrize("words", [w for w in SCRIPT_RUNS if w[1] == "scripts/test.sh"], ids=shlex.join)
+def test_the_test_script_lints_checks_types_and_collects(words: list[str]) -> None:
+    out = script(words, "--collect-only", "-q")  # to run the tests here would run this one again
+    assert "All checks passed!" in out and "Success: no issues found" in out
+    assert f"tests/{Path(__file__).name}" in out
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder as the working directory, and one beside it as torch's hub."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "hub" / "checkpoints").mkdir(parents=True)
+    (folder / "here").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "_hub_dir", str(folder / "hub"))
+        patch.chdir(folder / "here")
+        yield folder
+
+
+def shrunk(argv: list[str], images: Path, folder: Path) -> list[str]:
+    """The same command on small images, in seconds; flags that could not act are left out."""
+    args = build_parser().parse_args(argv)
+    config = build_config(args)
+    more = f"--device cpu --workers 0 --results {folder / 'results.csv'}".split()
+    if config.iters:
+        more += "--iters_w 2 --calib_samples 4 --batch_size 2".split()
+    if config.scale_method is ScaleMethod.DYNAMIC:
+        more += ["--search_samples", "2"]
+    if (args.data_path or DIGITS) != DIGITS:
+        more += ["--data_path", str(images), "--num_classes", str(CLASSES), "--input_size", "32"]
+        more += weights(args.arch, args.checkpoint, args.model_kwargs, folder)
+    return [*argv, *more]
+
+
+def weights(arch: str, checkpoint: str | None, model_kwargs: list[str] | None, folder: Path) -> list[str]:
+    """Random weights where the command looks for trained ones, or the flags that name them."""
+    name = arch.removeprefix(models.TIMM)
+    path = folder / f"{name}.pth"
+    if arch.startswith(models.TIMM):
+        words = model_kwargs or (SMALL_KWARGS if name == "resnet10t" else [])
+        options = key_values(words, "--model_kwargs")
+        seeded(lambda: timm.create_model(name, num_classes=CLASSES, **options), path)
+        return ["--checkpoint", str(path), *(["--model_kwargs", *words] if words else [])]
+    if checkpoint is None:
+        path = folder / "hub" / "checkpoints" / Path(urlparse(models.WEIGHT_URLS[arch]).path).name
+    seeded(lambda: models._STOCK[arch].build({}, CLASSES), path)
+    return [] if checkpoint is None else ["--checkpoint", str(path)]
+
+
+@pytest.mark.parametrize("block", [block for block in CNN_RUNS if block], ids=lambda block: f"{len(block)} commands")
+def test_the_commands_of_a_block_run_one_after_the_other(
+    block: list[list[str]], workplace: Path, image_folder: Path
+) -> None:
+    results = workplace / "results.csv"
+    results.unlink(missing_ok=True)
+    for done, words in enumerate(block):
+        argv = words[len(CNN) :]
+        assert main(shrunk(argv, image_folder, workplace)) == 0, shlex.join(words)
+        assert len(rows(results)) == done + 1
+        assert rows(results)[-1]["arch"] == (build_parser().parse_args(argv).arch or "digits_resnet")
+
+
+def test_commands_in_the_prose_print_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in IN_PROSE:
+        assert words == [*CNN, "--help"]
+        with pytest.raises(SystemExit) as stopped:
+            main(words[len(CNN) :])
+        assert stopped.value.code == 0 and "--n_bits_w" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_the_python_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.random.fork_rng():
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[:2]] == ["0", "4"] and out[-1] == "[]"
+
+
+def test_every_flag_named_exists() -> None:
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert len(named) > 15 and named - known == set()
+
+
+def test_the_columns_are_those_of_the_results_file() -> None:
+    assert columns_markdown() in README
+
+
+def test_no_placeholder_is_left() -> None:
+    assert re.findall(r"^[A-Z]+$", README, re.MULTILINE) == []
