@@ -41,6 +41,7 @@ COLUMNS = (
     Column("arch", "", "the network, as given to `--arch` or `--model`"),
     Column("checkpoint", "", "where the float weights come from: a file, a URL or timm's full tag"),
     Column("checkpoint_sha256", "hex", "SHA-256 of the float weights' file"),
+    Column("network_options", "", "overrides of the network's own settings: model kwargs, input size, mean, …"),
     Column("data", "", "the data set: `digits`, or the name of its folder"),
     Column("bits", "bits", "width of a weight's code"),
     Column("first_last_bits", "bits", "width in the first and last layer, or `same`"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,9 @@ def fetch_state_dict(url: str, *, flag: str = "--checkpoint") -> tuple[dict[str,
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     try:
-        content = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        content = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", weights_only=True, progress=sys.stderr.isatty()
+        )
     except Exception as error:  # network, disk and reader, each with its own errors
         if path.is_file():
             raise UserError(f"{flag}: {path} {_why_unreadable(error)}; delete it to download {url} again") from error

@@ -206,6 +206,7 @@ def command(args: argparse.Namespace) -> None:
         "arch": network.arch,
         "checkpoint": network.source,
         "checkpoint_sha256": network.sha256,
+        "network_options": _network_options(args),
         "data": source.name,
     }
     if config.images_needed:
@@ -213,6 +214,14 @@ def command(args: argparse.Namespace) -> None:
     run(network.model, network.block_types, source, images, config, options, columns, started)
     if args.save_calib_list is not None:
         save_names(args.save_calib_list, chosen)
+
+
+def _network_options(args: argparse.Namespace) -> str:
+    """What the flags override of the network's own settings, as `name=value name=value`."""
+    words = list(args.model_kwargs or ())
+    for name, value in given(args, ("num_classes", *DATA_SETTINGS)).items():
+        words.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(words)
 
 
 def _run_options(args: argparse.Namespace, settings: argparse.Namespace, config: QuantConfig) -> RunOptions:

@@ -83,6 +83,24 @@ def test_any_iterable_of_batches_will_do() -> None:
     assert fingerprint(quantize_model(model, config, batches(images, [7, 7, 4, 6], taken))[0]) == whole
     assert taken == [7, 7, 4]
     assert fingerprint(quantize_model(model, config, list(images.split(5)))[0]) == whole
+    assert torch.equal(gather_images(images.split(5), 7), images[:7])
+
+
+class Normalising(nn.Sequential):
+    """Changes its input in place, as some networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("block_types", [[], ["Normalising"]])
+@pytest.mark.parametrize("search_method", ["tensor_wise", "layer_wise", "block_wise"])
+def test_a_network_that_changes_its_input_leaves_the_images_alone(search_method: Any, block_types: list[str]) -> None:
+    model = Normalising(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    images = smooth_images(16, 3, 6).float()
+    before = images.clone()
+    quantize_model(model, QuantConfig(**BASE, search_method=search_method), images, block_types=block_types)
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("as_batches", [False, True])

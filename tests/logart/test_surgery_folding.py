@@ -57,7 +57,7 @@ def test_folding_keeps_the_function(name: str) -> None:
 
 
 def test_folding_a_norm_without_shift() -> None:
-    """torch ≥ 2.12 knows affine norms without a bias; older ones are made to look so."""
+    """Newer releases of torch know affine norms without a bias; with older ones this makes one."""
     norm = nn.BatchNorm2d(5)
     norm.register_parameter("bias", None)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), norm).double()

@@ -32,18 +32,22 @@ class Effect(NamedTuple):
 
 
 LAYER_WISE = "--search_method layer_wise --search_samples 4"
+SMALL = "channels=(8,8,8,8) stem_width=8"
+BASE = f"{SMALL} num_classes=4 input_size=32"
 EFFECTS = {
     "data_path": Effect("--data_path {others}", {"data": "others"}),
     "arch": Effect("--arch timm:resnet14t --checkpoint {small14}",
                    {"arch": "timm:resnet14t", "checkpoint": "small14.pth", "checkpoint_sha256": "{small14_sha256}"}),
     "checkpoint": Effect("--checkpoint {again}", {"checkpoint": "again.pth", "checkpoint_sha256": "{again_sha256}"}),
     "model_kwargs": Effect("--model_kwargs channels=(8,8,8,8) stem_width=8 global_pool=max",
+                           {"network_options": f"{SMALL} global_pool=max num_classes=4 input_size=64"},
                            given="--input_size 64"),
-    "input_size": Effect("--input_size 40"),
-    "crop_pct": Effect("--crop_pct 0.5"),
-    "interpolation": Effect("--interpolation nearest", given="--crop_pct 0.5"),
-    "mean": Effect("--mean 0.1"),
-    "std": Effect("--std 0.1 0.2 0.3"),
+    "input_size": Effect("--input_size 40", {"network_options": f"{SMALL} num_classes=4 input_size=40"}),
+    "crop_pct": Effect("--crop_pct 0.5", {"network_options": f"{BASE} crop_pct=0.5"}),
+    "interpolation": Effect("--interpolation nearest",
+                            {"network_options": f"{BASE} crop_pct=0.5 interpolation=nearest"}, given="--crop_pct 0.5"),
+    "mean": Effect("--mean 0.1", {"network_options": f"{BASE} mean=0.1"}),
+    "std": Effect("--std 0.1 0.2 0.3", {"network_options": f"{BASE} std=0.1,0.2,0.3"}),
     "n_bits_w": Effect("--n_bits_w 3", {"bits": "3"}),
     "channel_wise": Effect("--no-channel_wise", {"channel_wise": "False"}),
     "scale_method": Effect("--scale_method log_sqrt2", {"scale_method": "log_sqrt2", "search_method": ""}),
