@@ -29,10 +29,23 @@ def nearest(w: Tensor, codebook: Codebook) -> Tensor:
     Returns:
         [C, K] uint8 codes.
     """
+    return count_below(codebook.borders, w).to(torch.uint8)
+
+
+def count_below(borders: Tensor, w: Tensor) -> Tensor:
+    """How many borders of its row each weight has reached; a tie is decided away from zero.
+
+    Args:
+        borders: [C, B] float64, ascending.
+        w: [C, K] float32 or float64.
+
+    Returns:
+        [C, K] int64 in 0..B.
+    """
     w = w.double()
     # A weight on a border goes up; one ulp lower, a negative weight on a border goes down: away from zero both.
     w = torch.where(w < 0, torch.nextafter(w, w.new_tensor(-torch.inf)), w)
-    return torch.searchsorted(codebook.borders.contiguous(), w.contiguous(), right=True).to(torch.uint8)
+    return torch.searchsorted(borders.contiguous(), w.contiguous(), right=True)
 
 
 def lower_neighbour(w: Tensor, codebook: Codebook) -> Tensor:

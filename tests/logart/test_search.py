@@ -17,6 +17,7 @@ from logart.search import (
     log_candidates,
     moments_are_cheaper,
     rounding_error,
+    rounding_errors,
     squared_error,
 )
 
@@ -162,3 +163,19 @@ def test_block_sensitivity_is_exact_for_a_linear_block_seen_along_all_directions
     moved = torch.einsum("iocp,ipk,ck->cio", jacobian, patches, delta)
     expected = (residual - moved).square().sum((1, 2)) - residual.square().sum()
     torch.testing.assert_close(sensitivity.error(delta), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_one_search_through_all_borders_rounds_as_each_candidate_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(6, 400, generator=generator) * torch.logspace(-40, 30, 6)[:, None]
+    w[:, :8] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0])
+    w[2], w[3] = 0.0, -0.7
+    for candidates in (log_candidates(w.abs().amax(1), 4), log_candidates(w.abs().amax(1), 3, terms=2)):
+        borders = torch.cat([candidate.borders for candidate in candidates], dim=1)
+        assert borders.shape[1] < w.shape[1], "the case would not take the short way"
+        on_borders = torch.cat([w.double(), borders], dim=1)  # ties are decided alike
+        for weights in (w, on_borders):
+            together = list(rounding_errors(weights, candidates))
+            assert len(together) == len(candidates)
+            for delta, candidate in zip(together, candidates, strict=True):
+                assert torch.equal(delta, rounding_error(weights, candidate))
