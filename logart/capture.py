@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logart.runtime import NetworkError
+
 
 class _Seen(Exception):
     """Raised by a hook to end a forward that has gone as far as needed."""
@@ -35,7 +37,7 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise ValueError(
+            raise NetworkError(
                 f"{type(module).__name__} was called with {len(args)} arguments and keywords {sorted(kwargs)}; "
                 "what is reconstructed must take one tensor"
             )
@@ -56,7 +58,7 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
         for handle in handles:
             handle.remove()
     if not seen:
-        raise ValueError(f"the forward pass never reached {type(module).__name__}")
+        raise NetworkError(f"the forward pass never reached {type(module).__name__}")
     return seen[0]
 
 
@@ -91,5 +93,5 @@ def collect(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: in
             result = torch.empty((len(images), *batch.shape[1:]), dtype=batch.dtype, device=device)
         result[start : start + len(batch)] = batch
     if result is None:
-        raise ValueError("no images to capture from")
+        raise NetworkError("no images to capture from")
     return result

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from logart.runtime import NetworkError
+
 
 class Accuracy(NamedTuple):
     """Accuracy over a set of images, in percent; with fewer than 5 classes top-5 looks at all of them."""
@@ -60,7 +62,7 @@ def accuracy(
 def _checked(logits: Tensor, labels: Tensor, index: int) -> Tensor:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         seen = f"logits {list(logits.shape)} and labels {list(labels.shape)}"
-        raise ValueError(f"batch {index}: expected logits [B, classes] and labels [B], got {seen}")
+        raise NetworkError(f"batch {index}: expected logits [B, classes] and labels [B], got {seen}")
     if not logits.isfinite().all():
-        raise ValueError(f"batch {index}: the network's logits are not all finite")
+        raise NetworkError(f"batch {index}: the network's logits are not all finite")
     return logits

@@ -16,7 +16,7 @@ from logart.dbs import search_unit
 from logart.losses import squared_error
 from logart.reconstruct import BlockReport, learn_rounding
 from logart.rounding import nearest
-from logart.runtime import progress_bar
+from logart.runtime import NetworkError, progress_bar
 from logart.search import rounding_error
 from logart.surgery import Unit
 
@@ -102,7 +102,7 @@ def quantize_model(
     report.folded = surgery.fold_batch_norms(reference, example)
     names, report.skipped = surgery.layers_to_quantize(reference, example)
     if not names:
-        raise ValueError(f"{type(model).__name__} has no layer that can be quantized")
+        raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
     units = surgery.find_units(reference, names, block_types)
     observe("float", reference)
 
@@ -134,9 +134,9 @@ def gather_images(images: Tensor | Iterable[Tensor], count: int) -> Tensor:
                 break
         gathered = torch.cat(batches)[:count] if batches else torch.empty(0)
     if len(gathered) < count:
-        raise ValueError(f"the settings ask for {count} calibration images, got {len(gathered)}")
+        raise NetworkError(f"the settings ask for {count} calibration images, got {len(gathered)}")
     if not torch.isfinite(gathered).all():
-        raise ValueError("the calibration images hold NaN or infinite values")
+        raise NetworkError("the calibration images hold NaN or infinite values")
     return gathered
 
 

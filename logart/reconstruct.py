@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from logart.config import QuantConfig
 from logart.layers import QuantizedLayer
+from logart.runtime import NetworkError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
@@ -128,7 +129,7 @@ def _learn(
             if step % every == 0 or step == config.iters - 1:
                 losses.append(reconstruction.item())
                 if not math.isfinite(losses[-1]):
-                    raise ValueError(f"block {name}: the loss at step {step} is {losses[-1]}")
+                    raise NetworkError(f"block {name}: the loss at step {step} is {losses[-1]}")
                 progress(step + 1, losses[-1])
     finally:
         for layer in layers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from logart.grid import ScaleMethod
 from logart.layers import hardware_approximation
 from logart.pipeline import Report, quantize_model
 from logart.results import Cell, append_row, environment
-from logart.runtime import UserError, peak_memory_mb, progress_bar
+from logart.runtime import NetworkError, UserError, peak_memory_mb, progress_bar
 from logart.weights import one_line
 
 
@@ -163,18 +162,10 @@ class _Stages:
 
 @contextmanager
 def _naming(flags: str) -> Iterator[None]:
-    """Let what this project's own checks find wrong with the user's network reach them as one line naming `flags`.
-
-    A ValueError out of a library is our mistake, not the user's, and keeps its traceback.
-    """
+    """Let what is wrong with the user's network reach them as one line naming `flags`."""
     try:
         yield
-    except UserError:
-        raise
-    except ValueError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals["__name__"].startswith("logart"):
-            raise
+    except NetworkError as error:
         raise UserError(f"{flags}: {one_line(error)}") from error
 
 

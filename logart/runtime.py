@@ -19,6 +19,13 @@ class UserError(ValueError):
     """
 
 
+class NetworkError(ValueError):
+    """The network, as it is, cannot be quantized or evaluated; the message names the layer, block or batch.
+
+    In Python it is a ValueError; the command lines, where the network came from a flag, turn it into a `UserError`.
+    """
+
+
 def seed_everything(seed: int) -> None:
     """Seed every source of randomness and ask for deterministic kernels, so that equal runs give equal codes."""
     random.seed(seed)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
+from logart.runtime import NetworkError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # timm's BatchNormAct2d is a BatchNorm2d
 
@@ -199,10 +200,10 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
     _refuse_sharing(model)
     for name, count in runs.items():
         if count > 1:
-            raise ValueError(f"layer {name} runs {count} times in one forward; a layer may run once")
+            raise NetworkError(f"layer {name} runs {count} times in one forward; a layer may run once")
         for kind, parameter in model.get_submodule(name).named_parameters(recurse=False):
             if not torch.isfinite(parameter).all():
-                raise ValueError(f"layer {name}: its {kind} holds NaN or infinite values")
+                raise NetworkError(f"layer {name}: its {kind} holds NaN or infinite values")
     skipped = []
     for name, module in model.named_modules():
         if type(module) in QUANTIZED_TYPES and name not in runs:
@@ -224,7 +225,7 @@ def _refuse_sharing(model: nn.Module) -> None:
             if parameter.ndim > 1:
                 other = owner.setdefault(id(parameter), name)
                 if other != name:
-                    raise ValueError(f"layers {other} and {name} share one weight; give each its own")
+                    raise NetworkError(f"layers {other} and {name} share one weight; give each its own")
 
 
 def find_units(model: nn.Module, layers: Sequence[str], block_types: Sequence[str]) -> list[Unit]:
@@ -242,7 +243,7 @@ def find_units(model: nn.Module, layers: Sequence[str], block_types: Sequence[st
         if type(module).__name__ in block_types and not any(_inside(name, block) for block in blocks):
             blocks.append(name)
     if block_types and not blocks:
-        raise ValueError(f"no module of type {', '.join(block_types)} in {type(model).__name__}")
+        raise NetworkError(f"no module of type {', '.join(block_types)} in {type(model).__name__}")
     members: dict[str, list[str]] = {}
     for layer in layers:
         owner = next((block for block in blocks if _inside(layer, block)), layer)
