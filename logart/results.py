@@ -38,7 +38,7 @@ class Column(NamedTuple):
 COLUMNS = (
     Column("utc_time", "ISO 8601, UTC", "when the row was written"),
     Column("track", "", "`cnn` or `vit`, the entry point that ran"),
-    Column("arch", "", "the network, as given to `--arch` or `--model`"),
+    Column("arch", "", "the network's name, as given to the entry point"),
     Column("checkpoint", "", "where the float weights come from: a file, a URL or timm's full tag"),
     Column("checkpoint_sha256", "hex", "SHA-256 of the float weights' file"),
     Column("network_options", "", "overrides of the network's own settings: model kwargs, input size, mean, …"),
@@ -63,7 +63,7 @@ COLUMNS = (
     Column("hardware_approx", "", "`True`: sqrt 2 is 1 + 1/2 during search, LLR and evaluation"),
     Column("calib_augment", "", "`True`: calibration images are randomly cropped and flipped"),
     Column("seed", "", "seed of every random choice"),
-    Column("config", "", "the settings file, as given to `--config`; ViT only"),
+    Column("config", "", "the settings file of the run; ViT only"),
     Column("val_images", "images", "test images behind each accuracy"),
     Column("Acc@1", "%", "top-1 accuracy of the final quantized network"),
     Column("Acc@5", "%", "top-5 accuracy of the final quantized network"),
