@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ from logart.search import (
 from logart.surgery import Unit
 
 PROBES = 16  # random sign vectors of BW; with 32 images 512 samples, about 6 % of standard error
-_PATCH_ROWS = 1 << 26  # elements of unfolded patches held at once: 256 MB in float32
+_PATCH_ELEMENTS = 1 << 26  # elements of unfolded patches held at once: 256 MB in float32
 
 
 def search_unit(
@@ -136,7 +137,7 @@ def layer_moments(
 
 def _too_large(layer: nn.Module, x: Tensor) -> bool:
     kernel = getattr(layer, "kernel_size", (1, 1))
-    return x.numel() * kernel[0] * kernel[1] > _PATCH_ROWS
+    return x.numel() * kernel[0] * kernel[1] > _PATCH_ELEMENTS
 
 
 def unfold(layer: nn.Module, x: Tensor) -> Tensor:
@@ -158,9 +159,7 @@ def unfold(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution's input with its padding made explicit."""
-    if type(layer).__name__ == "QuantConv2dSame" or type(layer).__name__ == "Conv2dSame":
-        from timm.layers import pad_same
-
+    if isinstance(layer, Conv2dSame):
         return pad_same(x, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)

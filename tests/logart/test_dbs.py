@@ -103,7 +103,7 @@ def test_layer_wise_errors_equal_forward_passes(name: str) -> None:
 def test_too_many_patches_are_taken_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, quantized, x, x_hat = make("grouped")
     deltas = candidate_deltas(quantized)
-    monkeypatch.setattr(dbs, "_PATCH_ROWS", 10)
+    monkeypatch.setattr(dbs, "_PATCH_ELEMENTS", 10)
     error = dbs.layer_moments(layer, quantized, layer, quantized, x, x_hat).error
     found = torch.stack([error(delta) for delta in deltas])
     torch.testing.assert_close(found, forward_errors(layer, x, x_hat, deltas), rtol=1e-9, atol=0)
