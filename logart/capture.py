@@ -71,27 +71,54 @@ def inputs(model: nn.Module, name: str, images: Tensor, batch_size: int, device:
 def outputs(model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device) -> Tensor:
     """What the module called `name` gives when the model runs on images [n, ...]; [n, ...] on `device`."""
     module = model.get_submodule(name)
+    return collect(lambda x: _through(model, module, x)[1], images, batch_size, device)
+
+
+def inputs_and_outputs(
+    model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What the module called `name` is given and what it gives, [n, ...] each on `device`, in one pass."""
+    module = model.get_submodule(name)
+    given = _Gathered(len(images), device)
 
     def output(x: Tensor) -> Tensor:
-        result = run_to(model, module, x, through=True)[1]
-        assert result is not None
-        return result
+        entered, left = _through(model, module, x)
+        given.add(entered)
+        return left
 
-    return collect(output, images, batch_size, device)
+    targets = collect(output, images, batch_size, device)
+    return given.whole(), targets
+
+
+def _through(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    entered, left = run_to(model, module, x, through=True)
+    assert left is not None
+    return entered, left
 
 
 @torch.no_grad()
 def collect(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """function(images), batch by batch on `device`, gathered in one tensor there.
-
-    The result's memory is taken at the first batch, whole; no second copy of it ever exists.
-    """
-    result: Tensor | None = None
+    """function(images), batch by batch on `device`, gathered in one tensor there."""
+    result = _Gathered(len(images), device)
     for start in range(0, len(images), batch_size):
-        batch = function(images[start : start + batch_size].to(device))
-        if result is None:
-            result = torch.empty((len(images), *batch.shape[1:]), dtype=batch.dtype, device=device)
-        result[start : start + len(batch)] = batch
-    if result is None:
-        raise NetworkError("no images to capture from")
-    return result
+        result.add(function(images[start : start + batch_size].to(device)))
+    return result.whole()
+
+
+class _Gathered:
+    """Batches in one tensor whose memory is taken at the first of them, whole; no second copy ever exists."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._count, self._device, self._filled = count, device, 0
+        self._tensor: Tensor | None = None
+
+    def add(self, batch: Tensor) -> None:
+        if self._tensor is None:
+            self._tensor = torch.empty((self._count, *batch.shape[1:]), dtype=batch.dtype, device=self._device)
+        self._tensor[self._filled : self._filled + len(batch)] = batch
+        self._filled += len(batch)
+
+    def whole(self) -> Tensor:
+        if self._tensor is None:
+            raise NetworkError("no images to capture from")
+        return self._tensor

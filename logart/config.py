@@ -17,10 +17,19 @@ class SearchMethod(str, Enum):
 
 
 class ReconInput(str, Enum):
-    """What a block is fed while its rounding is learned."""
+    """Whose prefix a block's input comes from while its rounding is learned; mixed draws per element (QDrop)."""
 
     QUANTIZED = "quantized"
     FLOAT = "float"
+    MIXED = "mixed"
+
+
+class ReconMetric(str, Enum):
+    """What LLR minimises between a block's output and the float one's."""
+
+    MSE = "mse"
+    MAE = "mae"
+    HESSIAN_PERTURB = "hessian_perturb"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class QuantConfig:
         scale_method: the grid.
         search_method: the measure of DBS; acts with the dynamic grid.
         search_samples: images for DBS.
+        search_batch_size: images at a time in DBS.
         calib_samples: images for LLR.
         batch_size: images per LLR step.
         iters: LLR steps per block; 0 leaves rounding to nearest.
@@ -42,6 +52,10 @@ class QuantConfig:
         b_start, b_end: the penalty's exponent β goes linearly from one to the other.
         warmup: share of the steps without the penalty, 0 to 1.
         recon_input: what blocks are fed during LLR.
+        drop_prob: with a mixed input, the probability that an element is the quantized prefix's.
+        recon_metric: the loss of LLR.
+        temperature: of the KL divergence that `hessian_perturb` looks at.
+        head_kl: compare the last unit's logits by their KL divergence, whatever the metric.
         hardware_terms: 0 for the exact √2, else the number of powers of two that stand for it.
         seed: of the order of images during LLR and of the probes of BW.
     """
@@ -52,6 +66,7 @@ class QuantConfig:
     scale_method: ScaleMethod = ScaleMethod.DYNAMIC
     search_method: SearchMethod = SearchMethod.TENSOR_WISE
     search_samples: int = 32
+    search_batch_size: int = 32
     calib_samples: int = 1024
     batch_size: int = 32
     iters: int = 1000
@@ -61,6 +76,10 @@ class QuantConfig:
     b_end: float = 2.0
     warmup: float = 0.2
     recon_input: ReconInput = ReconInput.QUANTIZED
+    drop_prob: float = 0.5
+    recon_metric: ReconMetric = ReconMetric.MSE
+    temperature: float = 20.0
+    head_kl: bool = False
     hardware_terms: int = 0
     seed: int = 0
 
@@ -69,11 +88,12 @@ class QuantConfig:
         object.__setattr__(self, "scale_method", ScaleMethod(self.scale_method))
         object.__setattr__(self, "search_method", SearchMethod(self.search_method))
         object.__setattr__(self, "recon_input", ReconInput(self.recon_input))
+        object.__setattr__(self, "recon_metric", ReconMetric(self.recon_metric))
         for name in ("n_bits", "first_last_bits"):
             bits = getattr(self, name)
             if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
                 raise ValueError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {bits}")
-        for name in ("search_samples", "calib_samples", "batch_size"):
+        for name in ("search_samples", "search_batch_size", "calib_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.iters < 0:
@@ -82,8 +102,11 @@ class QuantConfig:
             raise ValueError(f"lr must be positive and rrweight at least 0, got {self.lr} and {self.rrweight}")
         if not float("inf") > self.b_start >= self.b_end > 1:
             raise ValueError(f"b_start ≥ b_end > 1 is needed, got {self.b_start} and {self.b_end}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be 0 to 1, got {self.warmup}")
+        for name in ("warmup", "drop_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
         root2(self.hardware_terms)
 
     @property

@@ -43,9 +43,10 @@ def search_unit(
             blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
             float_layer = reference.get_submodule(name)
             if config.search_method is SearchMethod.LAYER_WISE:
-                measured = layer_error(*blocks, float_layer, layer, *data, batch_size=config.batch_size)
+                measured = layer_error(*blocks, float_layer, layer, *data, batch_size=config.search_batch_size)
             else:
-                measured = block_sensitivity(*blocks, layer, *data, seed=config.seed).error
+                size = config.search_batch_size
+                measured = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed).error
             error = per_codebook(measured, layer)
         codebook = choose_codebook(
             layer.rows, ScaleMethod(config.scale_method), layer.n_bits, terms=config.hardware_terms, error=error
@@ -173,9 +174,37 @@ def _positions_last(layer: nn.Module, y: Tensor) -> Tensor:
 
 
 def block_sensitivity(
-    float_block: nn.Module, block: nn.Module, layer: nn.Module, float_inputs: Tensor, inputs: Tensor, *, seed: int = 0
+    float_block: nn.Module,
+    block: nn.Module,
+    layer: nn.Module,
+    float_inputs: Tensor,
+    inputs: Tensor,
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> BlockSensitivity:
     """The BW measure of one layer, which must still hold its float weight; arguments as `layer_moments`."""
+    generator = torch.Generator().manual_seed(seed)
+    x, pulls, probes = [], [], []
+    for start in range(0, len(inputs), batch_size):
+        batch = slice(start, start + batch_size)
+        seen, pull, *along = _pulls(float_block, block, layer, float_inputs[batch], inputs[batch], generator)
+        x.append(seen)
+        pulls.append(pull)
+        probes.append(torch.stack(along))
+    fed = torch.cat(x)
+    return BlockSensitivity(lambda delta: _apply(layer, fed, delta), torch.cat(pulls), torch.cat(probes, dim=1))
+
+
+def _pulls(
+    float_block: nn.Module,
+    block: nn.Module,
+    layer: nn.Module,
+    float_inputs: Tensor,
+    inputs: Tensor,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """One batch: the layer's input, then Jᵀr and each probe's Jᵀv as [B, C, positions]."""
     seen: list[Tensor] = []
 
     def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -191,11 +220,9 @@ def block_sensitivity(
     with torch.no_grad():
         residual = float_block(float_inputs.clone()) - z
     x, y = seen
-    generator = torch.Generator().manual_seed(seed)
     signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
     pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]]
-
-    return BlockSensitivity(lambda delta: _apply(layer, x, delta), pulls[0], torch.stack(pulls[1:]))
+    return [x, *pulls]
 
 
 @torch.no_grad()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from logart import capture, surgery
-from logart.config import QuantConfig, ReconInput
+from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.dbs import search_unit
-from logart.losses import squared_error
-from logart.reconstruct import BlockReport, learn_rounding
+from logart.importance import PerturbationImportance
+from logart.losses import absolute_error, kl_divergence, squared_error
+from logart.reconstruct import BlockReport, Loss, learn_rounding
 from logart.rounding import nearest
 from logart.runtime import NetworkError, progress_bar
 from logart.search import rounding_error
@@ -70,6 +73,7 @@ def quantize_model(
     calibration_images: Tensor | Iterable[Tensor],
     *,
     block_types: Sequence[str] = (),
+    row_groups: Mapping[str, int] = MappingProxyType({}),
     device: torch.device | str = "cpu",
     quiet: bool = True,
     observe: Callable[[str, nn.Module], None] = lambda stage, model: None,
@@ -82,6 +86,8 @@ def quantize_model(
         calibration_images: a tensor [n, C, H, W], or batches of images; DBS uses the first `search_samples`, LLR the
             first `calib_samples`.
         block_types: class names of the blocks to reconstruct; without any, each layer is its own block.
+        row_groups: by the last part of a layer's name, into how many groups its rows fall that get a codebook each
+            where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
         device: where to compute, and where the result is.
         quiet: no progress bars.
         observe: called with ("float", folded float model), ("searched", …) after DBS and ("learned", …) after LLR;
@@ -107,7 +113,7 @@ def quantize_model(
     observe("float", reference)
 
     quantized = surgery.clone_sharing(reference)
-    surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise)
+    surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise, row_groups)
     start = time.perf_counter()
     _search(reference, quantized, units, images[: config.search_samples], config, quiet, device)
     report.search_seconds = time.perf_counter() - start
@@ -156,7 +162,8 @@ def _search(
             data = None
             if config.searches_data:
                 networks = (reference, quantized)
-                data = tuple(capture.inputs(net, unit.name, images, config.batch_size, device) for net in networks)
+                size = config.search_batch_size
+                data = tuple(capture.inputs(net, unit.name, images, size, device) for net in networks)
             search_unit(reference, quantized, unit, data, config)
             bar.update()
 
@@ -170,27 +177,79 @@ def _reconstruct(
     quiet: bool,
     device: torch.device,
 ) -> list[BlockReport]:
-    """LLR, unit by unit in the order they run: quantized prefix in, float target out."""
+    """LLR, unit by unit in the order they run: quantized, float or mixed prefix in, float target out."""
     images = images[: config.calib_samples]
     reports = []
-    prefix = quantized if config.recon_input is ReconInput.QUANTIZED else reference
+    losses = _Losses(reference, quantized, units, images, config, device)
     with progress_bar(len(units) * config.iters, "LLR", quiet) as bar:
         for index, unit in enumerate(units):
             bar.set_description(f"LLR {unit.name}")
-            inputs = capture.inputs(prefix, unit.name, images, config.batch_size, device)
-            targets = capture.outputs(reference, unit.name, images, config.batch_size, device)
+            inputs, float_inputs, targets = _capture(reference, quantized, unit, images, config, device)
+            loss = losses.of(unit, targets)
 
             def show(step: int, loss: float, done: int = index * config.iters) -> None:
                 bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
                 bar.update(done + step - bar.n)
 
+            block = quantized.get_submodule(unit.name)
             layers = [surgery.quantized_layers(quantized)[name] for name in unit.layers]
-            reports.append(
-                learn_rounding(
-                    unit.name, quantized.get_submodule(unit.name), layers, inputs, targets, config, squared_error, show
-                )
-            )
+            reports.append(learn_rounding(unit.name, block, layers, inputs, targets, config, loss, show, float_inputs))
     return reports
+
+
+def _capture(
+    reference: nn.Module,
+    quantized: nn.Module,
+    unit: Unit,
+    images: Tensor,
+    config: QuantConfig,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the unit is fed, what the float one is fed if inputs are mixed, and what it gives: two passes at most."""
+    how = (unit.name, images, config.batch_size, device)
+    if config.recon_input is ReconInput.QUANTIZED:
+        return capture.inputs(quantized, *how), None, capture.outputs(reference, *how)
+    float_inputs, targets = capture.inputs_and_outputs(reference, *how)
+    if config.recon_input is ReconInput.FLOAT:
+        return float_inputs, None, targets
+    return capture.inputs(quantized, *how), float_inputs, targets
+
+
+class _Losses:
+    """The reconstruction loss of each unit."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        quantized: nn.Module,
+        units: list[Unit],
+        images: Tensor,
+        config: QuantConfig,
+        device: torch.device,
+    ) -> None:
+        self._config, self._head = config, units[-1].name
+        layers = surgery.quantized_layers(quantized)
+        self._channels = {unit.name: layers[unit.layers[-1]].shape[0] for unit in units}
+        if config.recon_metric is ReconMetric.HESSIAN_PERTURB:
+            self._importance = PerturbationImportance(
+                reference, images, config.temperature, config.batch_size, device, config.seed
+            )
+
+    def of(self, unit: Unit, targets: Tensor) -> Loss:
+        """The loss of one unit, whose float outputs are `targets`."""
+        if self._config.head_kl and unit.name == self._head:
+            return kl_divergence
+        dim = channel_dim(targets, self._channels[unit.name])
+        if self._config.recon_metric is ReconMetric.MAE:
+            return partial(absolute_error, channel_dim=dim)
+        if self._config.recon_metric is ReconMetric.MSE:
+            return partial(squared_error, channel_dim=dim)
+        return partial(squared_error, channel_dim=dim, importance=self._importance.of(unit.name))
+
+
+def channel_dim(output: Tensor, channels: int) -> int:
+    """Where an output has its channels: dimension 1, unless only the last has as many as the unit's last layer."""
+    return -1 if output.shape[-1] == channels != output.shape[1] else 1
 
 
 @torch.no_grad()

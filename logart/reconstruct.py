@@ -74,6 +74,7 @@ def learn_rounding(
     config: QuantConfig,
     loss: Loss,
     progress: Callable[[int, float], None] = lambda step, value: None,
+    float_inputs: Tensor | None = None,
 ) -> BlockReport:
     """Learn the rounding of one block's layers; they hold codes before and after.
 
@@ -81,17 +82,20 @@ def learn_rounding(
         name: the block's name, for messages.
         block: runs on a batch of `inputs`; its parameters need no gradient.
         layers: the quantized layers inside, with codebooks and codes of plain rounding.
-        inputs: [n, ...] what the block is fed.
+        inputs: [n, ...] what the block is fed, and what its error is measured on.
         targets: [n, ...] what the float block gave.
         loss: from (output, target) to a scalar.
         progress: called after each step with the step's number and its reconstruction loss.
+        float_inputs: [n, ...] what the float block is fed. If given, each element of a step's input is drawn: from
+            `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
 
     Raises:
         ValueError: the loss is not finite; the message names the block and the step.
     """
     nearest_codes = [layer.codes for layer in layers]
     error_nearest = block_error(block, inputs, targets, loss, config.batch_size)
-    losses = _learn(name, block, layers, inputs, targets, config, loss, progress)
+    draw = _Batches(inputs, float_inputs, config)
+    losses = _learn(name, block, layers, draw, targets, config, loss, progress)
     error_learned = block_error(block, inputs, targets, loss, config.batch_size)
     kept = "learned" if error_learned <= error_nearest else "nearest"
     if kept == "nearest":
@@ -101,11 +105,30 @@ def learn_rounding(
     return BlockReport(name, error_nearest, error_learned, kept, losses)
 
 
+class _Batches:
+    """Random batches of a block's captured inputs, mixed element by element where there are float ones."""
+
+    def __init__(self, inputs: Tensor, float_inputs: Tensor | None, config: QuantConfig) -> None:
+        self._inputs, self._float_inputs, self._config = inputs, float_inputs, config
+        self._order = torch.Generator().manual_seed(config.seed)
+        self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """The images drawn, [B] int64 on the inputs' device, and what the block is fed of them."""
+        size = (self._config.batch_size,)
+        chosen = torch.randint(len(self._inputs), size, generator=self._order).to(self._inputs.device)
+        batch = self._inputs[chosen]
+        if self._float_inputs is None:
+            return chosen, batch
+        uniform = torch.rand(batch.shape, generator=self._mix, device=batch.device)
+        return chosen, torch.where(uniform < self._config.drop_prob, batch, self._float_inputs[chosen])
+
+
 def _learn(
     name: str,
     block: nn.Module,
     layers: list[QuantizedLayer],
-    inputs: Tensor,
+    batches: _Batches,
     targets: Tensor,
     config: QuantConfig,
     loss: Loss,
@@ -113,15 +136,14 @@ def _learn(
 ) -> tuple[float, ...]:
     alphas = [layer.start_learning().alpha for layer in layers]
     optimizer = torch.optim.Adam(alphas, lr=config.lr, fused=True)
-    order = torch.Generator().manual_seed(config.seed)
     losses = []
     every = max(config.iters // 100, 1)
     try:
         for step in range(config.iters):
-            chosen = torch.randint(len(inputs), (config.batch_size,), generator=order).to(inputs.device)
+            chosen, batch = batches.draw()
             beta = penalty_exponent(step, config)
             penalty = torch.stack([layer.soften(beta) for layer in layers]).sum()
-            reconstruction = loss(block(inputs[chosen]), targets[chosen])
+            reconstruction = loss(block(batch), targets[chosen])
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
             (reconstruction + config.rrweight * penalty).backward()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -158,18 +159,24 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def replace_layers(model: nn.Module, bits: dict[str, int], channel_wise: bool) -> None:
+def replace_layers(
+    model: nn.Module, bits: dict[str, int], channel_wise: bool, row_groups: Mapping[str, int] = MappingProxyType({})
+) -> None:
     """Put a quantized layer, sharing the float weight, in the place of every layer that `bits` names.
 
     Args:
         bits: bit width of each layer, by name.
         channel_wise: one codebook per output channel, or one per layer.
+        row_groups: layers that get several even so, one for each group of rows: how many, by the last part of the
+            layer's name. Where the rows cannot be split evenly, the layer gets one.
     """
     for name, n_bits in bits.items():
         layer = model.get_submodule(name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        n_codebooks = weight.shape[0] if channel_wise else 1
+        groups = row_groups.get(name.rpartition(".")[2], 1)
+        per_layer = groups if weight.shape[0] % groups == 0 else 1
+        n_codebooks = weight.shape[0] if channel_wise else per_layer
         quantized = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks)
         _replace(model, name, quantized)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +55,16 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.bn(self.stem(x))))
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def small_vit(seed: int = 0, n_images: int = 8) -> tuple[nn.Module, Tensor]:
+    """timm's own transformer, two blocks on four patches and a class token, and images [n, 3, 8, 8] for it."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, mlp_ratio=2, num_classes=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.4)  # timm's start leaves norms and biases at 1 and 0, and weights tiny
+    return model.eval().requires_grad_(False), smooth_images(n_images, 3, 8, seed).float()
 
 
 def smooth_images(n: int, channels: int, size: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
 from logart.grid import ScaleMethod
 
 
@@ -15,6 +15,7 @@ from logart.grid import ScaleMethod
         ("n_bits", [1, 9, 0, -4]),
         ("first_last_bits", [1, 9]),
         ("search_samples", [0, -1]),
+        ("search_batch_size", [0]),
         ("calib_samples", [0]),
         ("batch_size", [0]),
         ("iters", [-1]),
@@ -23,10 +24,13 @@ from logart.grid import ScaleMethod
         ("b_start", [1.5, float("inf"), float("nan")]),
         ("b_end", [1.0, 0.5, 21.0, float("nan")]),
         ("warmup", [-0.1, 1.1, float("nan")]),
+        ("drop_prob", [-0.1, 1.1, float("nan")]),
+        ("temperature", [0.0, -1.0, float("inf"), float("nan")]),
         ("hardware_terms", [1, 5, -1]),
         ("scale_method", ["log", "log_dynamic", ""]),
         ("search_method", ["channel_wise"]),
         ("recon_input", ["quantised"]),
+        ("recon_metric", ["hessian"]),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
@@ -50,6 +54,7 @@ def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
         ("b_start", [2.0]),
         ("b_end", [20.0, 1.01]),
         ("warmup", [0.0, 1.0]),
+        ("drop_prob", [0.0, 1.0]),
         ("hardware_terms", [0, 2, 3, 4]),
     ],
 )
@@ -61,7 +66,7 @@ def test_values_at_the_ends_are_taken(field: str, values: list[Any]) -> None:
 def test_every_field_has_a_test_of_its_range() -> None:
     (marks,) = (m for m in test_values_out_of_range_are_refused.pytestmark if m.name == "parametrize")  # type: ignore[attr-defined]
     fields = {field.name for field in dataclasses.fields(QuantConfig)}
-    assert fields - {case[0] for case in marks.args[1]} == {"channel_wise", "seed"}
+    assert fields - {case[0] for case in marks.args[1]} == {"channel_wise", "head_kl", "seed"}
 
 
 def test_strings_become_members() -> None:
@@ -69,6 +74,7 @@ def test_strings_become_members() -> None:
     assert config.scale_method is ScaleMethod.LOG_2
     assert config.search_method is SearchMethod.BLOCK_WISE
     assert config.recon_input is ReconInput.FLOAT
+    assert QuantConfig(recon_metric="mae").recon_metric is ReconMetric.MAE  # type: ignore[arg-type]
 
 
 def test_settings_are_frozen_and_comparable() -> None:

@@ -120,6 +120,13 @@ CHANGES: list[dict[str, Any]] = [
     {"b_end": 6.0},
     {"warmup": 0.5},
     {"recon_input": "float"},
+    {"recon_input": "mixed"},
+    {"recon_input": "mixed", "drop_prob": 0.8},
+    {"recon_metric": "mae"},
+    {"recon_metric": "hessian_perturb"},
+    {"recon_metric": "hessian_perturb", "temperature": 1.0},
+    {"head_kl": True, "lr": 0.1},
+    {"lr": 0.1},
     {"hardware_terms": 2},
     {"hardware_terms": 3},
     {"seed": 1},
@@ -128,6 +135,7 @@ CHANGES: list[dict[str, Any]] = [
 
 def test_every_field_changes_the_result() -> None:
     settings = [{}, *CHANGES, {**LW}, {**LW, "search_samples": 4}, {**BW}, {**BW, "seed": 5}]
+    settings += [{**BW, "search_batch_size": 3}]
     found = [str(fingerprint(run(**change)[0])) for change in settings]
     same = [(a, b) for i, a in enumerate(settings) for j, b in enumerate(settings) if i < j and found[i] == found[j]]
     assert same == []

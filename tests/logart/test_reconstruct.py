@@ -36,7 +36,9 @@ def block(seed: int = 0, **settings: Any) -> tuple[nn.Module, nn.Module, Tensor,
 
 
 def learn(quantized: nn.Module, inputs: Tensor, targets: Tensor, **arguments: Any) -> BlockReport:
-    settings = {name: arguments.pop(name) for name in tuple(arguments) if name not in ("loss", "progress")}
+    settings = {
+        name: arguments.pop(name) for name in tuple(arguments) if name not in ("loss", "progress", "float_inputs")
+    }
     layers = list(quantized_layers(quantized).values())
     arguments.setdefault("loss", squared_error)
     return learn_rounding("a block", quantized, layers, inputs, targets, config(**settings), **arguments)
@@ -268,3 +270,33 @@ def test_progress_is_told_of_about_a_hundred_steps() -> None:
     assert told[0] == 1 and told[-1] == 350 and told == sorted(set(told))
     assert 90 <= len(told) <= 130
     assert len(report.losses) == len(told)
+
+
+@pytest.mark.parametrize(("drop_prob", "taken"), [(1.0, 0), (0.0, 1)])
+def test_a_mixture_of_one_kind_is_that_kind_bit_for_bit(drop_prob: float, taken: int) -> None:
+    """Probability 1 feeds the quantized prefix's output, 0 the float one's."""
+    model, quantized, inputs, targets = block()
+    other = inputs + torch.randn(inputs.shape)
+    fed: list[Tensor] = []
+    handle = quantized.register_forward_pre_hook(lambda m, args: fed.append(args[0].clone()))
+    learn(quantized, inputs, targets, iters=4, drop_prob=drop_prob, float_inputs=other)
+    handle.remove()
+    steps = fed[3:7]  # 48 images, 16 at a time, are looked at before and after learning
+    order = torch.Generator().manual_seed(0)
+    for step in steps:
+        chosen = torch.randint(48, (16,), generator=order)
+        assert torch.equal(step, (inputs, other)[taken][chosen])
+    assert torch.equal(torch.cat(fed[:3]), inputs) and torch.equal(torch.cat(fed[7:]), inputs)
+
+
+def test_a_mixture_draws_every_element_on_its_own() -> None:
+    model, quantized, inputs, targets = block()
+    fed: list[Tensor] = []
+    handle = quantized.register_forward_pre_hook(lambda m, args: fed.append(args[0].clone()))
+    learn(quantized, torch.zeros_like(inputs), targets, iters=8, drop_prob=0.75, float_inputs=torch.ones_like(inputs))
+    handle.remove()
+    steps = torch.stack(fed[3:11])
+    assert set(steps.unique().tolist()) == {0.0, 1.0}
+    assert float(steps.mean()) == pytest.approx(0.25, abs=0.02)
+    for dim in range(steps.ndim):  # along no dimension do elements go together
+        assert float(steps.std(dim).mean()) == pytest.approx((0.75 * 0.25) ** 0.5, abs=0.06)
