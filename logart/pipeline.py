@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logart import capture, surgery
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.dbs import search_unit
-from logart.importance import PerturbationImportance
+from logart.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.losses import absolute_error, kl_divergence, squared_error
 from logart.reconstruct import BlockReport, Loss, learn_rounding
 from logart.rounding import nearest
@@ -232,7 +232,7 @@ class _Losses:
         self._channels = {unit.name: layers[unit.layers[-1]].shape[0] for unit in units}
         if config.recon_metric is ReconMetric.HESSIAN_PERTURB:
             self._importance = PerturbationImportance(
-                reference, images, config.temperature, config.batch_size, device, config.seed
+                reference, images[:IMPORTANCE_IMAGES], config.temperature, config.batch_size, device, config.seed
             )
 
     def of(self, unit: Unit, targets: Tensor) -> Loss:

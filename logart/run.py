@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from logart.config import QuantConfig
+from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.data import ImageSource, validation_batches
 from logart.evaluate import Accuracy, accuracy
 from logart.grid import ScaleMethod
 from logart.layers import hardware_approximation
+from logart.network import Network
 from logart.pipeline import Report, quantize_model
 from logart.results import Cell, append_row, environment
 from logart.runtime import NetworkError, UserError, peak_memory_mb, progress_bar
@@ -74,8 +75,7 @@ def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: 
 
 
 def run(
-    model: nn.Module,
-    block_types: Sequence[str],
+    network: Network,
     source: ImageSource,
     images: Tensor,
     config: QuantConfig,
@@ -86,8 +86,9 @@ def run(
     """Quantize and evaluate one network, print what comes out and append it to the results file.
 
     Args:
-        model, block_types, images, config: as for `quantize_model`.
+        network: what to quantize; its model is not changed.
         source: holds the validation images.
+        images, config: as for `quantize_model`.
         columns: what the results row says of the network and the data.
         started: `time.perf_counter()` when the command began.
 
@@ -100,10 +101,11 @@ def run(
     stages = _Stages(source, config, options)
     with _naming(options.network_flags):
         quantized, report = quantize_model(
-            model,
+            network.model,
             config,
             images,
-            block_types=block_types,
+            block_types=network.block_types,
+            row_groups=network.row_groups,
             device=options.device,
             quiet=options.quiet,
             observe=stages.observe,
@@ -184,7 +186,7 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
     if dynamic:
         row["search_method"] = config.search_method.value
     if config.searches_data:
-        row["search_samples"] = config.search_samples
+        row |= {"search_samples": config.search_samples, "search_batch_size": config.search_batch_size}
     if learns:
         row |= {
             "calib_samples": config.calib_samples,
@@ -195,8 +197,12 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
             "b_end": config.b_end,
             "warmup": config.warmup,
             "recon_input": config.recon_input.value,
-            "recon_metric": "mse",
+            "recon_metric": config.recon_metric.value + "+kl" * config.head_kl,
         }
+    if learns and config.recon_input is ReconInput.MIXED:
+        row["drop_prob"] = config.drop_prob
+    if learns and config.recon_metric is ReconMetric.HESSIAN_PERTURB:
+        row["temperature"] = config.temperature
     return row
 
 

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import timm
 import torchvision
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from logart.data import Preprocessing
+from logart.network import DIGITS_PREPROCESSING as DIGITS
+from logart.network import INTERPOLATIONS as INTERPOLATIONS
+from logart.network import TIMM, Network, check_counts, load_timm, override, unknown_network
 from logart.runtime import UserError
-from logart.weights import (
-    fetch_state_dict,
-    file_sha256,
-    load_state_dict,
-    one_line,
-    read_state_dict,
-    state_sha256,
-)
+from logart.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet
 
@@ -31,9 +24,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET = Preprocessing((3, 224, 224), 0.875, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 CIFAR = Preprocessing((3, 32, 32), 1.0, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
-DIGITS = Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))  # of the training split
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-TIMM = "timm:"
 
 BRECQ_URL = "https://github.com/yhhhli/BRECQ/releases/download/v1.0/"
 WEIGHT_URLS = {
@@ -96,29 +86,6 @@ TIMM_BLOCKS = (
 
 
 @dataclass(frozen=True)
-class Network:
-    """A trained network and what else its name decides.
-
-    Attributes:
-        arch: The name it was asked for by.
-        model: float32, in eval mode.
-        preprocessing: The images it expects.
-        block_types: Class names of the blocks to reconstruct; empty means layer by layer.
-        num_classes: Its outputs.
-        source: Where the weights came from: a file's name, a URL, or timm's name of them.
-        sha256: Of the weights' file; for timm's pretrained weights, of the state dict (`state_sha256`).
-    """
-
-    arch: str
-    model: nn.Module
-    preprocessing: Preprocessing
-    block_types: tuple[str, ...]
-    num_classes: int
-    source: str
-    sha256: str
-
-
-@dataclass(frozen=True)
 class _Stock:
     """A network known by name: how to build it for a state dict, and how to rename that one's keys."""
 
@@ -157,20 +124,27 @@ def load_network(
     Raises:
         UserError: An unknown name, settings that do not fit, or weights that are missing or do not fit.
     """
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"--num-classes: {num_classes}; expected at least 1")
+    check_counts(num_classes, input_size)
     if arch.startswith(TIMM):
-        network = _load_timm(arch, checkpoint, dict(model_kwargs or {}), num_classes)
+        network = load_timm(
+            arch,
+            arch.removeprefix(TIMM),
+            checkpoint,
+            flag="--arch",
+            find_blocks=_find_blocks,
+            model_kwargs=model_kwargs,
+            num_classes=num_classes,
+            input_size=input_size,
+        )
     elif model_kwargs:
         raise UserError(f"--model-kwargs: only for --arch {TIMM}NAME, not for {arch}")
     elif arch in _STOCK:
         network = _load_stock(arch, checkpoint, num_classes)
     else:
-        expected = f"expected {', '.join(ARCHS)} or {TIMM}NAME"
-        raise UserError(f"--arch: no network {arch!r}{_close(arch, ARCHS)}; {expected}")
-    preprocessing = _override(network.preprocessing, input_size, crop_pct, mean, std, interpolation)
+        raise unknown_network(arch, ARCHS, flag="--arch")
     network.model.eval().float()
-    return replace(network, preprocessing=preprocessing)
+    settings = override(network.preprocessing, input_size, crop_pct, mean, std, interpolation)
+    return replace(network, preprocessing=settings)
 
 
 def _load_stock(arch: str, checkpoint: str | Path | None, num_classes: int | None) -> Network:
@@ -198,103 +172,9 @@ def _weights(arch: str, checkpoint: str | Path | None) -> tuple[State, str, str]
     raise UserError(f"--checkpoint: {arch} comes without weights; expected a file of them")
 
 
-def _load_timm(
-    arch: str, checkpoint: str | Path | None, model_kwargs: dict[str, Any], num_classes: int | None
-) -> Network:
-    name = arch.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise UserError(f"--arch: timm has no model {name!r}{_close(name, timm.list_models())}")
-    if num_classes is not None and model_kwargs.setdefault("num_classes", num_classes) != num_classes:
-        other = model_kwargs["num_classes"]
-        raise UserError(f"--num-classes: {num_classes}, but --model-kwargs has num_classes={other}")
-    try:
-        model: Any = timm.create_model(name, **model_kwargs)
-    except Exception as error:  # whatever the model's own constructor raises
-        flag = "--model-kwargs" if model_kwargs else "--arch"
-        raise UserError(f"{flag}: timm cannot build {name} ({one_line(error)})") from error
-    if checkpoint is not None:
-        source = Path(checkpoint).name
-        load_state_dict(model, read_state_dict(checkpoint), flag="--checkpoint", source=source)
-        sha256 = file_sha256(checkpoint)
-    else:
-        model, source = _pretrained_timm(name, model_kwargs)
-        sha256 = state_sha256(model.state_dict())
+def _find_blocks(model: nn.Module) -> tuple[str, ...]:
     present = {type(module).__name__ for module in model.modules()}
-    blocks = tuple(block for block in TIMM_BLOCKS if block in present)
-    return Network(arch, model, _timm_preprocessing(model), blocks, model.num_classes, source, sha256)
-
-
-def _pretrained_timm(name: str, model_kwargs: Mapping[str, Any]) -> tuple[nn.Module, str]:
-    """The model with timm's own weights, and timm's name of these."""
-    try:
-        model: Any = timm.create_model(name, pretrained=True, **model_kwargs)
-    except Exception as error:  # network, disk and timm, each with its own errors
-        raise UserError(
-            f"--arch: no pretrained weights for {TIMM}{name} ({one_line(error)}); expected --checkpoint PATH"
-        ) from error
-    config = model.pretrained_cfg
-    if config["num_classes"] != model.num_classes:  # timm would leave the last layer untrained
-        raise UserError(
-            f"--num-classes: {model.num_classes} asked for, but timm's weights for {name} "
-            f"have {config['num_classes']}; expected --checkpoint PATH"
-        )
-    return model, TIMM + ".".join(filter(None, (config["architecture"], config.get("tag"))))
-
-
-def _timm_preprocessing(model: nn.Module) -> Preprocessing:
-    config = resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            channels = module.in_channels  # timm's config ignores in_chans
-            break
-    return Preprocessing(
-        (channels, height, width),
-        config["crop_pct"],
-        config["interpolation"],
-        tuple(config["mean"]),
-        tuple(config["std"]),
-    )
-
-
-def _override(
-    preprocessing: Preprocessing,
-    input_size: int | None,
-    crop_pct: float | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    interpolation: str | None,
-) -> Preprocessing:
-    p = preprocessing
-    channels = p.input_size[0]
-    result = Preprocessing(
-        p.input_size if input_size is None else (channels, input_size, input_size),
-        p.crop_pct if crop_pct is None else crop_pct,
-        p.interpolation if interpolation is None else interpolation,
-        _per_channel("--mean", p.mean if mean is None else mean, channels),
-        _per_channel("--std", p.std if std is None else std, channels),
-    )
-    if min(result.input_size) < 1:
-        raise UserError(f"--input-size: {input_size}; expected at least 1")
-    if not 0 < result.crop_pct <= 1:
-        raise UserError(f"--crop-pct: {result.crop_pct}; expected more than 0 and at most 1")
-    if result.interpolation not in INTERPOLATIONS:
-        raise UserError(f"--interpolation: {result.interpolation!r}; expected {', '.join(INTERPOLATIONS)}")
-    if not min(result.std) > 0:
-        raise UserError(f"--std: {min(result.std)}; expected positive values")
-    return result
-
-
-def _per_channel(flag: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) not in (1, channels):
-        raise UserError(f"{flag}: {len(values)} values; expected 1 or {channels}, one per input channel")
-    return tuple(values) * (channels // len(values))
-
-
-def _close(name: str, known: Sequence[str]) -> str:
-    """The end of an error about an unknown name."""
-    close = get_close_matches(name, known)
-    return f"; perhaps {' or '.join(close)}" if close else ""
+    return tuple(block for block in TIMM_BLOCKS if block in present)
 
 
 def _timm_builder(name: str) -> Callable[[State, int], nn.Module]:

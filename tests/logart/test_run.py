@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import logart.run
-from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
 from logart.data import ImageSource, Preprocessing, open_images
 from logart.evaluate import Accuracy
 from logart.grid import ScaleMethod
+from logart.network import Network
 from logart.pipeline import LayerReport, Report
 from logart.reconstruct import BlockReport
 from logart.results import NAMES
@@ -53,6 +54,11 @@ def source(image_folder: Path) -> ImageSource:
     )
 
 
+def as_network(model: nn.Module, *block_types: str) -> Network:
+    """A network as `load_network` would give it."""
+    return Network("small", model, Preprocessing((3, 8, 8), 1.0, "bilinear", (0.5,), (0.5,)), block_types, 4, "", "")
+
+
 class Runs:
     """Runs the command's middle part into one results file."""
 
@@ -66,7 +72,7 @@ class Runs:
         settings = RunOptions(CPU, str(self.results), **{"workers": 0} | options)
         columns = {"track": "cnn", "arch": "small"}
         started = time.perf_counter() - ago
-        return run(model or network(), (), self.source, images, config, settings, columns, started)
+        return run(as_network(model or network()), self.source, images, config, settings, columns, started)
 
     def rows(self) -> list[dict[str, str]]:
         if not self.results.exists():
@@ -203,6 +209,8 @@ def test_config_columns_say_what_acted() -> None:
         b_end=3.0,
         warmup=0.5,
         recon_input=ReconInput.FLOAT,
+        recon_metric=ReconMetric.MAE,
+        search_batch_size=4,
         hardware_terms=2,
         seed=6,
     )
@@ -212,13 +220,18 @@ def test_config_columns_say_what_acted() -> None:
     }  # fmt: skip
     learning = {
         "calib_samples": 9, "batch_size": 5, "lr": 0.125, "rrweight": 0.25, "b_start": 10.0, "b_end": 3.0,
-        "warmup": 0.5, "recon_input": "float", "recon_metric": "mse",
+        "warmup": 0.5, "recon_input": "float", "recon_metric": "mae",
     }  # fmt: skip
-    searching = {"search_method": "layer_wise", "search_samples": 7}
+    searching = {"search_method": "layer_wise", "search_samples": 7, "search_batch_size": 4}
     assert config_columns(config) == always | searching | learning
     tensor_wise = replace(config, search_method=SearchMethod.TENSOR_WISE)  # looks at no image
     assert config_columns(tensor_wise) == always | {"search_method": "tensor_wise"} | learning
     assert config_columns(replace(config, iters=0)) == always | searching | {"iters_w": 0}
+    mixed = replace(
+        config, recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True
+    )
+    more = {"recon_input": "mixed", "drop_prob": 0.25, "recon_metric": "hessian_perturb+kl", "temperature": 20.0}
+    assert config_columns(mixed) == always | searching | learning | more
     base2 = replace(config, scale_method=ScaleMethod.LOG_2, hardware_terms=0, first_last_bits=None)
     expected = {"scale_method": "log_2", "hardware_approx": "False", "first_last_bits": "same"}
     assert config_columns(base2) == always | learning | expected
@@ -321,7 +334,7 @@ def test_a_block_that_takes_two_tensors_is_one_line(runs: Runs, source: ImageSou
         RunOptions(CPU, str(runs.results), workers=0, network_flags="--model"),
     )
     with pytest.raises(UserError, match="^--model: TwoTensors was called with 2 arguments") as caught:
-        run(HoldsTwoTensors().eval(), ("TwoTensors",), source, images, QUICK, options, {}, 0.0)
+        run(as_network(HoldsTwoTensors().eval(), "TwoTensors"), source, images, QUICK, options, {}, 0.0)
     assert "\n" not in str(caught.value) and runs.rows() == []
 
 

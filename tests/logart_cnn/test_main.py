@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import logart.pipeline
 import logart.run
 import logart_cnn.main
-from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
 from logart.grid import ScaleMethod
 from logart.run import RunOptions
 from logart.weights import file_sha256
@@ -94,14 +94,15 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
     assert main([]) == 0
     assert (called["arch"], called["checkpoint"]) == ("digits_resnet", None)
     assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 7
-    _, block_types, source, images, settings, options, columns, started = called["run"]
-    assert source.name == "digits" and block_types == ("DigitsBlock",) and len(images) == 1024
+    network, source, images, settings, options, columns, started = called["run"]
+    assert source.name == "digits" and network.block_types == ("DigitsBlock",) and len(images) == 1024
     assert settings == QuantConfig()
     assert asdict(settings) | {"iters": 0, "lr": 0, "rrweight": 0} == {
         "n_bits": 4, "first_last_bits": None, "channel_wise": True, "scale_method": ScaleMethod.DYNAMIC,
         "search_method": SearchMethod.TENSOR_WISE, "search_samples": 32, "calib_samples": 1024, "batch_size": 32,
         "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": ReconInput.QUANTIZED, "hardware_terms": 0,
-        "seed": 0, "iters": 0, "lr": 0, "rrweight": 0,
+        "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
+        "drop_prob": 0.5, "temperature": 20.0, "head_kl": False,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
     assert options == expected and not options.quiet

@@ -52,7 +52,8 @@ EFFECTS = {
     "channel_wise": Effect("--no-channel_wise", {"channel_wise": "False"}),
     "scale_method": Effect("--scale_method log_sqrt2", {"scale_method": "log_sqrt2", "search_method": ""}),
     "search_method": Effect("--search_method layer_wise",
-                            {"search_method": "layer_wise", "search_samples": "4"}, given="--search_samples 4"),
+                            {"search_method": "layer_wise", "search_samples": "4", "search_batch_size": "32"},
+                            given="--search_samples 4"),
     "search_samples": Effect("--search_samples 3", {"search_samples": "3"}, given=LAYER_WISE),
     "calib_samples": Effect("--calib_samples 5", {"calib_samples": "5"}),
     "batch_size": Effect("--batch_size 3", {"batch_size": "3"}),
@@ -123,7 +124,7 @@ def test_device_decides_where(files: Files, outcome: Callable[..., Outcome], mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     seen: list[torch.device] = []
-    monkeypatch.setattr(logart_cnn.main, "run", lambda *args: seen.append(args[5].device))
+    monkeypatch.setattr(logart_cnn.main, "run", lambda *args: seen.append(args[4].device))
     argv = files.on_images()
     for device in ("auto", "cuda:0", "cpu"):
         assert main([*argv, "--device", device]) == 0

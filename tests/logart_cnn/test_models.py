@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+import logart.network
 from logart.data import Preprocessing
 from logart.runtime import UserError
 from logart.weights import file_sha256, state_sha256
@@ -472,14 +473,15 @@ def test_timms_pretrained_weights(tmp_path):
     [
         ("mobilenetv2_035", ("InvertedResidual", "DepthwiseSeparableConv")),
         ("repvgg_a0", ("RepVggBlock",)),
-        ("vgg11_bn", ()),
+        ("densenet121", ()),
     ],
 )
 def test_timms_blocks_are_found(monkeypatch, name, blocks):
-    monkeypatch.setattr(models, "_pretrained_timm", lambda name, kwargs: (timm.create_model(name), "none"))
-    with torch.device("meta"):
-        monkeypatch.setattr(models, "state_sha256", lambda state: "")
-        assert load_network(f"timm:{name}").block_types == blocks
+    def untrained(arch, name, kwargs, flag):
+        return timm.create_model(name), "none"
+
+    monkeypatch.setattr(logart.network, "_pretrained", untrained)
+    assert load_network(f"timm:{name}").block_types == blocks
 
 
 # Overrides and mistakes

@@ -1,0 +1,172 @@
+"""The flags that both command lines have, and what follows from them: settings, idle flags, the row's columns."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from logart.cli import FlagParser, finite, given, otherwise, refuse_idle
+from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.data import DIGITS
+from logart.grid import ScaleMethod
+from logart.network import INTERPOLATIONS, Network
+from logart.results import Cell
+from logart.run import RunOptions
+from logart.runtime import UserError, resolve_device
+
+DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
+
+
+def add_network_flags(parser: FlagParser, model_kwargs: str) -> None:
+    """How the network is built and which images it gets; `model_kwargs` says where those act."""
+    parser.flag("--checkpoint", help="float weights: .pth, .pt, .th, .tar, .bin or .safetensors "
+                "(default: the network's own)")  # fmt: skip
+    parser.flag("--model_kwargs", nargs="+", metavar="KEY=VALUE", help=f"for timm.create_model{model_kwargs}")
+    parser.flag("--num_classes", type=int, help="outputs of the network")
+    parser.flag("--input_size", type=int, help="height and width of the input in pixels")
+    parser.flag("--crop_pct", type=finite, help="part of the resized image that the centre crop keeps")
+    parser.flag("--mean", type=finite, nargs="+", help="per channel, of pixels in 0..1")
+    parser.flag("--std", type=finite, nargs="+", help="per channel")
+    parser.flag("--interpolation", choices=INTERPOLATIONS, help="how images are resized")
+
+
+def add_grid_flags(parser: FlagParser, defaults: Mapping[str, Any]) -> None:
+    """The grid, its search and the schedule of LLR; `defaults` by the fields of QuantConfig, for the help."""
+    d = defaults
+    parser.flag("--channel_wise", action=argparse.BooleanOptionalAction,
+                help="one codebook per output channel, or one per layer (default: per channel)")  # fmt: skip
+    parser.flag("--scale_method", type=_scale_method, metavar="{" + ",".join(m.value for m in ScaleMethod) + "}",
+                help=f"the grid (default {d['scale_method']})")  # fmt: skip
+    parser.flag("--search_method", choices=[m.value for m in SearchMethod],
+                help=f"the error that DBS minimises; dynamic grid only (default {d['search_method']})")  # fmt: skip
+    parser.flag("--first_last_bits", metavar="{2..8,same}", help="bits of the first and last layer (default same)")
+    parser.flag("--hardware_approx", action="store_true", help="√2 ≈ 1+1/2 during search, LLR and evaluation")
+    parser.flag("--iters_w", type=int, help=f"LLR steps per block; 0 leaves plain rounding (default {d['iters']})")
+    parser.flag("--rrweight", "--weight", type=finite,
+                help=f"λ, the rounding penalty against the reconstruction loss (default {d['rrweight']})")  # fmt: skip
+    parser.flag("--b_start", type=finite, help=f"the penalty's exponent at the start (default {d['b_start']:g})")
+    parser.flag("--b_end", type=finite, help=f"the penalty's exponent at the end (default {d['b_end']:g})")
+    parser.flag("--warmup", type=finite, help=f"share of the steps without the penalty (default {d['warmup']})")
+
+
+def add_run_flags(parser: FlagParser) -> None:
+    """How the run goes about it."""
+    parser.flag("--test_before_calibration", action="store_true",
+                help="also evaluate after DBS, before LLR (always on for the built-in digits)")  # fmt: skip
+    parser.flag("--test_with_hardware_approx", action="store_true",
+                help="evaluate a second time with √2 ≈ 1+1/2 in a network calibrated without it")  # fmt: skip
+    parser.flag("--seed", type=int, help="of every random choice (default 0)")
+    parser.flag("--device", help="auto (CUDA when there is one), cpu, cuda or cuda:N (default auto)")
+    parser.flag("--results", help="the CSV file that gets a row (default results.csv)")
+    parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
+
+
+def _scale_method(text: str) -> str:
+    text = "dynamic" if text == "log_dynamic" else text
+    if text not in {method.value for method in ScaleMethod}:
+        raise argparse.ArgumentTypeError(
+            f"unknown grid {text!r}; expected one of {', '.join(method.value for method in ScaleMethod)}"
+        )
+    return text
+
+
+def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: Mapping[str, Any]) -> QuantConfig:
+    """The settings of a run; UserError for a value out of range, naming its flag.
+
+    Args:
+        args: the flags given.
+        flags: destination of a flag -> field of QuantConfig, one flag for each field that has one.
+        settings: fields of QuantConfig by name, which the flags have gone into already.
+    """
+    settings = dict(settings)
+    if args.first_last_bits is not None:
+        settings["first_last_bits"] = _first_last_bits(args.first_last_bits)
+    settings["hardware_terms"] = 2 if args.hardware_approx else 0
+    try:
+        config = QuantConfig(**settings)
+    except ValueError as error:
+        written = {field: f"--{flag}" for flag, field in flags.items()} | {"first_last_bits": "--first_last_bits"}
+        raise UserError(" ".join(written.get(word, word) for word in str(error).split())) from None
+    if not 0 <= config.seed < 2**32:  # one seed for torch, which takes more, and for numpy, which does not
+        raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
+    return config
+
+
+def _first_last_bits(text: str) -> int | None:
+    if text == "same":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--first_last_bits: {text!r} is neither a number of bits nor 'same'") from None
+
+
+def refuse_idle_flags(
+    args: argparse.Namespace, config: QuantConfig, *, search: Sequence[str], learning: Sequence[str], unlearned: str
+) -> None:
+    """Raise UserError for a flag that was given and cannot act.
+
+    Args:
+        search, learning: the track's own flags that act in DBS and in LLR.
+        unlearned: why nothing is learned, where nothing is.
+    """
+
+    def refuse(names: Sequence[str], acts: bool, why: str) -> None:
+        refuse_idle(args, {name: f"--{name}" for name in names}, acts, why)
+
+    method = config.scale_method
+    searches = method is ScaleMethod.DYNAMIC
+    refuse(("search_method", *search), searches, f"--scale_method {method.value} searches nothing")
+    schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
+    refuse((*learning, *schedule), config.iters > 0, unlearned)
+    has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
+    approximate = ("hardware_approx", "test_with_hardware_approx")
+    refuse(approximate, has_root2, f"--scale_method {method.value} has no √2 to approximate")
+    refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")
+
+
+def run_options(
+    args: argparse.Namespace, config: QuantConfig, *, data: str, workers: int, val_batch_size: int, network_flags: str
+) -> RunOptions:
+    """How the run goes about it, from the flags; `data` is what the data flag says."""
+    return RunOptions(
+        device=resolve_device(otherwise(args.device, "auto")),
+        results=otherwise(args.results, "results.csv"),
+        val_batch_size=val_batch_size,
+        workers=workers,
+        # The built-in digits tell the whole story; elsewhere one more evaluation may take minutes.
+        test_before_calibration=config.iters > 0 and (bool(args.test_before_calibration) or data == DIGITS),
+        test_with_hardware_approx=bool(args.test_with_hardware_approx),
+        quiet=bool(args.quiet),
+        network_flags=network_flags,
+    )
+
+
+def network_columns(args: argparse.Namespace, network: Network, track: str, data: str) -> dict[str, Cell]:
+    """What the results row says of the network and the data."""
+    words = list(args.model_kwargs or ())
+    for name, value in given(args, ("num_classes", *DATA_SETTINGS)).items():
+        words.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return {
+        "track": track,
+        "arch": network.arch,
+        "checkpoint": network.source,
+        "checkpoint_sha256": network.sha256,
+        "network_options": " ".join(words),
+        "data": data,
+    }
+
+
+def describe(config: QuantConfig) -> str:
+    """The settings in a line."""
+    grid = f"{config.n_bits} bits, {config.scale_method.value}"
+    if config.scale_method is ScaleMethod.DYNAMIC:
+        grid += f" ({config.search_method.value} DBS)"
+    per = "channel" if config.channel_wise else "layer"
+    learning = f"LLR {config.iters} steps a block" if config.iters else "plain rounding"
+    if config.iters:
+        mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
+        learning += f" ({config.recon_metric.value}, {config.recon_input.value}{mix} input)"
+    approx = ", √2 ≈ 1+1/2" if config.hardware_terms else ""
+    return f"{grid}, a codebook per {per}, {learning}{approx}, seed {config.seed}"

@@ -1,0 +1,152 @@
+"""Quantize a vision transformer onto a logarithmic weight grid and measure it: `python -m logart_vit.main --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any, get_type_hints
+
+from logart import flags
+from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle, run_command
+from logart.config import QuantConfig, ReconInput
+from logart.data import DIGITS, calibration_images, open_images
+from logart.flags import describe
+from logart.results import check_results
+from logart.run import check_network, run
+from logart.runtime import UserError, seed_everything
+from logart_vit.models import MODELS, load_network
+from logart_vit.settings import OPTIM_METRICS, Config, load_config
+
+# setting of a config file, and flag that overrides it -> field of QuantConfig
+FIELDS = {
+    "w_bit": "n_bits",
+    "first_last_bits": "first_last_bits",
+    "channel_wise": "channel_wise",
+    "scale_method": "scale_method",
+    "search_method": "search_method",
+    "calib_size": "search_samples",
+    "calib_batch_size": "search_batch_size",
+    "optim_size": "calib_samples",
+    "optim_batch_size": "batch_size",
+    "optim_metric": "recon_metric",
+    "temperature": "temperature",
+    "optim_mode": "recon_input",
+    "drop_prob": "drop_prob",
+    "iters_w": "iters",
+    "lr": "lr",
+    "rrweight": "rrweight",
+    "b_start": "b_start",
+    "b_end": "b_end",
+    "warmup": "warmup",
+}
+MODES = {"qinp": ReconInput.QUANTIZED, "rinp": ReconInput.FLOAT, "qdrop": ReconInput.MIXED}
+LOADING = {"val_batch_size": 1, "num_workers": 0}  # and the least value of each
+
+
+def build_parser() -> FlagParser:
+    """The command line; every flag is None unless given, so that the config's settings can stand."""
+    parser = FlagParser(
+        prog="logart-vit",
+        description="Quantize the weights of one of timm's vision transformers onto a logarithmic grid with "
+        "DBS and LLR, measure it, append a row to the results file. Flags override the config; - and _ are the same.",
+    )
+    parser.flag("--dataset", help="a folder in ImageNet layout, or digits (default digits)")
+    parser.flag("--model", help=f"{', '.join(MODELS)} or timm:NAME (default digits_vit)")
+    flags.add_network_flags(parser, model_kwargs="")
+    parser.flag("--config", help="a .py file with a class Config, whose code is run (default: the settings of "
+                "configs/4bit/best.py, built in)")  # fmt: skip
+    parser.flag("--optimize", action="store_true", help="learn the rounding (LLR); without it the run ends after DBS")
+    parser.flag("--w_bit", type=int, help="bits per weight, 2 to 8")
+    parser.flag("--calib_size", type=int, help="images for DBS (tensor_wise looks at none)")
+    parser.flag("--calib_batch_size", type=int, help="images at a time in DBS")
+    parser.flag("--optim_size", type=int, help="images for LLR")
+    parser.flag("--optim_batch_size", type=int, help="images per LLR step")
+    parser.flag("--optim_metric", choices=OPTIM_METRICS, help="LLR's loss; the head's is always the KL divergence")
+    parser.flag("--temperature", type=finite, help="of the KL divergence behind hessian_perturb")
+    parser.flag("--optim_mode", choices=list(MODES), help="a block's input in LLR: quantized prefix, float, or mixed")
+    parser.flag("--drop_prob", type=finite, help="with qdrop, the probability of the quantized prefix's element")
+    parser.flag("--lr", type=finite, help="LLR's learning rate at the start")
+    flags.add_grid_flags(parser, {field: getattr(Config, name, None) for name, field in FIELDS.items()})
+    flags.add_run_flags(parser)
+    parser.flag("--val_batch_size", type=int, help="validation images at a time")
+    parser.flag("--num_workers", type=int, help="processes that read validation images; 0 reads in this one")
+    return parser
+
+
+def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any]]:
+    """The settings of the run, and the same as a config file names them: the config's, or the flag's where given."""
+    values = {name: getattr(Config, name) for name in get_type_hints(Config)}
+    if args.config is not None:
+        values = load_config(args.config)
+    # 'same' is not a number of bits: flags.build_config reads that flag itself
+    values |= given(args, [name for name in values if hasattr(args, name) and name != "first_last_bits"])
+    for name, least in LOADING.items():
+        if values[name] < least:
+            raise UserError(f"--{name}: expected {least} or more, got {values[name]}")
+    fields = {field: values[name] for name, field in FIELDS.items()}
+    fields |= {"recon_input": MODES[values["optim_mode"]], "head_kl": True, "seed": otherwise(args.seed, 0)}
+    if not args.optimize:
+        fields["iters"] = 0
+    config = flags.build_config(args, FIELDS | {"seed": "seed"}, fields)
+    _refuse_idle_flags(args, config)
+    return config, values | {"first_last_bits": config.first_last_bits}
+
+
+def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
+    why = "--iters_w 0 learns nothing" if args.optimize else "without --optimize nothing is learned"
+    learning = ("optim_size", "optim_batch_size", "optim_metric", "temperature", "optim_mode", "drop_prob", "lr")
+    refuse_idle(args, {"iters_w": "--iters_w"}, bool(args.optimize), why)
+    search = ("calib_size", "calib_batch_size")
+    flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
+    mixes = config.recon_input is ReconInput.MIXED
+    refuse_idle(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")
+    weighs = config.recon_metric.value == "hessian_perturb"
+    refuse_idle(args, {"temperature": "--temperature"}, weighs, "only --optim_metric hessian_perturb has one")
+
+
+def command(args: argparse.Namespace) -> None:
+    """One run from flags to results row."""
+    started = time.perf_counter()
+    config, settings = build_settings(args)
+    dataset = otherwise(args.dataset, DIGITS)
+    options = flags.run_options(
+        args,
+        config,
+        data=dataset,
+        workers=settings["num_workers"],
+        val_batch_size=settings["val_batch_size"],
+        network_flags="--model, --checkpoint",
+    )
+    check_results(options.results)
+    seed_everything(config.seed)
+    network = load_network(
+        otherwise(args.model, "digits_vit"),
+        args.checkpoint,
+        model_kwargs=None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs"),
+        num_classes=args.num_classes,
+        **{name: getattr(args, name) for name in flags.DATA_SETTINGS},
+    )
+    source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
+    count = config.images_needed
+    flag = "--optim_size" if config.iters and count == config.calib_samples else "--calib_size"
+    images, _ = calibration_images(
+        source, max(2, count), config.seed, flag=flag if count >= 2 else "--dataset", quiet=options.quiet
+    )
+    check_network(network.model, images, network.num_classes, flags=options.network_flags)
+    if not options.quiet:
+        origin = f"{network.arch} ({network.source}) on {source.name}"
+        print(f"{origin}: {describe(config)}, on {options.device}")
+        print(" ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+    columns = flags.network_columns(args, network, "vit", source.name)
+    columns["config"] = args.config
+    run(network, source, images, config, options, columns, started)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    return run_command(build_parser(), command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
