@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -184,8 +184,10 @@ def _reconstruct(
     with progress_bar(len(units) * config.iters, "LLR", quiet) as bar:
         for index, unit in enumerate(units):
             bar.set_description(f"LLR {unit.name}")
+            start = time.perf_counter()
             inputs, float_inputs, targets = _capture(reference, quantized, unit, images, config, device)
             loss = losses.of(unit, targets)
+            captured = time.perf_counter()
 
             def show(step: int, loss: float, done: int = index * config.iters) -> None:
                 bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
@@ -193,7 +195,9 @@ def _reconstruct(
 
             block = quantized.get_submodule(unit.name)
             layers = [surgery.quantized_layers(quantized)[name] for name in unit.layers]
-            reports.append(learn_rounding(unit.name, block, layers, inputs, targets, config, loss, show, float_inputs))
+            report = learn_rounding(unit.name, block, layers, inputs, targets, config, loss, show, float_inputs)
+            seconds = {"capture_seconds": captured - start, "learning_seconds": time.perf_counter() - captured}
+            reports.append(replace(report, **seconds))
     return reports
 
 

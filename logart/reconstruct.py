@@ -30,6 +30,8 @@ class BlockReport:
         error_nearest, error_learned: reconstruction error over all captured images, by plain rounding and by LLR.
         kept: "learned", or "nearest" where learning ended worse and was undone.
         losses: reconstruction loss of some steps, evenly spaced, without the penalty.
+        capture_seconds: time to capture inputs and targets, importance included.
+        learning_seconds: time to learn from them.
     """
 
     name: str
@@ -37,6 +39,8 @@ class BlockReport:
     error_learned: float
     kept: str
     losses: tuple[float, ...]
+    capture_seconds: float = 0.0
+    learning_seconds: float = 0.0
 
 
 def penalty_exponent(step: int, config: QuantConfig) -> float | None:
