@@ -49,7 +49,8 @@ def main() -> None:
         return least_error(w, candidates, moments.error)[1]
 
     def as_chosen() -> Tensor:
-        return least_error(w, candidates, layer_error(conv, layer, conv, layer, x_float, x))[1]
+        error = layer_error(conv, layer, conv, layer, x_float, x, candidates=len(candidates))
+        return least_error(w, candidates, error)[1]
 
     def rounded(codebook: Codebook) -> Tensor:
         return dequantize(nearest(w, codebook), codebook.levels).to(w.dtype).reshape(conv.weight.shape)

@@ -57,7 +57,7 @@ def main() -> None:
     alpha = nn.Parameter(soft.alpha.detach().clone())
     plain_adam = torch.optim.Adam([alpha], lr=1e-2)
     w, shape = layer.rows, layer.shape
-    lowest = codebook.half_steps[:, :1].float()
+    lowest = codebook.half_steps[:, -codebook.half_steps.shape[1] // 2, None].float()
     highest = codebook.half_steps[:, -1:].float()
 
     def fast() -> Tensor:

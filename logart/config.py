@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod, root2
+from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod, Spacing, root2
+from logart.search import ScaleSearch
 
 
 class SearchMethod(str, Enum):
@@ -14,6 +16,15 @@ class SearchMethod(str, Enum):
     TENSOR_WISE = "tensor_wise"
     LAYER_WISE = "layer_wise"
     BLOCK_WISE = "block_wise"
+
+
+class Rounding(str, Enum):
+    """How codes are found once the grid is: to nearest, in closed form, by LLR, or by LLR from the closed form on."""
+
+    NEAREST = "nearest"
+    COMPENSATED = "compensated"
+    LEARNED = "learned"
+    BOTH = "both"
 
 
 class ReconInput(str, Enum):
@@ -32,6 +43,14 @@ class ReconMetric(str, Enum):
     HESSIAN_PERTURB = "hessian_perturb"
 
 
+# Defaults by name; what each is good for is in EXPERIMENTS.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"rounding": Rounding.COMPENSATED, "calib_samples": 256},
+    "paper": {"rounding": Rounding.LEARNED, "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0},
+    "best": {"rounding": Rounding.BOTH, "calib_samples": 1024, "scale_search": ScaleSearch.GRID},
+}
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """Everything that decides the codes, apart from the network and the images.
@@ -41,12 +60,15 @@ class QuantConfig:
         first_last_bits: bits of the first and last layer; None is the same as `n_bits`.
         channel_wise: one codebook per output channel, or one per layer.
         scale_method: the grid.
-        search_method: the measure of DBS; acts with the dynamic grid.
+        search_method: the measure of DBS and scale search; compensated rounding has its own.
         search_samples: images for DBS.
         search_batch_size: images at a time in DBS.
-        calib_samples: images for LLR.
-        batch_size: images per LLR step.
-        iters: LLR steps per block; 0 leaves rounding to nearest.
+        scale_search: which factors of the levels are tried, per channel.
+        asymmetric, zero_code: how codes are spent, see `grid.spend_free_codes`.
+        rounding: how codes are found.
+        calib_samples: images for LLR and compensated rounding.
+        batch_size: images per LLR step, and at a time elsewhere in these stages.
+        iters: LLR steps per block; 0 learns nothing.
         rrweight: λ, the weight of the rounding penalty.
         lr: start learning rate of α.
         b_start, b_end: the penalty's exponent β goes linearly from one to the other.
@@ -67,6 +89,10 @@ class QuantConfig:
     search_method: SearchMethod = SearchMethod.TENSOR_WISE
     search_samples: int = 32
     search_batch_size: int = 32
+    scale_search: ScaleSearch = ScaleSearch.NONE
+    asymmetric: bool = False
+    zero_code: bool = False
+    rounding: Rounding = Rounding.LEARNED
     calib_samples: int = 1024
     batch_size: int = 32
     iters: int = 1000
@@ -87,6 +113,8 @@ class QuantConfig:
         """Raise ValueError for a value out of its range, naming the field."""
         object.__setattr__(self, "scale_method", ScaleMethod(self.scale_method))
         object.__setattr__(self, "search_method", SearchMethod(self.search_method))
+        object.__setattr__(self, "scale_search", ScaleSearch(self.scale_search))
+        object.__setattr__(self, "rounding", Rounding(self.rounding))
         object.__setattr__(self, "recon_input", ReconInput(self.recon_input))
         object.__setattr__(self, "recon_metric", ReconMetric(self.recon_metric))
         for name in ("n_bits", "first_last_bits"):
@@ -111,13 +139,39 @@ class QuantConfig:
 
     @property
     def searches_data(self) -> bool:
-        """Whether DBS looks at images: the dynamic grid, by layer or block output."""
-        return self.scale_method is ScaleMethod.DYNAMIC and self.search_method is not SearchMethod.TENSOR_WISE
+        """Whether DBS looks at images: more than one candidate, by layer or block output."""
+        return self.searches and self.search_method is not SearchMethod.TENSOR_WISE and not self.compensates
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is more than one log codebook to choose from."""
+        scales = self.scale_search is not ScaleSearch.NONE
+        return self.scale_method is ScaleMethod.DYNAMIC or (scales and self.scale_method.spacing is Spacing.LOG)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether rounding is compensated, by itself or before LLR."""
+        return self.rounding in (Rounding.COMPENSATED, Rounding.BOTH)
+
+    @property
+    def learns(self) -> bool:
+        """Whether LLR runs."""
+        return self.rounding in (Rounding.LEARNED, Rounding.BOTH) and self.iters > 0
+
+    @property
+    def grid_options(self) -> dict[str, Any]:
+        """The options of `search.choose_codebook`."""
+        return {
+            "terms": self.hardware_terms,
+            "scale_search": self.scale_search,
+            "asymmetric": self.asymmetric,
+            "zero_code": self.zero_code,
+        }
 
     @property
     def images_needed(self) -> int:
         """How many calibration images the stages that run look at."""
-        return max(self.search_samples * self.searches_data, self.calib_samples * (self.iters > 0))
+        return max(self.search_samples * self.searches_data, self.calib_samples * (self.learns or self.compensates))
 
     def bits_of(self, layers: list[str]) -> dict[str, int]:
         """The bit width of each layer, given in the order they run."""

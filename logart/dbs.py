@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from logart.capture import run_to
 from logart.config import QuantConfig, SearchMethod
-from logart.grid import ScaleMethod
 from logart.layers import QuantizedLayer
 from logart.search import (
     BlockSensitivity,
@@ -18,6 +17,7 @@ from logart.search import (
     OutputResidual,
     choose_codebook,
     moments_are_cheaper,
+    n_candidates,
     squared_error,
 )
 from logart.surgery import Unit
@@ -40,17 +40,17 @@ def search_unit(
         assert isinstance(layer, QuantizedLayer)
         error: ErrorFunction = squared_error
         if data is not None:
+            size = config.search_batch_size
             blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
             float_layer = reference.get_submodule(name)
             if config.search_method is SearchMethod.LAYER_WISE:
-                measured = layer_error(*blocks, float_layer, layer, *data, batch_size=config.search_batch_size)
+                count = n_candidates(config.scale_method, layer.n_bits, config.scale_search)
+                measured = layer_error(*blocks, float_layer, layer, *data, candidates=count, batch_size=size)
             else:
-                size = config.search_batch_size
                 measured = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed).error
             error = per_codebook(measured, layer)
-        codebook = choose_codebook(
-            layer.rows, ScaleMethod(config.scale_method), layer.n_bits, terms=config.hardware_terms, error=error
-        )
+        options = config.grid_options
+        codebook = choose_codebook(layer.rows, config.scale_method, layer.n_bits, error=error, **options)
         layer.set_codebook(codebook)
 
 
@@ -73,15 +73,15 @@ def layer_error(
     float_inputs: Tensor,
     inputs: Tensor,
     *,
+    candidates: int,
     batch_size: int = 32,
 ) -> ErrorFunction:
-    """The LW measure of one layer, from δ [C, K] to [C]; arguments as `layer_moments`."""
+    """The LW measure of one layer, from δ [C, K] to [C], for so many candidates; other arguments as `layer_moments`."""
     arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
     groups, shape = getattr(layer, "groups", 1), layer.shape
     x, given = run_to(block, layer, inputs[:1], through=True)
     assert given is not None
     rows = len(inputs) * given[0].numel() // shape[0]
-    candidates = 2 ** (layer.n_bits - 1) + 1
     if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
         return layer_moments(*arguments, batch_size=batch_size).error
     return layer_residual(*arguments).error
@@ -113,12 +113,14 @@ def layer_moments(
     inputs: Tensor,
     *,
     batch_size: int = 32,
+    shifted: bool = False,
 ) -> OutputMoments:
     """The LW measure of one layer, which must still hold its float weight.
 
     Args:
         float_block, block: what holds the layer in the float network and in the one being quantized.
         float_inputs, inputs: [n, ...] the inputs of both.
+        shifted: take the first rows' mean away from all; for moments that are to be `centred`.
     """
     groups, weight = getattr(layer, "groups", 1), layer.weight
     assert isinstance(weight, Tensor)
@@ -131,6 +133,8 @@ def layer_moments(
         for part in range(len(x)) if _too_large(layer, x) else [slice(None)]:
             rows = slice(part, part + 1) if isinstance(part, int) else part
             patches = unfold(layer, x[rows])
+            if shifted and moments.shift is None:
+                moments.shift = patches.mean(1)
             residual = _positions_last(layer, (wanted - given)[rows])
             moments.add(patches, residual.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2))
     return moments

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle
-from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.config import PRESETS, QuantConfig, ReconInput, Rounding, SearchMethod
 from logart.data import DIGITS
-from logart.grid import ScaleMethod
+from logart.grid import ROOT2_TEXT, ScaleMethod, Spacing
 from logart.network import INTERPOLATIONS, Network
 from logart.results import Cell
 from logart.run import RunOptions
 from logart.runtime import UserError, resolve_device
+from logart.search import ScaleSearch
 
 DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
 
@@ -41,8 +42,22 @@ def add_grid_flags(parser: FlagParser, defaults: Mapping[str, Any]) -> None:
     parser.flag("--search_method", choices=[m.value for m in SearchMethod],
                 help=f"the error that DBS minimises; dynamic grid only (default {d['search_method']})")  # fmt: skip
     parser.flag("--first_last_bits", metavar="{2..8,same}", help="bits of the first and last layer (default same)")
-    parser.flag("--hardware_approx", action="store_true", help="√2 ≈ 1+1/2 during search, LLR and evaluation")
-    parser.flag("--iters_w", type=int, help=f"LLR steps per block; 0 leaves plain rounding (default {d['iters']})")
+    parser.flag("--scale_search", nargs="?", const="grid", choices=[m.value for m in ScaleSearch],
+                help="also search a factor of each channel's levels; half_step: only √2's powers, which need no "
+                "multiplier (default none; without a value: grid)")  # fmt: skip
+    parser.flag("--asymmetric", action="store_true",
+                help="codes that a channel's shorter sign never reaches become small levels")  # fmt: skip
+    parser.flag("--zero_code", action="store_true", help="one code of each channel is zero")
+    parser.flag("--hardware_approx", action="store_true",
+                help="√2 ≈ 1+1/2 (or more terms) during search, rounding and evaluation")  # fmt: skip
+    parser.flag("--hardware_approx_terms", type=int, choices=list(ROOT2_TEXT),
+                help="powers of two that stand for √2: 1+1/2, 1+1/2-1/16, 1+1/2-1/16-1/64 (default 2)")  # fmt: skip
+    parser.flag("--preset", choices=list(PRESETS),
+                help="defaults by name, which any flag overrides: fast (closed form, no learning), paper (the paper's "
+                "settings), best (what measured best)")  # fmt: skip
+    parser.flag("--rounding", choices=[m.value for m in Rounding],
+                help="to nearest, compensated in closed form, learned (LLR), or both in this order")  # fmt: skip
+    parser.flag("--iters_w", type=int, help=f"LLR steps per block; 0 learns nothing (default {d['iters']})")
     parser.flag("--rrweight", "--weight", type=finite,
                 help=f"λ, the rounding penalty against the reconstruction loss (default {d['rrweight']})")  # fmt: skip
     parser.flag("--b_start", type=finite, help=f"the penalty's exponent at the start (default {d['b_start']:g})")
@@ -55,7 +70,7 @@ def add_run_flags(parser: FlagParser) -> None:
     parser.flag("--test_before_calibration", action="store_true",
                 help="also evaluate after DBS, before LLR (always on for the built-in digits)")  # fmt: skip
     parser.flag("--test_with_hardware_approx", action="store_true",
-                help="evaluate a second time with √2 ≈ 1+1/2 in a network calibrated without it")  # fmt: skip
+                help="evaluate a second time with √2 ≈ 1+1/2 (or more terms), calibrated without it")  # fmt: skip
     parser.flag("--seed", type=int, help="of every random choice (default 0)")
     parser.flag("--device", help="auto (CUDA when there is one), cpu, cuda or cuda:N (default auto)")
     parser.flag("--results", help="the CSV file that gets a row (default results.csv)")
@@ -82,7 +97,7 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
     settings = dict(settings)
     if args.first_last_bits is not None:
         settings["first_last_bits"] = _first_last_bits(args.first_last_bits)
-    settings["hardware_terms"] = 2 if args.hardware_approx else 0
+    settings["hardware_terms"] = otherwise(args.hardware_approx_terms, 2) if args.hardware_approx else 0
     try:
         config = QuantConfig(**settings)
     except ValueError as error:
@@ -116,14 +131,21 @@ def refuse_idle_flags(
         refuse_idle(args, {name: f"--{name}" for name in names}, acts, why)
 
     method = config.scale_method
-    searches = method is ScaleMethod.DYNAMIC
-    refuse(("search_method", *search), searches, f"--scale_method {method.value} searches nothing")
+    log = method.spacing is Spacing.LOG
+    refuse(("scale_search", "asymmetric", "zero_code"), log, f"--scale_method {method.value} is not logarithmic")
+    refuse(("search_method", *search), config.searches, f"--scale_method {method.value} searches nothing")
+    closed = f"--rounding {config.rounding.value} searches in the metric of each layer's inputs"
+    refuse(("search_method", *search, "test_before_calibration"), not config.compensates, closed)
     schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
-    refuse((*learning, *schedule), config.iters > 0, unlearned)
+    refuse((*learning, *schedule), config.learns, unlearned)
     has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
     approximate = ("hardware_approx", "test_with_hardware_approx")
     refuse(approximate, has_root2, f"--scale_method {method.value} has no √2 to approximate")
     refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")
+    approximates = bool(args.hardware_approx or args.test_with_hardware_approx)
+    refuse(
+        ("hardware_approx_terms",), approximates, "neither --hardware_approx nor --test_with_hardware_approx is given"
+    )
 
 
 def run_options(
@@ -136,8 +158,8 @@ def run_options(
         val_batch_size=val_batch_size,
         workers=workers,
         # The built-in digits tell the whole story; elsewhere one more evaluation may take minutes.
-        test_before_calibration=config.iters > 0 and (bool(args.test_before_calibration) or data == DIGITS),
-        test_with_hardware_approx=bool(args.test_with_hardware_approx),
+        test_before_calibration=config.learns and (bool(args.test_before_calibration) or data == DIGITS),
+        test_with_terms=otherwise(args.hardware_approx_terms, 2) if args.test_with_hardware_approx else 0,
         quiet=bool(args.quiet),
         network_flags=network_flags,
     )
@@ -155,18 +177,34 @@ def network_columns(args: argparse.Namespace, network: Network, track: str, data
         "checkpoint_sha256": network.sha256,
         "network_options": " ".join(words),
         "data": data,
+        "preset": args.preset,
     }
 
 
 def describe(config: QuantConfig) -> str:
-    """The settings in a line."""
+    """The settings in a line, those that act."""
     grid = f"{config.n_bits} bits, {config.scale_method.value}"
-    if config.scale_method is ScaleMethod.DYNAMIC:
+    if config.searches and not config.compensates:
         grid += f" ({config.search_method.value} DBS)"
-    per = "channel" if config.channel_wise else "layer"
-    learning = f"LLR {config.iters} steps a block" if config.iters else "plain rounding"
-    if config.iters:
+    words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]
+    if config.scale_search is not ScaleSearch.NONE:
+        words.append(f"{config.scale_search.value} scale search")
+    words += [name for name in ("asymmetric", "zero_code") if getattr(config, name)]
+    if config.compensates:
+        words.append(f"compensated rounding, {config.calib_samples} images")
+    if config.learns:
         mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
-        learning += f" ({config.recon_metric.value}, {config.recon_input.value}{mix} input)"
-    approx = ", √2 ≈ 1+1/2" if config.hardware_terms else ""
-    return f"{grid}, a codebook per {per}, {learning}{approx}, seed {config.seed}"
+        how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
+        words.append(f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})")
+    if not (config.compensates or config.learns):
+        words.append("plain rounding")
+    if config.hardware_terms:
+        words.append(f"√2 ≈ {ROOT2_TEXT[config.hardware_terms]}")
+    return ", ".join([*words, f"seed {config.seed}"])
+
+
+def settings_line(config: QuantConfig, fields: Mapping[str, str]) -> str:
+    """All settings, resolved, each under the name of its flag."""
+    values = {flag: getattr(config, field) for flag, field in fields.items()}
+    values |= {"first_last_bits": config.first_last_bits or "same", "rounding": config.rounding, "seed": config.seed}
+    return " ".join(f"{flag}={getattr(value, 'value', value)}" for flag, value in values.items())

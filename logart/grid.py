@@ -15,8 +15,7 @@ N = 2^(n-1) the number of magnitudes of one sign.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -32,6 +31,9 @@ _ROOT2 = {
     3: 1 + 1 / 2 - 1 / 16,
     4: 1 + 1 / 2 - 1 / 16 - 1 / 64,
 }
+
+
+ROOT2_TEXT = {2: "1 + 1/2", 3: "1 + 1/2 - 1/16", 4: "1 + 1/2 - 1/16 - 1/64"}
 
 
 class Spacing(str, Enum):
@@ -59,38 +61,55 @@ class ScaleMethod(str, Enum):
 class Codebook:
     """The levels of C channels.
 
+    On log grids a level is sign·2^(half_step/2)·scale, with √2 exact or approximated.
+
     Attributes:
         levels: [C, 2^n] float64, ascending. A channel that needs fewer levels repeats one (all-zero: 2^n zeros).
         spacing: log or linear.
-        half_steps: [C, N] int64, ascending magnitudes of one sign; None for linear grids.
-        n_base2: [C] int64, how many of the N magnitudes, from the smallest, are base 2; None for linear grids.
+        half_steps: [C, 2^n] int64, the half-step of each level; None, as all the following, for linear grids.
+        signs: [C, 2^n] int64, -1, 0 or 1: the sign of each level.
+        n_base2: [C] int64, how many of the N magnitudes, from the smallest, are base 2.
+        scale: [C] float64, the factor of each channel's levels; None is 1 everywhere.
     """
 
     levels: Tensor
     spacing: Spacing
     half_steps: Tensor | None = None
+    signs: Tensor | None = None
     n_base2: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def borders(self) -> Tensor:
-        """[C, 2^n - 1] float64: a weight at or past border i, seen from zero, belongs to the level beyond it."""
+        """[C, 2^n - 1] float64: a weight at or past border i, seen from zero, belongs to the level beyond it.
+
+        On log grids the geometric mean; 0 between both signs; half the other level where one is zero.
+        """
         lower, upper = self.levels[:, :-1], self.levels[:, 1:]
         if self.spacing is Spacing.LINEAR:
             return lower + (upper - lower) / 2
         geometric = lower.sign() * lower.abs().sqrt() * upper.abs().sqrt()
-        return torch.where(lower.sign() == upper.sign(), geometric, 0.0)
+        beside_zero = torch.where(lower * upper == 0, (lower + upper) / 2, 0.0)
+        return torch.where(lower.sign() * upper.sign() > 0, geometric, beside_zero)
 
     def select(self, rows: Tensor) -> Codebook:
         """The codebooks of some channels; `rows` is an index [C'] of integers."""
-        pick: Callable[[Tensor | None], Tensor | None] = lambda t: None if t is None else t[rows]  # noqa: E731
-        return Codebook(self.levels[rows], self.spacing, pick(self.half_steps), pick(self.n_base2))
+        tensors = (self.half_steps, self.signs, self.n_base2, self.scale)
+        return Codebook(self.levels[rows], self.spacing, *(None if t is None else t[rows] for t in tensors))
 
     def with_terms(self, terms: int) -> Codebook:
         """The same codes on levels whose √2 is approximated by `terms` terms; a linear codebook is unchanged."""
-        if self.half_steps is None:
+        if self.half_steps is None or self.signs is None:
             return self
-        nonzero = (self.levels != 0).any(1)
-        return Codebook(_both_signs(self.half_steps, nonzero, terms), self.spacing, self.half_steps, self.n_base2)
+        return replace(self, levels=_levels(self.half_steps, self.signs, self.scale, terms))
+
+    def scaled(self, scale: Tensor | float, terms: int, dtype: torch.dtype = torch.float32) -> Codebook:
+        """The same log grid with every level times a positive scale, [C] or one; no further than `dtype` holds."""
+        assert self.half_steps is not None and self.signs is not None
+        scale = torch.as_tensor(scale, dtype=torch.float64, device=self.levels.device).expand(len(self.levels))
+        largest = torch.finfo(dtype).max
+        scale = scale.minimum(largest / self.levels[:, -1].clamp(min=1.0))
+        return replace(self, levels=_levels(self.half_steps, self.signs, scale, terms), scale=scale)
 
 
 def root2(terms: int) -> float:
@@ -135,8 +154,12 @@ def log_codebook(
     k = torch.as_tensor(n_base2, device=absmax.device).expand(absmax.shape).long()
     if k.numel() and not (0 <= int(k.min()) and int(k.max()) <= n_levels):
         raise ValueError(f"n_base2 must be 0 to {n_levels} at {n_bits} bits, got {int(k.min())} to {int(k.max())}")
-    half_steps = _mixed_half_steps(absmax.double(), n_levels, k[:, None], dtype)
-    return Codebook(_both_signs(half_steps, absmax != 0, terms), Spacing.LOG, half_steps, k)
+    magnitudes = _mixed_half_steps(absmax.double(), n_levels, k[:, None], dtype)
+    half_steps = torch.cat([magnitudes.flip(1), magnitudes], dim=1)
+    signs = torch.ones_like(half_steps)
+    signs[:, :n_levels] = -1
+    signs *= (absmax != 0)[:, None]
+    return Codebook(_levels(half_steps, signs, None, terms), Spacing.LOG, half_steps, signs, k)
 
 
 def _mixed_half_steps(absmax: Tensor, n_levels: int, k: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,14 +188,66 @@ def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return top_exponent.clamp(max=largest), top_half_step.clamp(max=2 * largest + 1)
 
 
-def _both_signs(half_steps: Tensor, nonzero: Tensor, terms: int) -> Tensor:
-    """Levels [C, 2N] float64 from half-steps [C, N]: the magnitudes and their negatives, ascending."""
+def _levels(half_steps: Tensor, signs: Tensor, scale: Tensor | None, terms: int) -> Tensor:
+    """Levels [C, 2^n] float64 from half-steps and signs [C, 2^n] and scales [C]."""
     odd = half_steps % 2
     factor = torch.tensor([1.0, root2(terms)], dtype=torch.float64)[odd.cpu()]
     # NumPy's ldexp is exact everywhere; a GPU's may go through a power function that rounds.
     magnitudes = torch.from_numpy(np.ldexp(factor.numpy(), ((half_steps - odd) // 2).cpu().int().numpy()))
-    magnitudes = magnitudes.to(half_steps.device) * nonzero[:, None]
-    return torch.cat([-magnitudes.flip(1), magnitudes], dim=1) + 0.0  # + 0.0 turns -0 into 0
+    levels = magnitudes.to(half_steps.device) * signs
+    return (levels if scale is None else levels * scale[:, None]) + 0.0  # + 0.0 turns -0 into 0
+
+
+def spend_free_codes(codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_code: bool, terms: int = 0) -> Codebook:
+    """The same number of codes, some on other levels (DESIGN section 2, asymmetric codes and the zero code).
+
+    Args:
+        codebook: a symmetric log codebook of the rows of w.
+        w: [C, K]; its extremes say which codes the shorter sign never reaches by rounding to nearest.
+        asymmetric: those u codes, where there are two or more, become u // 2 small magnitudes of both signs, spaced as
+            the smallest are, and zero if one is left. Where a sign has no weight at all, they all go to the other.
+        zero_code: the smallest negative level becomes zero, where zero is no level yet.
+        terms: as for `log_codebook`.
+    """
+    half_steps, signs = codebook.half_steps, codebook.signs
+    assert half_steps is not None and signs is not None
+    if asymmetric:
+        half_steps, signs = _move_free_codes(codebook, w)
+    if zero_code:
+        order = torch.arange(signs.shape[1], device=signs.device)
+        last_negative = (signs < 0).sum(1, keepdim=True) - 1
+        signs = torch.where((order == last_negative) & (signs != 0).all(1, keepdim=True), 0, signs)
+    levels = _levels(half_steps, signs, codebook.scale, terms)
+    order = levels.argsort(dim=1)
+    half_steps, signs = half_steps.gather(1, order), signs.gather(1, order)
+    return replace(codebook, levels=levels.gather(1, order), half_steps=half_steps, signs=signs)
+
+
+def _move_free_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Half-steps and signs, not in order, once the top codes of the shorter sign have gone to the small end."""
+    half_steps, signs, k = codebook.half_steps, codebook.signs, codebook.n_base2
+    assert half_steps is not None and signs is not None and k is not None
+    n_codes = half_steps.shape[1]
+    low, high = w.double().amin(1, keepdim=True), w.double().amax(1, keepdim=True)
+    below, above = _passed(codebook.borders, low), n_codes - 1 - _passed(codebook.borders, high)
+    negative_is_shorter = below >= above
+    free = torch.where(negative_is_shorter, below, above).clamp(max=n_codes // 2)
+    free = torch.where((free >= 2) & (signs != 0).any(1, keepdim=True), free, 0)
+    one_sided = (low >= 0) | (high <= 0)
+    code = torch.arange(n_codes, device=w.device)[None]
+    rank = torch.where(negative_is_shorter, code, n_codes - 1 - code)  # the free codes are those of rank < free
+    smaller = half_steps.amin(1, keepdim=True) - torch.where(k > 0, 2, 1)[:, None] * (
+        1 + torch.where(one_sided, rank, rank // 2)
+    )
+    longer = torch.where(negative_is_shorter, 1, -1)
+    sign = torch.where(one_sided | (rank % 2 == 0), longer, -longer)
+    sign = torch.where(~one_sided & (rank == free - 1) & (free % 2 == 1), 0, sign)
+    return torch.where(rank < free, smaller, half_steps), torch.where(rank < free, sign, signs)
+
+
+def _passed(borders: Tensor, value: Tensor) -> Tensor:
+    """The code [C, 1] that each value [C, 1] rounds to; on a border away from zero."""
+    return torch.where(value < 0, borders < value, borders <= value).sum(1, keepdim=True)
 
 
 def linear_codebook(low: Tensor, high: Tensor, n_bits: int, *, dtype: torch.dtype = torch.float32) -> Codebook:

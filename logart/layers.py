@@ -18,20 +18,22 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from logart.grid import Codebook, Spacing
-from logart.rounding import dequantize, lower_neighbour, nearest, soft_bit, soft_neighbours, soft_round
+from logart.rounding import dequantize, nearest, soft_bit, soft_neighbours, soft_round
 
 
 class SoftRounding(nn.Module):
     """The α of one layer and what turns them into soft weights (DESIGN section 4)."""
 
+    lower: Tensor
     lo: Tensor
     a: Tensor
     b: Tensor
 
-    def __init__(self, w: Tensor, codebook: Codebook) -> None:
-        """Start where the soft weights equal w [G, M], within the codebook's range."""
+    def __init__(self, w: Tensor, codebook: Codebook, codes: Tensor | None = None) -> None:
+        """Start where the soft weights equal w [G, M], within the codebook's range, or near codes [G, M]."""
         super().__init__()
-        lo, a, b, alpha = soft_neighbours(w, codebook)
+        lower, lo, a, b, alpha = soft_neighbours(w, codebook, codes)
+        self.register_buffer("lower", lower)
         self.register_buffer("lo", lo)
         self.register_buffer("a", a)
         self.register_buffer("b", b)
@@ -42,9 +44,13 @@ class SoftRounding(nn.Module):
         return soft_round(self.alpha, self.lo, self.a, self.b, beta)
 
     @torch.no_grad()
-    def codes(self, w: Tensor, codebook: Codebook) -> Tensor:
+    def codes(self) -> Tensor:
         """Where learning ended: the upper neighbour's code where h ≥ 1/2, else the lower one's; [G, M] uint8."""
-        return lower_neighbour(w, codebook) + (soft_bit(self.alpha) >= 0.5).to(torch.uint8)
+        return self.lower + (soft_bit(self.alpha) >= 0.5).to(torch.uint8)
+
+
+# What a layer keeps of a log codebook beside its levels, and how short.
+_STORED = {"half_steps": torch.int16, "signs": torch.int8, "n_base2": torch.int16, "scale": torch.float64}
 
 
 class QuantizedLayer(nn.Module):
@@ -53,7 +59,8 @@ class QuantizedLayer(nn.Module):
     Attributes:
         float_weight: the float parameter, shared with the float network; None once `drop_float` was called.
         codes: uint8, the weight's shape; None before rounding.
-        levels: [G, L] float64; half_steps: [G, N] int16 and n_base2: [G] int16 on log grids.
+        levels: [G, L] float64; on log grids half_steps: [G, L] int16, signs: [G, L] int8, n_base2: [G] int16, and
+            scale: [G] float64 where levels are scaled.
         n_codebooks: G; rows of the weight are split evenly among codebooks, in order.
     """
 
@@ -61,7 +68,9 @@ class QuantizedLayer(nn.Module):
     codes: Tensor | None
     levels: Tensor | None
     half_steps: Tensor | None
+    signs: Tensor | None
     n_base2: Tensor | None
+    scale: Tensor | None
     expanded: Tensor | None
     soft: SoftRounding | None
     soft_weight: Tensor
@@ -79,7 +88,7 @@ class QuantizedLayer(nn.Module):
         assert isinstance(layer, QuantizedLayer)
         weight = layer._parameters.pop("weight")
         layer.register_parameter("float_weight", weight)
-        for name in ("codes", "levels", "half_steps", "n_base2"):
+        for name in ("codes", "levels", *_STORED):
             layer.register_buffer(name, None)
         layer.register_buffer("expanded", None, persistent=False)
         layer.register_module("soft", None)
@@ -106,16 +115,16 @@ class QuantizedLayer(nn.Module):
     def codebook(self) -> Codebook:
         """The codebook that was set; needs `set_codebook` before."""
         assert self.levels is not None
-        if self.half_steps is None or self.n_base2 is None:
-            return Codebook(self.levels, self.spacing)
-        return Codebook(self.levels, self.spacing, self.half_steps.long(), self.n_base2.long())
+        stored = {name: getattr(self, name) for name in _STORED}
+        wide = {name: None if t is None else t if t.is_floating_point() else t.long() for name, t in stored.items()}
+        return Codebook(self.levels, self.spacing, **wide)
 
     def set_codebook(self, codebook: Codebook, codes: Tensor | None = None) -> None:
         """Take a codebook and round to nearest, or take the codes [G, M] given."""
         self.spacing, self.levels = codebook.spacing, codebook.levels
-        short = torch.int16
-        self.half_steps = None if codebook.half_steps is None else codebook.half_steps.to(short)
-        self.n_base2 = None if codebook.n_base2 is None else codebook.n_base2.to(short)
+        for name, dtype in _STORED.items():
+            tensor = getattr(codebook, name)
+            setattr(self, name, None if tensor is None else tensor.to(dtype))
         self.set_codes(nearest(self.rows, codebook) if codes is None else codes)
 
     def set_codes(self, codes: Tensor) -> None:
@@ -127,9 +136,19 @@ class QuantizedLayer(nn.Module):
         self.expanded = dequantize(codes, self.levels).to(reference.dtype).reshape(reference.shape)
         self.soft = None
 
-    def start_learning(self) -> SoftRounding:
-        """Put soft rounding in place of the codes; the soft weights start equal to the float ones, within the range."""
-        self.soft = SoftRounding(self.rows, self.codebook)
+    def start_learning(self, target: Tensor | None = None) -> SoftRounding:
+        """Put soft rounding in place of the codes.
+
+        Args:
+            target: the weight's shape. Without it, soft weights start equal to the float ones, within the range; with
+                it they start near the codes, free to move to the next level towards the target.
+        """
+        rows = self.rows
+        if target is None:
+            self.soft = SoftRounding(rows, self.codebook)
+        else:
+            assert self.codes is not None
+            self.soft = SoftRounding(target.reshape(rows.shape), self.codebook, self.codes.reshape(rows.shape))
         self.soft_weight = self.rows.reshape(self.shape)
         return self.soft
 
@@ -143,7 +162,7 @@ class QuantizedLayer(nn.Module):
     def finish_learning(self) -> None:
         """Round where learning ended."""
         assert self.soft is not None
-        self.set_codes(self.soft.codes(self.rows, self.codebook))
+        self.set_codes(self.soft.codes())
         del self.soft_weight
 
     def drop_float(self) -> None:

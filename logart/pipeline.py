@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from logart import capture, surgery
+from logart.compensate import compensate_unit
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.dbs import search_unit
 from logart.importance import IMPORTANCE_IMAGES, PerturbationImportance
@@ -56,7 +57,7 @@ class Report:
         skipped: (name, reason) of every module with a weight matrix that stays float.
         folded: names of the batch norms folded.
         blocks: one entry per learned block.
-        search_seconds, reconstruction_seconds: time in DBS and in LLR.
+        search_seconds, reconstruction_seconds: time in DBS and in compensation and LLR.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -90,8 +91,8 @@ def quantize_model(
             where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
         device: where to compute, and where the result is.
         quiet: no progress bars.
-        observe: called with ("float", folded float model), ("searched", …) after DBS and ("learned", …) after LLR;
-            the time it takes is not counted.
+        observe: called with ("float", folded float model), ("searched", …) after DBS, unless rounding is compensated,
+            and ("rounded", …) after compensation and LLR; the time it takes is not counted.
 
     Returns:
         The quantized network in eval mode, and the report.
@@ -115,15 +116,19 @@ def quantize_model(
     quantized = surgery.clone_sharing(reference)
     surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise, row_groups)
     start = time.perf_counter()
-    _search(reference, quantized, units, images[: config.search_samples], config, quiet, device)
-    report.search_seconds = time.perf_counter() - start
-    observe("searched", quantized)
+    if not config.compensates:  # which searches each layer's grid itself
+        _search(reference, quantized, units, images[: config.search_samples], config, quiet, device)
+        report.search_seconds = time.perf_counter() - start
+        observe("searched", quantized)
 
-    if config.iters:
-        start = time.perf_counter()
+    start = time.perf_counter()
+    if config.learns:
         report.blocks = _reconstruct(reference, quantized, units, images, config, quiet, device)
+    elif config.compensates:
+        _compensate(reference, quantized, units, images, config, quiet, device)
+    if config.learns or config.compensates:
         report.reconstruction_seconds = time.perf_counter() - start
-        observe("learned", quantized)
+        observe("rounded", quantized)
     report.layers = _layer_reports(quantized, units)
     return quantized, report
 
@@ -168,6 +173,33 @@ def _search(
             bar.update()
 
 
+def _compensate(
+    reference: nn.Module,
+    quantized: nn.Module,
+    units: list[Unit],
+    images: Tensor,
+    config: QuantConfig,
+    quiet: bool,
+    device: torch.device,
+) -> None:
+    """Compensated rounding, layer by layer in the order they run, with the search for each layer's grid."""
+    images = images[: config.calib_samples]
+    with progress_bar(len(units), "compensate", quiet) as bar:
+        for unit in units:
+            bar.set_description(f"compensate {unit.name}")
+            _compensate_unit(reference, quantized, unit, images, config, device)
+            bar.update()
+
+
+def _compensate_unit(
+    reference: nn.Module, quantized: nn.Module, unit: Unit, images: Tensor, config: QuantConfig, device: torch.device
+) -> list[Tensor]:
+    """Round one unit, compensated; the targets of its layers, from which LLR may go on."""
+    how = (unit.name, images, config.batch_size, device)
+    data = capture.inputs(reference, *how), capture.inputs(quantized, *how)
+    return compensate_unit(reference, quantized, unit, data, config)
+
+
 def _reconstruct(
     reference: nn.Module,
     quantized: nn.Module,
@@ -185,6 +217,9 @@ def _reconstruct(
         for index, unit in enumerate(units):
             bar.set_description(f"LLR {unit.name}")
             start = time.perf_counter()
+            starts = None
+            if config.compensates:
+                starts = _compensate_unit(reference, quantized, unit, images, config, device)
             inputs, float_inputs, targets = _capture(reference, quantized, unit, images, config, device)
             loss = losses.of(unit, targets)
             captured = time.perf_counter()
@@ -195,9 +230,9 @@ def _reconstruct(
 
             block = quantized.get_submodule(unit.name)
             layers = [surgery.quantized_layers(quantized)[name] for name in unit.layers]
-            report = learn_rounding(unit.name, block, layers, inputs, targets, config, loss, show, float_inputs)
-            seconds = {"capture_seconds": captured - start, "learning_seconds": time.perf_counter() - captured}
-            reports.append(replace(report, **seconds))
+            report = learn_rounding(unit.name, block, layers, inputs, targets, config, loss, show, float_inputs, starts)
+            learning = time.perf_counter() - captured
+            reports.append(replace(report, capture_seconds=captured - start, learning_seconds=learning))
     return reports
 
 

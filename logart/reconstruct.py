@@ -6,6 +6,7 @@ captured inputs and compares with the float block's outputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,15 +28,15 @@ class BlockReport:
 
     Attributes:
         name: the block's name in the network.
-        error_nearest, error_learned: reconstruction error over all captured images, by plain rounding and by LLR.
-        kept: "learned", or "nearest" where learning ended worse and was undone.
+        error_before, error_learned: reconstruction error over all captured images, before and after LLR.
+        kept: "learned", or "before" where learning ended worse and was undone.
         losses: reconstruction loss of some steps, evenly spaced, without the penalty.
         capture_seconds: time to capture inputs and targets, importance included.
         learning_seconds: time to learn from them.
     """
 
     name: str
-    error_nearest: float
+    error_before: float
     error_learned: float
     kept: str
     losses: tuple[float, ...]
@@ -79,34 +80,38 @@ def learn_rounding(
     loss: Loss,
     progress: Callable[[int, float], None] = lambda step, value: None,
     float_inputs: Tensor | None = None,
+    starts: list[Tensor] | None = None,
 ) -> BlockReport:
     """Learn the rounding of one block's layers; they hold codes before and after.
 
     Args:
         name: the block's name, for messages.
         block: runs on a batch of `inputs`; its parameters need no gradient.
-        layers: the quantized layers inside, with codebooks and codes of plain rounding.
+        layers: the quantized layers inside, with codebooks and codes.
         inputs: [n, ...] what the block is fed, and what its error is measured on.
         targets: [n, ...] what the float block gave.
         loss: from (output, target) to a scalar.
         progress: called after each step with the step's number and its reconstruction loss.
         float_inputs: [n, ...] what the float block is fed. If given, each element of a step's input is drawn: from
             `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
+        starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
 
     Raises:
         ValueError: the loss is not finite; the message names the block and the step.
     """
-    nearest_codes = [layer.codes for layer in layers]
-    error_nearest = block_error(block, inputs, targets, loss, config.batch_size)
+    codes_before = [layer.codes for layer in layers]
+    error_before = block_error(block, inputs, targets, loss, config.batch_size)
     draw = _Batches(inputs, float_inputs, config)
+    for layer, start in zip(layers, starts or itertools.repeat(None), strict=False):
+        layer.start_learning(start)
     losses = _learn(name, block, layers, draw, targets, config, loss, progress)
     error_learned = block_error(block, inputs, targets, loss, config.batch_size)
-    kept = "learned" if error_learned <= error_nearest else "nearest"
-    if kept == "nearest":
-        for layer, codes in zip(layers, nearest_codes, strict=True):
+    kept = "learned" if error_learned <= error_before else "before"
+    if kept == "before":
+        for layer, codes in zip(layers, codes_before, strict=True):
             assert codes is not None
             layer.set_codes(codes.reshape(layer.n_codebooks, -1))
-    return BlockReport(name, error_nearest, error_learned, kept, losses)
+    return BlockReport(name, error_before, error_learned, kept, losses)
 
 
 class _Batches:
@@ -138,7 +143,7 @@ def _learn(
     loss: Loss,
     progress: Callable[[int, float], None],
 ) -> tuple[float, ...]:
-    alphas = [layer.start_learning().alpha for layer in layers]
+    alphas = [layer.soft.alpha for layer in layers if layer.soft is not None]
     optimizer = torch.optim.Adam(alphas, lr=config.lr, fused=True)
     losses = []
     every = max(config.iters // 100, 1)

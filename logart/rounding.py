@@ -15,6 +15,8 @@ from logart.grid import Codebook, Spacing
 _STRETCH, _SHIFT = 1.2, 0.1
 # Where a weight below the smallest magnitude starts: on its own side of zero, inside the clip, so that it can move.
 _STRADDLE_H = 0.9
+# The furthest that a weight starts from the code it had, where learning goes on from codes: just short of the middle.
+_UNDECIDED = 0.45
 
 
 def nearest(w: Tensor, codebook: Codebook) -> Tensor:
@@ -65,7 +67,9 @@ def soft_bit(alpha: Tensor) -> Tensor:
     return (torch.sigmoid(alpha) * _STRETCH - _SHIFT).clamp(0, 1)
 
 
-def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def soft_neighbours(
+    w: Tensor, codebook: Codebook, codes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The two neighbours of each weight, prepared for learning.
 
     Between levels lo and hi of one sign on a log grid, the soft weight is the log-domain interpolation
@@ -79,12 +83,18 @@ def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tens
 
     Args:
         w: [C, K], the float weights.
+        codes: [C, K] uint8, where learning starts if not at w: the neighbours are then the code's level and the one
+            next to it towards w, and α lies on the code's side of the middle.
 
     Returns:
-        lo, a, b and α, each [C, K] of w's type. α makes the soft weight equal w within the grid's range, and the end
-        level past it.
+        The lower neighbours' codes [C, K] uint8; lo, a, b and α, each [C, K] of w's type. Without `codes`, α makes the
+        soft weight equal w within the grid's range, and the end level past it.
     """
-    lower = lower_neighbour(w, codebook).long()
+    if codes is None:
+        lower = lower_neighbour(w, codebook).long()
+    else:
+        beyond = w.double() < dequantize(codes, codebook.levels)
+        lower = (codes.long() - beyond.long()).clamp(0, codebook.levels.shape[1] - 2)
     lo, hi = codebook.levels.gather(1, lower), codebook.levels.gather(1, lower + 1)
     geometric = (lo * hi > 0) & (codebook.spacing is Spacing.LOG)
     a = torch.where(geometric, torch.log(torch.where(geometric, hi / lo, 1.0)), 0.0)
@@ -95,8 +105,10 @@ def soft_neighbours(w: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tens
     h = torch.where(geometric, log_h, linear_h).clamp(0, 1)
     straddles = (lo * hi < 0) & (w > lo) & (codebook.spacing is Spacing.LOG)
     h = torch.where(straddles, torch.where(w < 0, 1 - _STRADDLE_H, _STRADDLE_H), h)
+    if codes is not None:
+        h = torch.where(codes.long() == lower, h.clamp(max=_UNDECIDED), h.clamp(min=1 - _UNDECIDED))
     alpha = torch.logit((h + _SHIFT) / _STRETCH)
-    return lo.to(w.dtype), a.to(w.dtype), b.to(w.dtype), alpha.to(w.dtype)
+    return lower.to(torch.uint8), lo.to(w.dtype), a.to(w.dtype), b.to(w.dtype), alpha.to(w.dtype)
 
 
 class _SoftRound(torch.autograd.Function):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from logart.config import QuantConfig, ReconInput, ReconMetric
+from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding
 from logart.data import ImageSource, validation_batches
 from logart.evaluate import Accuracy, accuracy
-from logart.grid import ScaleMethod
+from logart.grid import ROOT2_TEXT
 from logart.layers import hardware_approximation
 from logart.network import Network
 from logart.pipeline import Report, quantize_model
@@ -31,7 +31,8 @@ class RunOptions:
         results: the CSV file that gets the row.
         val_batch_size, workers: of the evaluation's loader.
         test_before_calibration: evaluate after DBS too.
-        test_with_hardware_approx: evaluate a second time with √2 ≈ 1 + 1/2 in a network calibrated without it.
+        test_with_terms: if not 0, evaluate a second time with √2 as a sum of so many powers of two, in a network
+            calibrated without it.
         quiet: print no progress and no table, only the accuracies.
         network_flags: the flags that choose the network, for errors about it.
     """
@@ -41,7 +42,7 @@ class RunOptions:
     val_batch_size: int = 128
     workers: int = 2
     test_before_calibration: bool = False
-    test_with_hardware_approx: bool = False
+    test_with_terms: int = 0
     quiet: bool = False
     network_flags: str = "--arch, --checkpoint"
 
@@ -110,15 +111,18 @@ def run(
             quiet=options.quiet,
             observe=stages.observe,
         )
-    if options.test_with_hardware_approx:
-        with hardware_approximation(quantized, terms=2):
+    if options.test_with_terms:
+        with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
     total = time.perf_counter() - started
     row = dict(columns) | config_columns(config) | stages.columns() | _cost_columns(report, total, options.device)
     append_row(options.results, row | environment())
     if not options.quiet:
         print(layer_table(report))
-        times = f"DBS {report.search_seconds:.1f} s, LLR {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
+        rounding = "LLR" if config.learns and not config.compensates else "rounding"
+        times = (
+            f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
+        )
         print(f"{times}; row appended to {options.results}")
     return report
 
@@ -134,15 +138,15 @@ class _Stages:
 
     def observe(self, stage: str, network: nn.Module) -> None:
         """What `quantize_model` calls: measures, unless learning goes on from here and nobody asked."""
-        if stage != "searched" or self.options.test_before_calibration or not self.config.iters:
+        if stage != "searched" or self.options.test_before_calibration or not self.config.learns:
             self.measure(stage, network)
 
     def measure(self, stage: str, network: nn.Module) -> None:
         title = {
             "float": "float",
-            "searched": "after DBS" if self.config.scale_method is ScaleMethod.DYNAMIC else "after rounding",
-            "learned": "after LLR",
-            "approximated": "with √2 ≈ 1 + 1/2 at test",
+            "searched": "after DBS" if self.config.searches else "after rounding",
+            "rounded": "after LLR" if self.config.learns else "after compensated rounding",
+            "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
         }[stage]
         batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)
         with progress_bar(len(self.source.val), f"evaluate {title}", self.options.quiet) as bar:
@@ -152,7 +156,7 @@ class _Stages:
 
     def columns(self) -> dict[str, Cell]:
         """The results columns; a stage that was not measured leaves its own empty."""
-        final = "learned" if self.config.iters else "searched"
+        final = "rounded" if self.config.learns or self.config.compensates else "searched"
         stages = {"": final, "float_": "float", "search_": "searched", "approx_": "approximated"}
         row: dict[str, Cell] = {"val_images": self.accuracies[final].images}
         for prefix, stage in stages.items():
@@ -173,24 +177,28 @@ def _naming(flags: str) -> Iterator[None]:
 
 def config_columns(config: QuantConfig) -> dict[str, Cell]:
     """The results columns that the settings decide; settings that did not act stay empty."""
-    dynamic, learns = config.scale_method is ScaleMethod.DYNAMIC, config.iters > 0
     row: dict[str, Cell] = {
         "bits": config.n_bits,
         "first_last_bits": config.first_last_bits or "same",
         "channel_wise": str(config.channel_wise),
         "scale_method": config.scale_method.value,
+        "scale_search": config.scale_search.value,
+        "asymmetric": str(config.asymmetric),
+        "zero_code": str(config.zero_code),
         "hardware_approx": str(bool(config.hardware_terms)),
-        "iters_w": config.iters,
+        "hardware_approx_terms": config.hardware_terms or None,
+        "rounding": config.rounding.value if config.learns or config.compensates else Rounding.NEAREST.value,
+        "iters_w": config.iters * config.learns,
         "seed": config.seed,
     }
-    if dynamic:
+    if config.searches and not config.compensates:
         row["search_method"] = config.search_method.value
     if config.searches_data:
         row |= {"search_samples": config.search_samples, "search_batch_size": config.search_batch_size}
-    if learns:
+    if config.learns or config.compensates:
+        row |= {"calib_samples": config.calib_samples, "batch_size": config.batch_size}
+    if config.learns:
         row |= {
-            "calib_samples": config.calib_samples,
-            "batch_size": config.batch_size,
             "lr": config.lr,
             "rrweight": config.rrweight,
             "b_start": config.b_start,
@@ -199,9 +207,9 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
             "recon_input": config.recon_input.value,
             "recon_metric": config.recon_metric.value + "+kl" * config.head_kl,
         }
-    if learns and config.recon_input is ReconInput.MIXED:
+    if config.learns and config.recon_input is ReconInput.MIXED:
         row["drop_prob"] = config.drop_prob
-    if learns and config.recon_metric is ReconMetric.HESSIAN_PERTURB:
+    if config.learns and config.recon_metric is ReconMetric.HESSIAN_PERTURB:
         row["temperature"] = config.temperature
     return row
 
@@ -234,5 +242,5 @@ def layer_table(report: Report) -> str:
             f"{100 * layer.moved / weights:5.1f}%  {mix}"
         )
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
-    lines += [f"block {b.name}: LLR ended worse, plain rounding kept" for b in report.blocks if b.kept == "nearest"]
+    lines += [f"block {b.name}: LLR ended worse and was undone" for b in report.blocks if b.kept == "before"]
     return "\n".join(lines)

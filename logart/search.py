@@ -15,22 +15,74 @@ candidate needs a forward pass of the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from logart.grid import Codebook, ScaleMethod, Spacing, linear_codebook, log_codebook, minmax_codebook
+from logart.grid import (
+    Codebook,
+    ScaleMethod,
+    linear_codebook,
+    log_codebook,
+    minmax_codebook,
+    spend_free_codes,
+)
 from logart.rounding import count_below, dequantize, nearest
 
 ErrorFunction = Callable[[Tensor], Tensor]
 
 
+# What scale search multiplies the levels with, 3/8 to 5/4 in steps of 1/32; below 1 the largest weights are clipped,
+# for finer small levels. 1 comes last, which on equal errors wins.
+SCALES = (*(i / 32 for i in range(12, 41) if i != 32), 1.0)
+HALF_STEPS = (-4, -3, -2, -1, 1, 0)
+
+
+class ScaleSearch(str, Enum):
+    """Whether levels get a factor per channel: any of `SCALES`, or only whole half-steps 2^(j/2), j of `HALF_STEPS`."""
+
+    NONE = "none"
+    GRID = "grid"
+    HALF_STEP = "half_step"
+
+
 def log_candidates(
-    absmax: Tensor, n_bits: int, *, terms: int = 0, dtype: torch.dtype = torch.float32
+    absmax: Tensor,
+    n_bits: int,
+    n_base2: Sequence[int] | None = None,
+    *,
+    terms: int = 0,
+    dtype: torch.dtype = torch.float32,
+    scale_search: ScaleSearch = ScaleSearch.NONE,
 ) -> list[Codebook]:
-    """The N + 1 codebooks k = 0..N of every channel, `absmax` [C]; arguments as `log_codebook`."""
-    return [log_codebook(absmax, n_bits, k, terms=terms, dtype=dtype) for k in range(2 ** (n_bits - 1) + 1)]
+    """The codebooks of every channel for each n_base2 (default: all, 0..N) and each scale; n_base2 ascends.
+
+    Args:
+        absmax: [C].
+        n_bits, terms, dtype: as `log_codebook`.
+        scale_search: which factors are tried; 1 always is.
+    """
+    steps = HALF_STEPS if scale_search is ScaleSearch.HALF_STEP else (0,)
+    books = []
+    for k in range(2 ** (n_bits - 1) + 1) if n_base2 is None else n_base2:
+        for step in steps:
+            top = (absmax.double() * 2 ** (step / 2)).clamp(max=torch.finfo(absmax.dtype).max)
+            book = log_codebook(top if step else absmax, n_bits, k, terms=terms, dtype=dtype)
+            scales = SCALES if scale_search is ScaleSearch.GRID else ()
+            books += [book.scaled(scale, terms, dtype) for scale in scales] or [book]
+    return books
+
+
+def n_candidates(method: ScaleMethod, n_bits: int, scale_search: ScaleSearch) -> int:
+    """How many codebooks a search looks at."""
+    mixes = 2 ** (n_bits - 1) + 1 if method is ScaleMethod.DYNAMIC else 1
+    return (
+        mixes
+        * {ScaleSearch.NONE: 1, ScaleSearch.GRID: len(SCALES), ScaleSearch.HALF_STEP: len(HALF_STEPS)}[scale_search]
+    )
 
 
 def shrunk_candidates(w: Tensor, n_bits: int) -> list[Codebook]:
@@ -95,18 +147,14 @@ def least_error(w: Tensor, candidates: Sequence[Codebook], error: ErrorFunction)
 
 
 def _pick(candidates: Sequence[Codebook], chosen: Tensor) -> Codebook:
-    """Row g of the result is row g of candidates[chosen[g]]."""
+    """Row g of the result is row g of candidates[chosen[g]]; all have the same tensors."""
     rows = torch.arange(len(chosen), device=chosen.device)
-
-    def pick(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors)[chosen, rows]
-
-    levels = pick([c.levels for c in candidates])
-    half_steps = [c.half_steps for c in candidates if c.half_steps is not None]
-    n_base2 = [c.n_base2 for c in candidates if c.n_base2 is not None]
-    if not half_steps:
-        return Codebook(levels, Spacing.LINEAR)
-    return Codebook(levels, Spacing.LOG, pick(half_steps), pick(n_base2))
+    each = {field.name: [getattr(c, field.name) for c in candidates] for field in fields(Codebook)}
+    picked: dict[str, Any] = {
+        name: torch.stack(values)[chosen, rows] if isinstance(values[0], Tensor) else values[0]
+        for name, values in each.items()
+    }
+    return Codebook(**picked)
 
 
 def mse_codebook(w: Tensor, n_bits: int) -> Codebook:
@@ -115,23 +163,37 @@ def mse_codebook(w: Tensor, n_bits: int) -> Codebook:
 
 
 def choose_codebook(
-    w: Tensor, method: ScaleMethod, n_bits: int, *, terms: int = 0, error: ErrorFunction = squared_error
+    w: Tensor,
+    method: ScaleMethod,
+    n_bits: int,
+    *,
+    terms: int = 0,
+    error: ErrorFunction = squared_error,
+    scale_search: ScaleSearch = ScaleSearch.NONE,
+    asymmetric: bool = False,
+    zero_code: bool = False,
 ) -> Codebook:
-    """The codebook of each row of w [G, M] by the grid asked for; `error` decides only for `dynamic`."""
+    """The codebook of each row of w [G, M] by the grid asked for.
+
+    `error` decides where there is more than one candidate: among the mixes of the dynamic grid, and among scales. The
+    options after it act on log grids; see `log_candidates` and `spend_free_codes`.
+    """
     if method is ScaleMethod.LINEAR_MINMAX:
         return minmax_codebook(w, n_bits)
     if method is ScaleMethod.LINEAR_MSE:
         return mse_codebook(w, n_bits)
-    absmax = w.abs().amax(1)
-    if method is ScaleMethod.DYNAMIC:
-        return least_error(w, log_candidates(absmax, n_bits, terms=terms, dtype=w.dtype), error)[0]
-    k = 2 ** (n_bits - 1) if method is ScaleMethod.LOG_2 else 0
-    return log_codebook(absmax, n_bits, k, terms=terms, dtype=w.dtype)
+    mixes = {ScaleMethod.LOG_2: (2 ** (n_bits - 1),), ScaleMethod.LOG_SQRT2: (0,)}.get(method)
+    candidates = log_candidates(w.abs().amax(1), n_bits, mixes, terms=terms, dtype=w.dtype, scale_search=scale_search)
+    if asymmetric or zero_code:
+        candidates = [
+            spend_free_codes(c, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for c in candidates
+        ]
+    return candidates[0] if len(candidates) == 1 else least_error(w, candidates, error)[0]
 
 
 @dataclass
 class OutputMoments:
-    """What LW needs to know of the search images: second moments of a layer's input and of its output's error.
+    """What LW and compensated rounding need to know of the images: moments of a layer's input and its output's error.
 
     With r = Xw - X̂w, the output error that the quantized prefix alone leaves, ‖Xw - X̂q‖² = ‖r‖² - 2 δ·X̂ᵀr + δᵀX̂ᵀX̂δ.
     Written in δ and r, both small, nothing cancels: the products may be taken in float32 and only summed in float64.
@@ -140,11 +202,20 @@ class OutputMoments:
         gram: [groups, K, K] float64, X̂ᵀX̂ of each group of a grouped convolution.
         cross: [C, K] float64, X̂ᵀr of each output channel.
         energy: [C] float64, ‖r‖².
+        input_sum: [groups, K] float64, the sum of X̂'s rows.
+        residual_sum: [C] float64, the sum of r.
+        count: how many rows.
+        shift: [groups, K], if given, is taken away from every row of X̂ first; near their mean, it keeps float32
+            products of inputs with large means exact enough for a positive definite `centred` gram.
     """
 
     gram: Tensor
     cross: Tensor
     energy: Tensor
+    input_sum: Tensor
+    residual_sum: Tensor
+    count: int = 0
+    shift: Tensor | None = None
     _precision: torch.dtype = torch.float64
     _working_gram: Tensor | None = None  # in the inputs' precision, made at the first use
 
@@ -155,7 +226,8 @@ class OutputMoments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        return cls(zeros(groups, elements, elements), zeros(channels, elements), zeros(channels))
+        sums = zeros(groups, elements), zeros(channels)
+        return cls(zeros(groups, elements, elements), zeros(channels, elements), zeros(channels), *sums)
 
     def add(self, patches: Tensor, residual: Tensor) -> None:
         """Accumulate one batch.
@@ -164,10 +236,34 @@ class OutputMoments:
             patches: [groups, n, K] rows of X̂.
             residual: [groups, n, C/groups], r at the same n positions.
         """
+        if self.shift is not None:
+            patches = patches - self.shift[:, None]
         self.gram += patches.mT @ patches
         self.cross += (residual.mT @ patches).flatten(0, 1)
         self.energy += residual.double().square().sum(1).flatten()
+        self.input_sum += patches.sum(1, dtype=torch.float64)
+        self.residual_sum += residual.sum(1, dtype=torch.float64).flatten()
+        self.count += patches.shape[1]
         self._precision, self._working_gram = patches.dtype, None
+
+    def centred(self) -> OutputMoments:
+        """The moments about the means, of the same rows with both means taken away; its sums are zero."""
+        inputs, residual = self.input_sum / self.count, self.residual_sum / self.count
+        per_channel = self.input_sum.repeat_interleave(len(residual) // len(inputs), 0)
+        return OutputMoments(
+            self.gram - self.input_sum[:, :, None] * inputs[:, None],
+            self.cross - per_channel * residual[:, None],
+            self.energy - self.residual_sum * residual,
+            torch.zeros_like(inputs),
+            torch.zeros_like(residual),
+            self.count,
+        )
+
+    @property
+    def mean_input(self) -> Tensor:
+        """[groups, K] float64, the mean of X̂'s rows."""
+        mean = self.input_sum / self.count
+        return mean if self.shift is None else mean + self.shift
 
     def error(self, delta: Tensor) -> Tensor:
         """‖Xw - X̂(w + δ)‖² of every output channel, [C, K] -> [C] float64."""

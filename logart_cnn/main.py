@@ -12,7 +12,7 @@ from torch import Tensor
 
 from logart import flags
 from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle, run_command
-from logart.config import QuantConfig, ReconInput
+from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
 from logart.results import check_results
@@ -29,6 +29,10 @@ FIELDS = {
     "scale_method": "scale_method",
     "search_method": "search_method",
     "search_samples": "search_samples",
+    "scale_search": "scale_search",
+    "asymmetric": "asymmetric",
+    "zero_code": "zero_code",
+    "rounding": "rounding",
     "calib_samples": "calib_samples",
     "batch_size": "batch_size",
     "iters_w": "iters",
@@ -58,7 +62,9 @@ def build_parser() -> FlagParser:
     parser.flag("--n_bits_w", type=int, help=f"bits per weight, 2 to 8 (default {d.n_bits})")
     parser.flag("--search_samples", type=int,
                 help=f"images for DBS (default {d.search_samples}; tensor_wise looks at none)")  # fmt: skip
-    parser.flag("--calib_samples", type=int, help=f"images for LLR (default {d.calib_samples})")
+    parser.flag(
+        "--calib_samples", type=int, help=f"images for LLR and compensated rounding (default {d.calib_samples})"
+    )
     parser.flag("--batch_size", type=int, help=f"images per LLR step (default {d.batch_size})")
     parser.flag("--calib_lr", type=finite, help=f"LLR's learning rate at the start (default {d.lr})")
     flags.add_grid_flags(
@@ -77,10 +83,15 @@ def build_parser() -> FlagParser:
 
 def build_config(args: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for; UserError for a value out of range or a flag that cannot act."""
-    config = flags.build_config(args, FIELDS, {FIELDS[name]: value for name, value in given(args, FIELDS).items()})
-    learning = ("calib_samples", "batch_size", "calib_lr", "recon_input")
-    why = "--iters_w 0 learns nothing"
+    chosen = PRESETS[args.preset] if args.preset is not None else {}
+    chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
+    config = flags.build_config(args, FIELDS, chosen)
+    learning = ("calib_lr", "recon_input")
+    why = "--iters_w 0 learns nothing" if config.iters == 0 else f"--rounding {config.rounding.value} learns nothing"
     flags.refuse_idle_flags(args, config, search=("search_samples",), learning=learning, unlearned=why)
+    images = {name: f"--{name}" for name in ("calib_samples", "batch_size")}
+    refuse_idle(args, images, config.learns or config.compensates, why)
+    refuse_idle(args, {"iters_w": "--iters_w"}, config.rounding in (Rounding.LEARNED, Rounding.BOTH), why)
     lists = {name: f"--{name}" for name in ("calib_augment", *LIST_FLAGS)}
     refuse_idle(args, lists, config.images_needed > 0, "no stage of this run looks at calibration images")
     save = {"save_calib_list": "--save_calib_list"}
@@ -115,7 +126,8 @@ def command(args: argparse.Namespace) -> None:
     check_network(network.model, images, network.num_classes, flags=options.network_flags)
     if not options.quiet:
         origin = f"{network.arch} ({network.source}) on {source.name}"
-        print(f"{origin}: {describe(config)}, on {options.device}", flush=True)
+        print(f"{origin}: {describe(config)}, on {options.device}")
+        print(flags.settings_line(config, FIELDS), flush=True)
     columns = flags.network_columns(args, network, "cnn", source.name)
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
@@ -134,7 +146,8 @@ def _calibration_images(
 ) -> tuple[Tensor, list[str]]:
     """The images that the stages look at, two at least, which tracing needs; and their names."""
     count = config.images_needed
-    flag = "--calib_samples" if config.iters and count == config.calib_samples else "--search_samples"
+    rounds = config.learns or config.compensates
+    flag = "--calib_samples" if rounds and count == config.calib_samples else "--search_samples"
     return calibration_images(
         source,
         max(2, count),

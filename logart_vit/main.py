@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from logart import flags
 from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle, run_command
-from logart.config import QuantConfig, ReconInput
+from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
 from logart.results import check_results
@@ -27,6 +27,9 @@ FIELDS = {
     "search_method": "search_method",
     "calib_size": "search_samples",
     "calib_batch_size": "search_batch_size",
+    "scale_search": "scale_search",
+    "asymmetric": "asymmetric",
+    "zero_code": "zero_code",
     "optim_size": "calib_samples",
     "optim_batch_size": "batch_size",
     "optim_metric": "recon_metric",
@@ -75,47 +78,58 @@ def build_parser() -> FlagParser:
 
 
 def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any]]:
-    """The settings of the run, and the same as a config file names them: the config's, or the flag's where given."""
+    """The settings of the run, and how images are loaded: the config's or the preset's, or the flag's where given."""
+    if args.config is not None and args.preset is not None:
+        raise UserError(f"--preset: {args.preset} and --config {args.config} both set the defaults; give one of them")
     values = {name: getattr(Config, name) for name in get_type_hints(Config)}
     if args.config is not None:
         values = load_config(args.config)
-    # 'same' is not a number of bits: flags.build_config reads that flag itself
-    values |= given(args, [name for name in values if hasattr(args, name) and name != "first_last_bits"])
+    loading = {name: otherwise(getattr(args, name), values[name]) for name in LOADING}
     for name, least in LOADING.items():
-        if values[name] < least:
-            raise UserError(f"--{name}: expected {least} or more, got {values[name]}")
-    fields = {field: values[name] for name, field in FIELDS.items()}
-    fields |= {"recon_input": MODES[values["optim_mode"]], "head_kl": True, "seed": otherwise(args.seed, 0)}
-    if not args.optimize:
-        fields["iters"] = 0
-    config = flags.build_config(args, FIELDS | {"seed": "seed"}, fields)
+        if loading[name] < least:
+            raise UserError(f"--{name}: expected {least} or more, got {loading[name]}")
+    fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
+    fields |= {"recon_input": values["optim_mode"], "rounding": Rounding.NEAREST, "head_kl": True, "seed": 0}
+    fields |= PRESETS[args.preset] if args.preset is not None else {}
+    flag_fields = FIELDS | {"rounding": "rounding", "seed": "seed"}
+    fields |= {flag_fields[name]: value for name, value in given(args, flag_fields).items()}
+    fields["recon_input"] = MODES[fields["recon_input"]]
+    if args.optimize and args.rounding is None:
+        learned = {Rounding.NEAREST: Rounding.LEARNED, Rounding.COMPENSATED: Rounding.BOTH}
+        fields["rounding"] = learned.get(fields["rounding"], fields["rounding"])
+    config = flags.build_config(args, flag_fields, fields)
     _refuse_idle_flags(args, config)
-    return config, values | {"first_last_bits": config.first_last_bits}
+    return config, loading
 
 
 def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
-    why = "--iters_w 0 learns nothing" if args.optimize else "without --optimize nothing is learned"
-    learning = ("optim_size", "optim_batch_size", "optim_metric", "temperature", "optim_mode", "drop_prob", "lr")
-    refuse_idle(args, {"iters_w": "--iters_w"}, bool(args.optimize), why)
+    learns = config.rounding in (Rounding.LEARNED, Rounding.BOTH)
+    why = "--iters_w 0 learns nothing"
+    if not learns:
+        why = f"--rounding {args.rounding} learns nothing" if args.rounding else "without --optimize nothing is learned"
+    refuse_idle(args, {"optimize": "--optimize", "iters_w": "--iters_w"}, learns, why)
+    learning = ("optim_metric", "temperature", "optim_mode", "drop_prob", "lr")
     search = ("calib_size", "calib_batch_size")
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
+    images = {name: f"--{name}" for name in ("optim_size", "optim_batch_size")}
+    refuse_idle(args, images, config.learns or config.compensates, why)
     mixes = config.recon_input is ReconInput.MIXED
     refuse_idle(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")
-    weighs = config.recon_metric.value == "hessian_perturb"
+    weighs = config.recon_metric is ReconMetric.HESSIAN_PERTURB
     refuse_idle(args, {"temperature": "--temperature"}, weighs, "only --optim_metric hessian_perturb has one")
 
 
 def command(args: argparse.Namespace) -> None:
     """One run from flags to results row."""
     started = time.perf_counter()
-    config, settings = build_settings(args)
+    config, loading = build_settings(args)
     dataset = otherwise(args.dataset, DIGITS)
     options = flags.run_options(
         args,
         config,
         data=dataset,
-        workers=settings["num_workers"],
-        val_batch_size=settings["val_batch_size"],
+        workers=loading["num_workers"],
+        val_batch_size=loading["val_batch_size"],
         network_flags="--model, --checkpoint",
     )
     check_results(options.results)
@@ -129,7 +143,8 @@ def command(args: argparse.Namespace) -> None:
     )
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     count = config.images_needed
-    flag = "--optim_size" if config.iters and count == config.calib_samples else "--calib_size"
+    rounds = config.learns or config.compensates
+    flag = "--optim_size" if rounds and count == config.calib_samples else "--calib_size"
     images, _ = calibration_images(
         source, max(2, count), config.seed, flag=flag if count >= 2 else "--dataset", quiet=options.quiet
     )
@@ -137,7 +152,10 @@ def command(args: argparse.Namespace) -> None:
     if not options.quiet:
         origin = f"{network.arch} ({network.source}) on {source.name}"
         print(f"{origin}: {describe(config)}, on {options.device}")
-        print(" ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+        print(
+            flags.settings_line(config, FIELDS) + "".join(f" {name}={value}" for name, value in loading.items()),
+            flush=True,
+        )
     columns = flags.network_columns(args, network, "vit", source.name)
     columns["config"] = args.config
     run(network, source, images, config, options, columns, started)

@@ -39,7 +39,7 @@ MODELS = {
 }
 DIGITS_VIT_KWARGS = {
     "img_size": 8,
-    "patch_size": 2,
+    "patch_size": 4,
     "in_chans": 1,
     "embed_dim": 48,
     "depth": 4,

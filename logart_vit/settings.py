@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from logart.config import SearchMethod
 from logart.grid import ScaleMethod
 from logart.runtime import UserError
+from logart.search import ScaleSearch
 
 OPTIM_METRICS = ("hessian_perturb", "mse", "mae")
 OPTIM_MODES = ("qinp", "rinp", "qdrop")
@@ -27,7 +28,10 @@ class Config:
         first_last_bits: bits of the first and last layer, 2 to 8; None is the same as `w_bit`.
         channel_wise: one codebook per output channel, or one per layer.
         scale_method: the grid, a value of `ScaleMethod`.
-        search_method: the measure of DBS, a value of `SearchMethod`; acts with the dynamic grid.
+        search_method: the measure of DBS and scale search, a value of `SearchMethod`.
+        scale_search: which factors of the levels are tried, a value of `ScaleSearch`.
+        asymmetric: whether codes that a channel's shorter sign never reaches become small levels.
+        zero_code: whether one code is zero.
         calib_size: images for DBS, at least 1.
         calib_batch_size: images per forward pass of DBS, at least 1.
         optim_size: images for LLR, at least 1.
@@ -52,6 +56,9 @@ class Config:
     channel_wise: bool = True
     scale_method: str = "dynamic"
     search_method: str = "tensor_wise"
+    scale_search: str = "none"
+    asymmetric: bool = False
+    zero_code: bool = False
     calib_size: int = 128
     calib_batch_size: int = 32
     optim_size: int = 1024
@@ -60,8 +67,8 @@ class Config:
     temperature: float = 20.0
     optim_mode: str = "qdrop"
     drop_prob: float = 0.5
-    iters_w: int = 1000
-    lr: float = 0.01
+    iters_w: int = 300
+    lr: float = 0.1
     rrweight: float = 0.1
     b_start: float = 20.0
     b_end: float = 2.0
@@ -75,6 +82,7 @@ TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", int |
 CHOICES = {
     "scale_method": tuple(method.value for method in ScaleMethod),
     "search_method": tuple(method.value for method in SearchMethod),
+    "scale_search": tuple(search.value for search in ScaleSearch),
     "optim_metric": OPTIM_METRICS,
     "optim_mode": OPTIM_MODES,
 }

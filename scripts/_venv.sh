@@ -1,38 +1,41 @@
-# Sourced by the scripts beside it. `use_venv EXTRAS` makes sure that .venv beside the project holds the project
-# with these extras (comma-separated, may be empty). Sets PROJECT (its folder) and PYTHON (the interpreter in .venv).
+# Sourced by the scripts beside it. `use_venv EXTRAS [FOLDER [REQUIREMENT...]]` makes sure that FOLDER beside the
+# project (default .venv) holds the project with these extras (comma-separated, may be empty) and what else pip is
+# to install. Sets PROJECT (the project's folder) and PYTHON (the interpreter in FOLDER).
 
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=$PROJECT/.venv
-PYTHON=$VENV/bin/python
+PYTHONS=(python3 python3.13 python3.12 python3.11 python3.10) # to make it with; the first that is there and new enough
 
 base_python() {
     local candidate
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+    for candidate in "${PYTHONS[@]}"; do
         if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "no Python 3.10 or newer with the venv module found; install one, with its venv package, and try again" >&2
+    echo "no Python 3.10 or newer with the venv module found among: ${PYTHONS[*]}; install one, with its venv package," \
+        "and try again" >&2
     return 1
 }
 
 use_venv() {
-    local extras=$1 base state
-    local stamp="$VENV/.installed-${extras:-base}"
+    local extras=$1 venv=$PROJECT/${2:-.venv} base state
+    local stamp="$venv/.installed-${extras:-base}"
+    PYTHON=$venv/bin/python
     # An editable install points at the project's folder, so a moved checkout is installed anew.
-    state="$PROJECT $(cksum <"$PROJECT/pyproject.toml")"
+    state="$PROJECT $(cksum <"$PROJECT/pyproject.toml")${*:3}"
     if [[ -x $PYTHON && -f $stamp && $(<"$stamp") == "$state" ]]; then
         return
     fi
     if [[ ! -x $PYTHON ]]; then
         base=$(base_python)
-        echo "making $VENV with $base"
-        "$base" -m venv --clear "$VENV"
+        echo "making $venv with $base"
+        "$base" -m venv --clear "$venv"
     fi
     # A creation that was interrupted leaves an interpreter without pip.
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip --upgrade >/dev/null
-    echo "installing the project into $VENV (minutes the first time)"
-    (cd "$PROJECT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}")
+    echo "installing the project into $venv (minutes the first time)"
+    local install=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
+    (cd "$PROJECT" && "${install[@]}" -e ".${extras:+[$extras]}" "${@:3}")
     printf '%s\n' "$state" >"$stamp"
 }

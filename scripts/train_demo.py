@@ -17,18 +17,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from logart.data import DIGITS as DIGITS_DATA
-from logart.data import Preprocessing, open_images
+from logart.data import DIGITS, open_images
+from logart.network import DIGITS_PREPROCESSING
 from logart.runtime import seed_everything
-from logart_cnn.models import DIGITS
 from logart_cnn.networks import DigitsResNet
+from logart_vit.models import DIGITS_VIT_KWARGS, MODELS, PACKAGED_WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_SHIFT = 1  # pixels
@@ -40,16 +41,16 @@ class Recipe:
 
     Attributes:
         build: the untrained network.
-        preprocessing: the images it expects.
-        optimizer: from the parameters; its learning rate falls to zero along a cosine.
+        optimizer: from the parameters.
+        schedule: from the optimizer and the number of steps.
         weights: where the trained weights are shipped.
         epochs, batch_size: of the training split.
         l1: factor of Σ|w| over the weights of convolutions and linear layers, added to the cross-entropy.
     """
 
     build: Callable[[], nn.Module]
-    preprocessing: Preprocessing
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    schedule: Callable[[Optimizer, int], LRScheduler]
     weights: Path
     epochs: int = 100
     batch_size: int = 64
@@ -59,17 +60,25 @@ class Recipe:
 RECIPES = {
     "digits_resnet": Recipe(
         build=DigitsResNet,
-        preprocessing=DIGITS,
         optimizer=partial(SGD, lr=0.1, momentum=0.9, nesterov=True),
+        schedule=CosineAnnealingLR,
         weights=ROOT / "logart_cnn/weights/digits_resnet.safetensors",
         l1=3e-4,
+    ),
+    "digits_vit": Recipe(
+        build=partial(timm.create_model, MODELS["digits_vit"], **DIGITS_VIT_KWARGS),
+        optimizer=Adam,  # without weight decay, for the penalty already shrinks the weights
+        schedule=lambda optimizer, steps: OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1),
+        weights=ROOT / "logart_vit" / PACKAGED_WEIGHTS["digits_vit"],
+        epochs=200,
+        l1=2e-4,
     ),
 }
 
 
-def training_digits(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """The training split of the digits: images float32 [n, C, H, W] and labels int64 [n]."""
-    train = open_images(DIGITS_DATA, preprocessing, num_classes=10).train
+def training_digits() -> tuple[Tensor, Tensor]:
+    """The training split of the digits: images float32 [n, 1, 8, 8] and labels int64 [n]."""
+    train = open_images(DIGITS, DIGITS_PREPROCESSING, num_classes=10).train
     images, labels = zip(*(train[index] for index in range(len(train))), strict=True)
     return torch.stack(images), torch.tensor(labels)
 
@@ -95,9 +104,9 @@ def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int, quiet: bool
     seed_everything(seed)
     model = recipe.build().train()
     optimizer = recipe.optimizer(model.parameters())
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     batches = len(images) // recipe.batch_size  # of full size: batch norm dislikes small ones
-    schedule = CosineAnnealingLR(optimizer, recipe.epochs * batches)
+    schedule = recipe.schedule(optimizer, recipe.epochs * batches)
     background = float(images.min())
     for epoch in range(recipe.epochs):
         total = 0.0
@@ -132,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = replace(recipe, epochs=args.epochs)
     torch.set_num_threads(1)  # the sums of more threads come in another order
     torch.use_deterministic_algorithms(True)
-    model = train(recipe, *training_digits(recipe.preprocessing), args.seed)
+    model = train(recipe, *training_digits(), args.seed)
     save(model, args.out or recipe.weights)
     print(f"wrote {args.out or recipe.weights}")
     return 0

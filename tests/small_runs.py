@@ -1,20 +1,30 @@
-"""What a run of the CNN command needs to take half a second: files, command lines, and what a run left."""
+"""What a run of either command needs to take half a second: files, command lines, and what a run left."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import logart.run
+from logart.cli import key_values
+from logart.surgery import quantized_layers
 from logart.weights import file_sha256
+from logart_vit.models import DIGITS_VIT_KWARGS
 
 SMALL_KWARGS = ["channels=(8,8,8,8)", "stem_width=8"]  # of timm's resnet10t: 7,538 weights
+VIT = "vit_tiny_patch16_224"
+VIT_KWARGS = "img_size=16 patch_size=8 embed_dim=12 depth=2 num_heads=2"  # 6,232 parameters
+SWIN = "swin_tiny_patch4_window7_224"
+SWIN_KWARGS = "img_size=32 window_size=4 embed_dim=8 depths=(1,1) num_heads=(1,2)"
 SURROUNDINGS = {  # columns that two equal runs need not share
     "utc_time", "search_seconds", "reconstruction_seconds", "total_seconds", "peak_memory_mb",
 }  # fmt: skip
@@ -41,8 +51,18 @@ def small(name: str = "resnet10t", classes: int = 4) -> nn.Module:
     return timm.create_model(name, channels=(8, 8, 8, 8), stem_width=8, num_classes=classes)
 
 
+def small_transformer(name: str = VIT, words: str = VIT_KWARGS) -> nn.Module:
+    """Of timm's, for 4 classes; `words` as after --model_kwargs."""
+    model: nn.Module = timm.create_model(name, num_classes=4, **key_values(words.split(), "words"))
+    for key, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.3)  # timm's start has logits that hardly differ
+        if key.endswith("qkv.weight"):
+            parameter.data[: len(parameter) // 3] *= 4  # queries need levels of their own
+    return model
+
+
 class Files:
-    """Checkpoints and image folders that these tests read."""
+    """Checkpoints and image folders that the tests of the CNN command read."""
 
     def __init__(self, folder: Path, images: Path, digits: Path, make_image_folder: Callable[..., Path]) -> None:
         self.images, self.digits = images, digits
@@ -62,6 +82,29 @@ class Files:
         ]
 
 
+class VitFiles:
+    """Checkpoints, configs and image folders that the tests of the ViT command read."""
+
+    def __init__(self, folder: Path, images: Path, make_image_folder: Callable[..., Path]) -> None:
+        self.images = images
+        self.others = make_image_folder(folder / "others", train=3, size=48)
+        self.small = seeded(small_transformer, folder / "small.safetensors")
+        self.again = seeded(small_transformer, folder / "again.bin", seed=1)
+        self.again_sha256 = file_sha256(self.again)
+        self.swin = seeded(lambda: small_transformer(SWIN, SWIN_KWARGS), folder / "swin.pth")
+        self.digits = seeded(lambda: timm.create_model(VIT, **DIGITS_VIT_KWARGS), folder / "digits.pth")
+        self.config = folder / "mine.py"
+        self.config.write_text("class Config:\n    w_bit = 3\n    optim_metric = 'mae'\n")
+
+    def on_images(self) -> list[str]:
+        """A whole run on the small folder of images, in half a second."""
+        return [
+            *("--dataset", str(self.images), "--model", f"timm:{VIT}", "--checkpoint", str(self.small)),
+            *("--model_kwargs", *VIT_KWARGS.split(), "--num_classes", "4"),
+            *"--device cpu --num_workers 0 --optimize --iters_w 8 --optim_size 6 --optim_batch_size 4 --lr 0.1".split(),
+        ]
+
+
 class Outcome(NamedTuple):
     """What a run left: its row, and what the core did (every code, every LLR loss)."""
 
@@ -72,3 +115,69 @@ class Outcome(NamedTuple):
     def settings(self) -> dict[str, str]:
         """The row without what is measured."""
         return {k: v for k, v in self.row.items() if "Acc@" not in k and k not in SURROUNDINGS}
+
+
+@contextmanager
+def kept_results() -> Iterator[list[Any]]:
+    """A list that holds what the last run's `quantize_model` gave: the network and the report."""
+    original, last = logart.run.quantize_model, []
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        last[:] = original(*args, **kwargs)
+        return tuple(last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logart.run, "quantize_model", keeping)
+        yield last
+
+
+@contextmanager
+def outcomes(main: Callable[[list[str]], int], results: Path) -> Iterator[Callable[..., Outcome]]:
+    """A function that runs the command, each command line once; rows go to `results`."""
+    known: dict[tuple[str, ...], Outcome] = {}
+    with kept_results() as last:
+
+        def run(*argv: str, again: bool = False) -> Outcome:
+            if again or argv not in known:
+                assert main([*argv, "--results", str(results)]) == 0
+                layers = quantized_layers(last[0])
+                codes = [(name, layer.codes.flatten().tolist()) for name, layer in layers.items()]  # type: ignore[union-attr]
+                known[argv] = Outcome(rows(results)[-1], codes, [block.losses for block in last[1].blocks])
+            return known[argv]
+
+        yield run
+
+
+class Effect(NamedTuple):
+    """What giving a flag changes.
+
+    Attributes:
+        flags: the flag and its value.
+        row: the settings columns of the results row that change, with their new values.
+        codes: whether the codes or the losses of LLR change.
+        given: flags that both runs are given.
+    """
+
+    flags: str
+    row: dict[str, str] = {}
+    codes: bool = True
+    given: str = ""
+
+    def check(self, files: Any, outcome: Callable[..., Outcome]) -> None:
+        """Run the command without the flag and with it; braces in texts are attributes of `files`."""
+        given, flags = (text.format_map(vars(files)).split() for text in (self.given, self.flags))
+        before, after = outcome(*files.on_images(), *given), outcome(*files.on_images(), *given, *flags)
+        changed = {k: v for k, v in after.settings().items() if before.settings()[k] != v}
+        assert changed == {column: value.format_map(vars(files)) for column, value in self.row.items()}
+        assert ((before.codes, before.losses) != (after.codes, after.losses)) == self.codes
+
+
+def assert_refused(main: Callable[[list[str]], int], argv: list[str], line: str, capfd: Any) -> None:
+    """The command ends with code 2 and one line on stderr that starts with `line`, before any accuracy."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 2
+    assert err.startswith(line), err
+    assert err.endswith("\n") and err.count("\n") == 1 and "\r" not in err
+    assert "Acc@" not in out

@@ -16,7 +16,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("logart*/__init__.py"))
 # Finding a package does not import it, nor torch with it.
-WHERE = "from importlib.util import find_spec as f; print(f('logart').origin, f('logart_cnn').origin)"
+WHERE = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {PACKAGES}))"
+FLAGS = {
+    "cnn": "--iters_w 20 --calib_samples 64 --workers 0",
+    "vit": "--optimize --iters_w 20 --optim_size 64 --num_workers 0",
+}
 
 
 def run(*command: str, cwd: Path, **env: str) -> str:
@@ -56,7 +60,10 @@ def test_the_wheel_holds_every_module_and_the_shipped_weights(wheel: Path) -> No
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()]
     expected = {str(file.relative_to(ROOT)) for file in files if "__pycache__" not in file.parts}
     assert shipped == expected
-    assert any(name.startswith("logart_cnn/weights/") and name.endswith(".safetensors") for name in names)
+    assert {name for name in names if name.endswith(".safetensors")} == {
+        "logart_cnn/weights/digits_resnet.safetensors",
+        "logart_vit/weights/digits_vit.safetensors",
+    }
     assert not any(name.startswith(("tests", "scripts", "benchmarks")) for name in names)
     assert any(name.endswith("LICENSE") for name in names)
 
@@ -64,21 +71,26 @@ def test_the_wheel_holds_every_module_and_the_shipped_weights(wheel: Path) -> No
 def test_the_wheel_names_its_commands(wheel: Path) -> None:
     archive = ZipFile(wheel)
     (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    assert "logart-cnn = logart_cnn.main:main" in archive.read(entry_points).decode().splitlines()
+    lines = archive.read(entry_points).decode().splitlines()
+    assert {"logart-cnn = logart_cnn.main:main", "logart-vit = logart_vit.main:main"} <= set(lines)
 
 
-def test_the_installed_wheel_runs_the_demo_without_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_is_found_without_the_checkout(installed: Path, tmp_path: Path) -> None:
     found = run("-c", WHERE, cwd=tmp_path, PYTHONPATH=str(installed)).split()
-    assert found == [str(installed / package / "__init__.py") for package in ("logart", "logart_cnn")]
+    assert found == [str(installed / package / "__init__.py") for package in PACKAGES]
+    assert PACKAGES == ["logart", "logart_cnn", "logart_vit"]
 
+
+@pytest.mark.parametrize("track", ["cnn", "vit"])
+def test_the_installed_wheel_runs_the_demo_without_the_checkout(track: str, installed: Path, tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
-    flags = "--iters_w 20 --calib_samples 64 --device cpu --workers 0 --results".split()
-    run("-m", "logart_cnn.main", *flags, str(results), cwd=tmp_path, PYTHONPATH=str(installed))
+    command = ["-m", f"logart_{track}.main", *FLAGS[track].split(), "--device", "cpu", "--results", str(results)]
+    run(*command, cwd=tmp_path, PYTHONPATH=str(installed))
     (version,) = (info.stem.split("-")[1] for info in installed.glob("logart-*.dist-info"))
+    (shipped,) = (installed / f"logart_{track}").rglob("*.safetensors")
     with results.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    shipped = [hashlib.sha256(file.read_bytes()).hexdigest() for file in installed.rglob("*.safetensors")]
-    assert (row["track"], row["arch"], row["data"]) == ("cnn", "digits_resnet", "digits")
+    assert (row["track"], row["arch"], row["data"]) == (track, shipped.stem, "digits")
     assert (row["iters_w"], row["calib_samples"], row["project_version"]) == ("20", "64", version)
-    assert row["checkpoint_sha256"] in shipped
+    assert row["checkpoint_sha256"] == hashlib.sha256(shipped.read_bytes()).hexdigest()
     assert float(row["float_Acc@1"]) > 90 and float(row["Acc@1"]) > 50

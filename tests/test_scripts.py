@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ echo "$*" >> "{log}"
 if [[ "$*" == "-m venv"* ]]; then mkdir -p "${{!#}}/bin"; cp "{ready}" "${{!#}}/bin/python"; fi
 if [[ -n "${{FAIL:-}}" && "$*" == *"$FAIL"* ]]; then exit 3; fi
 """
+BOTH_TRACKS = ["-m logart_cnn.main", "-m logart_vit.main --optimize"]
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir")
 
 
@@ -40,9 +42,7 @@ class Project:
     def interpreter(self, name: str, old: bool = False) -> None:
         """Put an interpreter on PATH; an old one fails the question for its version."""
         stub = self.bin / name
-        stub.write_text(
-            STUB.format(bash=self.bin / "bash", log=self.log, old=int(old), ready=self.bin / "ready")
-        )
+        stub.write_text(STUB.format(bash=self.bin / "bash", log=self.log, old=int(old), ready=self.bin / "ready"))
         stub.chmod(0o755)
 
     def run(self, script: str, *args: str, fail: str = "") -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def installs(calls: list[str]) -> list[str]:
 
 
 def test_there_are_scripts_and_each_one_parses() -> None:
-    assert {"_venv.sh", "demo.sh", "test.sh", "run"} <= {script.name for script in SCRIPTS}
+    assert {"_venv.sh", "demo.sh", "test.sh", "test_oldest.sh", "run"} <= {script.name for script in SCRIPTS}
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", str(script)], check=True)
         if script.name != "_venv.sh":
@@ -88,18 +88,18 @@ def test_ci_runs_exactly_the_test_script(project: Project) -> None:
 def test_demo_on_an_empty_machine_makes_installs_and_runs(project: Project) -> None:
     done = project.run("scripts/demo.sh", "--seed", "3", "two words")
     assert done.returncode == 0, done.stderr
-    venv, pip, install, main = project.calls()
+    venv, pip, install, *mains = project.calls()
     assert venv == f"-m venv --clear {project.root}/.venv"
     assert pip == "-m pip --version"
     assert install.startswith("-m pip install --quiet") and install.endswith(" -e .")
-    assert main == "-m logart_cnn.main --seed 3 two words"
+    assert mains == [f"{main} --seed 3 two words" for main in BOTH_TRACKS]
 
 
 def test_a_second_call_makes_no_pip_call(project: Project) -> None:
     project.run("scripts/demo.sh")
     project.calls()
     done = project.run("scripts/demo.sh", "--quiet")
-    assert project.calls() == ["-m logart_cnn.main --quiet"]
+    assert project.calls() == [f"{main} --quiet" for main in BOTH_TRACKS]
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -126,7 +126,7 @@ def test_demo_and_test_by_turns_install_once_each(project: Project) -> None:
 
 def test_a_failed_install_ends_the_script_and_is_tried_again(project: Project) -> None:
     assert project.run("scripts/demo.sh", fail="pip install").returncode != 0
-    assert "logart_cnn" not in "".join(project.calls())
+    assert ".main" not in "".join(project.calls())
     assert project.run("scripts/demo.sh").returncode == 0
     assert installs(project.calls()) == ["."]
 
@@ -146,8 +146,10 @@ def test_a_dangling_interpreter_is_made_anew(project: Project) -> None:
     assert project.calls()[0].startswith("-m venv --clear")
 
 
-def test_the_failure_of_the_command_is_the_failure_of_the_demo(project: Project) -> None:
-    assert project.run("scripts/demo.sh", fail="logart_cnn.main").returncode == 3
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(project: Project, failing: int) -> None:
+    assert project.run("scripts/demo.sh", fail=BOTH_TRACKS[failing]).returncode == 3
+    assert [call for call in project.calls() if ".main" in call] == BOTH_TRACKS[: failing + 1]
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2, None])
@@ -159,6 +161,45 @@ def test_lint_types_and_tests_run_in_order_until_one_fails(project: Project, fai
     ran = [call for call in project.calls() if call.split()[1] in ("ruff", "mypy", "pytest")]
     assert ran == (steps if failing is None else steps[: failing + 1])
     assert (done.returncode == 0) == (failing is None)
+
+
+def test_the_oldest_releases_are_tested_in_an_environment_of_their_own(project: Project) -> None:
+    done = project.run("scripts/test_oldest.sh", "-k", "two words")
+    assert done.returncode == 0, done.stderr
+    venv, pip, install, tests = project.calls()
+    assert venv == f"-m venv --clear {project.root}/.venv-oldest"
+    assert install.endswith(" -e .[test] timm==1.0.3 torch==2.6.0 torchvision==0.21.0")
+    assert tests == "-m pytest -q tests/logart_vit tests/logart_cnn tests/logart -k two words"
+    assert (project.root / ".venv-oldest" / "bin" / "python").exists() and not (project.root / ".venv").exists()
+    project.run("scripts/test_oldest.sh")
+    assert project.calls() == ["-m pytest -q tests/logart_vit tests/logart_cnn tests/logart"]
+    assert project.run("scripts/test_oldest.sh", fail="pytest").returncode == 3
+
+
+def test_the_oldest_releases_named_are_the_floors_of_the_project() -> None:
+    floors = re.findall(r'"(timm|torch|torchvision)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    script = (ROOT / "scripts" / "test_oldest.sh").read_text()
+    assert len(floors) == 3
+    for name, floor in floors:
+        (tested,) = re.findall(rf" {name}==(\S+)", script)
+        assert tested.startswith(f"{floor}.")
+
+
+def test_another_release_is_installed_anew(project: Project) -> None:
+    script = project.root / "scripts" / "test_oldest.sh"
+    project.run("scripts/test_oldest.sh")
+    script.write_text(script.read_text().replace("timm==1.0.3", "timm==1.0.7"))
+    project.calls()
+    project.run("scripts/test_oldest.sh")
+    (install,) = (call for call in project.calls() if call.startswith("-m pip install"))
+    assert " timm==1.0.7 " in install
+
+
+def test_the_oldest_python_comes_with_the_oldest_releases(project: Project) -> None:
+    for name in ("python3.10", "python3.12"):
+        project.interpreter(name)
+    assert "with python3\n" in project.run("scripts/demo.sh").stdout
+    assert "with python3.10\n" in project.run("scripts/test_oldest.sh").stdout
 
 
 def test_an_old_python3_gives_way_to_a_newer_one(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
         "bias": ((6,), torch.float32),
         "codes": ((6, 4, 3, 3), torch.uint8),
         "levels": ((6, 8), torch.float64),
-        "half_steps": ((6, 4), torch.int16),
+        "half_steps": ((6, 8), torch.int16),
+        "signs": ((6, 8), torch.int8),
         "n_base2": ((6,), torch.int16),
     }
     x = torch.randn(2, 4, 5, 5)
@@ -126,6 +127,7 @@ def test_the_codebook_comes_back_as_it_was_set() -> None:
     assert torch.equal(back.levels, codebook.levels) and back.spacing is Spacing.LOG
     assert torch.equal(back.half_steps, codebook.half_steps)  # type: ignore[arg-type]
     assert torch.equal(back.n_base2, codebook.n_base2)  # type: ignore[arg-type]
+    assert torch.equal(back.signs, codebook.signs) and back.scale is None  # type: ignore[arg-type]
     assert torch.equal(quantized.codes.flatten(1), nearest(quantized.rows, codebook))
 
 

@@ -58,7 +58,7 @@ def test_learning_lowers_the_error_by_a_good_margin(scale_method: str) -> None:
     fresh_before = block_error(quantized, fresh, model(fresh), squared_error, 16)
     report = learn(quantized, inputs, targets, iters=200, rrweight=1.0)
     assert report.kept == "learned"
-    assert report.error_learned < 0.6 * report.error_nearest
+    assert report.error_learned < 0.6 * report.error_before
     assert block_error(quantized, fresh, model(fresh), squared_error, 16) < 0.8 * fresh_before
 
 
@@ -68,9 +68,9 @@ def test_the_report_holds_the_errors_over_all_images() -> None:
     report = learn(quantized, inputs, targets, batch_size=20)  # 48 images: the last batch is smaller
     after = float((quantized(inputs) - targets).square().sum(1).mean())
     assert report.name == "a block"
-    assert report.error_nearest == pytest.approx(before, rel=1e-5)
+    assert report.error_before == pytest.approx(before, rel=1e-5)
     assert report.error_learned == pytest.approx(after, rel=1e-5)
-    assert report.error_learned <= report.error_nearest
+    assert report.error_learned <= report.error_before
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -134,8 +134,8 @@ def test_where_learning_ends_worse_plain_rounding_stays() -> None:
     _, quantized, inputs, _ = block()
     plain = codes_of(quantized)
     report = learn(quantized, inputs, quantized(inputs).clone(), rrweight=1e4)
-    assert report.kept == "nearest"
-    assert report.error_nearest < 1e-10 < report.error_learned
+    assert report.kept == "before"
+    assert report.error_before < 1e-10 < report.error_learned
     assert torch.equal(codes_of(quantized), plain)
     for layer in quantized_layers(quantized).values():
         assert torch.equal(layer.codes.flatten(1), nearest(layer.rows, layer.codebook))  # type: ignore[union-attr]

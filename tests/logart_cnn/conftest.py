@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from small_runs import Files, Outcome, rows
+from small_runs import Files, Outcome, outcomes
 
-import logart.run
-from logart.surgery import quantized_layers
 from logart_cnn import models
 from logart_cnn.main import main
 
@@ -29,25 +26,7 @@ def files(
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Outcome]]:
     """Runs the command, each command line once."""
-    original = logart.run.quantize_model
-    results = tmp_path_factory.mktemp("outcomes") / "results.csv"
-    last: list[Any] = []
-    known: dict[tuple[str, ...], Outcome] = {}
-
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        last[:] = original(*args, **kwargs)
-        return tuple(last)
-
-    def run(*argv: str, again: bool = False) -> Outcome:
-        if again or argv not in known:
-            assert main([*argv, "--results", str(results)]) == 0
-            layers = quantized_layers(last[0])
-            codes = [(name, layer.codes.flatten().tolist()) for name, layer in layers.items()]  # type: ignore[union-attr]
-            known[argv] = Outcome(rows(results)[-1], codes, [block.losses for block in last[1].blocks])
-        return known[argv]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logart.run, "quantize_model", keeping)
+    with outcomes(main, tmp_path_factory.mktemp("outcomes") / "results.csv") as run:
         yield run
 
 

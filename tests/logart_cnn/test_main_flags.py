@@ -4,32 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from small_runs import SURROUNDINGS, Files, Outcome, rows
+from small_runs import SURROUNDINGS, Effect, Files, Outcome, rows
 
 import logart.run
 import logart_cnn.main
 from logart_cnn.main import build_parser, main
-
-
-class Effect(NamedTuple):
-    """What giving a flag changes.
-
-    Attributes:
-        flags: the flag and its value.
-        row: the settings columns of the results row that change, with their new values.
-        codes: whether the codes or the losses of LLR change.
-        given: flags that both runs are given.
-    """
-
-    flags: str
-    row: dict[str, str] = {}
-    codes: bool = True
-    given: str = ""
-
 
 LAYER_WISE = "--search_method layer_wise --search_samples 4"
 SMALL = "channels=(8,8,8,8) stem_width=8"
@@ -77,12 +60,7 @@ EFFECTS = {
 def test_a_flag_changes_what_it_says_and_nothing_else(
     name: str, files: Files, outcome: Callable[..., Outcome]
 ) -> None:
-    effect = EFFECTS[name]
-    given, flags = (text.format_map(vars(files)).split() for text in (effect.given, effect.flags))
-    before, after = outcome(*files.on_images(), *given), outcome(*files.on_images(), *given, *flags)
-    changed = {k: v for k, v in after.settings().items() if before.settings()[k] != v}
-    assert changed == {column: value.format_map(vars(files)) for column, value in effect.row.items()}
-    assert ((before.codes, before.losses) != (after.codes, after.losses)) == effect.codes
+    EFFECTS[name].check(files, outcome)
 
 
 def test_a_second_evaluation_fills_its_columns(files: Files, outcome: Callable[..., Outcome]) -> None:

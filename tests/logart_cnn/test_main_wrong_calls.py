@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
-from small_runs import Files, seeded
+from small_runs import Files, assert_refused, seeded
 
 from logart.results import NAMES
 from logart_cnn.main import main
@@ -204,12 +204,6 @@ def test_a_wrong_call_takes_one_line_and_leaves_no_trace(
     monkeypatch.chdir(here)
     argv = [word.format_map(vars(wrong)) for word in flags.split()]
     before = {path: path.read_bytes() for path in wrong.folder.glob("*.csv")}
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    out, err = capfd.readouterr()
-    assert stopped.value.code == 2
-    assert err.startswith(f"logart-cnn: {message.format_map(vars(wrong))}"), err
-    assert err.endswith("\n") and err.count("\n") == 1 and "\r" not in err
-    assert "Acc@" not in out
+    assert_refused(main, argv, f"logart-cnn: {message.format_map(vars(wrong))}", capfd)
     assert list(here.iterdir()) == []
     assert before == {path: path.read_bytes() for path in wrong.folder.glob("*.csv")}

@@ -1,0 +1,208 @@
+"""Compensated rounding: every weight of a layer at once, in closed form, in the metric of the layer's inputs.
+
+With X the float network's inputs to a layer and X̂ those through the quantized prefix, both centred, the codes q of a
+channel with float weights w shall keep ‖Xw - X̂q‖² + λ‖w - q‖² small. Up to a constant this is (q - T)ᵀA(q - T) with
+
+    A = X̂ᵀX̂ + λI,   T = A⁻¹(X̂ᵀXw + λw) = w + A⁻¹X̂ᵀr,   r = Xw - X̂w:
+
+T is the real weight that would undo the error made so far. T is rounded with error feedback (Frantar et al. 2022, OBQ
+and GPTQ, here on any codebook), then improved one weight at a time.
+
+Rows of weights come as [G, R, K]: R output channels of each of G groups, which share the group's A [G, K, K].
+Everything is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from logart.config import QuantConfig
+from logart.dbs import layer_moments, per_codebook
+from logart.grid import Codebook, Spacing
+from logart.layers import QuantizedLayer
+from logart.rounding import dequantize, nearest
+from logart.search import OutputMoments, choose_codebook
+from logart.surgery import Unit
+
+RIDGE = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂
+RIDGE_FLOOR = 1e-12  # keeps A positive definite where inputs are dead; as a share of the count of rows
+SWEEPS = 50  # far more than descent was ever seen to need
+_BLOCK = 64  # columns worked on before the others hear of it
+
+
+@torch.no_grad()
+def compensate_unit(
+    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Tensor, Tensor], config: QuantConfig
+) -> list[Tensor]:
+    """Give every layer of a unit its codebook, codes and bias, in the order they run; they hold float weights before.
+
+    Args:
+        reference, quantized: the float network and the one being quantized; only the unit inside is run.
+        data: the unit's inputs [n, ...] in both networks, in this order.
+
+    Returns:
+        T of each layer, in the weight's shape and type.
+    """
+    targets = []
+    blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
+    for name in unit.layers:
+        layer, float_layer = quantized.get_submodule(name), reference.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        moments = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
+        w = layer.rows.reshape(layer.shape[0], -1)
+        a = metric(moments.centred())
+        t = target(w, a, moments.centred())
+        wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
+        error = per_codebook(partial(quadratic_error, a=a), layer)
+        codebook = choose_codebook(wanted, config.scale_method, layer.n_bits, error=error, **config.grid_options)
+        rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
+        codes = round_compensated(t, a, codebook.select(rows))
+        layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        bias = corrected_bias(bias, moments, layer.weight.reshape(w.shape) - w)
+        layer.bias = nn.Parameter(bias.to(w.dtype), requires_grad=False)
+        targets.append(t.to(w.dtype).reshape(layer.shape))
+    return targets
+
+
+def metric(moments: OutputMoments, ridge: float = RIDGE) -> Tensor:
+    """A [G, K, K] float64 of centred moments."""
+    gram = moments.gram
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    strength = ridge * diagonal.mean(1) + RIDGE_FLOOR * moments.count
+    return gram + torch.diag_embed(strength[:, None].expand_as(diagonal))
+
+
+def target(w: Tensor, a: Tensor, moments: OutputMoments) -> Tensor:
+    """T [C, K] float64 for weights w [C, K], of centred moments."""
+    cross = moments.cross.unflatten(0, (len(a), -1))
+    factor = torch.linalg.cholesky(a)
+    return w.double() + torch.cholesky_solve(cross.mT, factor).mT.flatten(0, 1)
+
+
+def quadratic_error(delta: Tensor, a: Tensor) -> Tensor:
+    """δᵀAδ of every channel, δ [C, K] and A [G, K, K] -> [C] float64."""
+    grouped = delta.double().unflatten(0, (len(a), -1))
+    return ((grouped @ a) * grouped).sum(-1).flatten()
+
+
+def round_compensated(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+    """Codes near the least (q - T)ᵀA(q - T), never worse than rounding to nearest.
+
+    Args:
+        t: [C, K] float64.
+        a: [G, K, K] float64, positive definite; C is a multiple of G.
+        codebook: of the C rows.
+
+    Returns:
+        [C, K] uint8 codes.
+    """
+    plain, fed_back = nearest(t, codebook), feed_back(t, a, codebook)
+    better = _error(fed_back, t, a, codebook) < _error(plain, t, a, codebook)
+    return descend(torch.where(better[:, None], fed_back, plain), t, a, codebook)
+
+
+def feed_back(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+    """Round column by column, in order of falling diagonal of A, and let the columns to come make up for each error.
+
+    The recursion through the Cholesky factor U of A⁻¹ = UᵀU: after column j, the columns behind it move by
+    -(t_j - q_j)·U[j, :]/U[j, j]. Arguments and result as `round_compensated`.
+    """
+    grid, groups = _Linear(codebook), len(a)
+    order = a.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)  # [G, K]
+    square = order[:, :, None].expand_as(a)
+    ordered = a.gather(1, square).gather(2, square.mT)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+    diagonal = factor.diagonal(dim1=1, dim2=2)
+    rows = order[:, None].expand(-1, t.shape[0] // groups, -1)
+    state = t.double().unflatten(0, (groups, -1)).gather(2, rows)
+    codes = torch.empty_like(state, dtype=torch.uint8)
+
+    def decide(j: int, column: Tensor) -> Tensor:
+        codes[:, :, j], rounded = grid.nearest(column)
+        return (column - rounded) / diagonal[:, j, None]
+
+    _sweep(state, factor, decide, behind_only=True)
+    return torch.empty_like(codes).scatter_(2, rows, codes).flatten(0, 1)
+
+
+def descend(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+    """Cyclic coordinate descent: each weight in turn takes the level that is best given all others, until none moves.
+
+    The best level is the one nearest to q_j - [A(q - T)]_j / A_jj. Arguments and result as `round_compensated`.
+    """
+    grid, groups = _Linear(codebook), len(a)
+    q = dequantize(codes, codebook.levels).unflatten(0, (groups, -1))
+    codes = codes.clone().unflatten(0, (groups, -1))
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    for _ in range(SWEEPS):
+        before = codes.clone()
+        slope = (q - t.double().unflatten(0, (groups, -1))) @ a  # afresh in each sweep: no error piles up
+
+        def decide(j: int, column: Tensor) -> Tensor:
+            best, level = grid.nearest(q[:, :, j] - column / diagonal[:, j, None])
+            step = level - q[:, :, j]
+            # What the step gains, told from rounding; otherwise two equal levels could alternate for ever.
+            gains = step * (2 * column + step * diagonal[:, j, None]) < -1e-12 * diagonal[:, j, None] * step.square()
+            codes[:, :, j] = torch.where(gains, best, codes[:, :, j])
+            step = torch.where(gains, step, 0.0)
+            q[:, :, j] += step
+            return -step
+
+        _sweep(slope, a, decide, behind_only=False)
+        if torch.equal(codes, before):
+            break
+    return codes.flatten(0, 1)
+
+
+def _sweep(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor], *, behind_only: bool) -> None:
+    """state -= e·matrix[j] for every column j in turn, e = decide(j, state's column j); blocks of columns at a time.
+
+    Args:
+        state: [G, R, K], changed in place.
+        matrix: [G, K, K].
+        decide: from j and [G, R] to [G, R].
+        behind_only: columns ahead of the block need no update.
+    """
+    size = state.shape[2]
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        block, inner = state[:, :, start:end], matrix[:, start:end, start:end]
+        moved = torch.empty_like(block)
+        for j in range(end - start):
+            moved[:, :, j] = decide(start + j, block[:, :, j])
+            block -= moved[:, :, j, None] * inner[:, j, None]
+        state[:, :, end:] -= moved @ matrix[:, start:end, end:]
+        if not behind_only:
+            state[:, :, :start] -= moved @ matrix[:, start:end, :start]
+
+
+class _Linear:
+    """Nearest by distance, not by ratio: what a quadratic error asks of the same levels."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        self._levels = codebook.levels
+        self._borders = replace(codebook, spacing=Spacing.LINEAR).borders.contiguous()
+
+    def nearest(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and levels [G, R] of one weight of every channel [G, R]."""
+        codes = torch.searchsorted(self._borders, column.reshape(-1, 1), right=True)
+        levels = self._levels.gather(1, codes)
+        return codes.to(torch.uint8).reshape(column.shape), levels.reshape(column.shape)
+
+
+def _error(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+    return quadratic_error(dequantize(codes, codebook.levels) - t, a)
+
+
+def corrected_bias(bias: Tensor | None, moments: OutputMoments, delta: Tensor) -> Tensor:
+    """The bias [C] that keeps the mean output: b + mean(Xw - X̂q), with δ = q - w [C, K] and moments not centred."""
+    groups = len(moments.gram)
+    moved = (moments.mean_input[:, None] * delta.double().unflatten(0, (groups, -1))).sum(-1).flatten()
+    shift = moments.residual_sum / moments.count - moved
+    return shift if bias is None else bias.double() + shift
