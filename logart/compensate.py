@@ -54,9 +54,9 @@ def compensate_unit(
         layer, float_layer = quantized.get_submodule(name), reference.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         moments = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
-        w = layer.rows.reshape(layer.shape[0], -1)
-        a = metric(moments.centred())
-        t = target(w, a, moments.centred())
+        w, centred = layer.rows.reshape(layer.shape[0], -1), moments.centred()
+        a = metric(centred)
+        t = target(w, a, centred)
         wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
         error = per_codebook(partial(quadratic_error, a=a), layer)
         codebook = choose_codebook(wanted, config.scale_method, layer.n_bits, error=error, **config.grid_options)
@@ -191,7 +191,7 @@ class _Linear:
 
     def nearest(self, column: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and levels [G, R] of one weight of every channel [G, R]."""
-        codes = torch.searchsorted(self._borders, column.reshape(-1, 1), right=True)
+        codes = torch.searchsorted(self._borders, column.reshape(-1, 1).contiguous(), right=True)
         levels = self._levels.gather(1, codes)
         return codes.to(torch.uint8).reshape(column.shape), levels.reshape(column.shape)
 

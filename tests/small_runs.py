@@ -20,7 +20,8 @@ from logart.surgery import quantized_layers
 from logart.weights import file_sha256
 from logart_vit.models import DIGITS_VIT_KWARGS
 
-SMALL_KWARGS = ["channels=(8,8,8,8)", "stem_width=8"]  # of timm's resnet10t: 7,538 weights
+SMALL, SMALL_DEEP = "resnetv2_50", "resnetv2_50d"  # the second has three convolutions for a stem
+SMALL_KWARGS = "layers=(1,1) channels=(16,32) stem_chs=8 preact=False"  # 3,740 weights, norms that fold
 VIT = "vit_tiny_patch16_224"
 VIT_KWARGS = "img_size=16 patch_size=8 embed_dim=12 depth=2 num_heads=2"  # 6,232 parameters
 SWIN = "swin_tiny_patch4_window7_224"
@@ -47,8 +48,10 @@ def seeded(build: Callable[[], nn.Module], path: Path, seed: int = 0) -> Path:
     return path
 
 
-def small(name: str = "resnet10t", classes: int = 4) -> nn.Module:
-    return timm.create_model(name, channels=(8, 8, 8, 8), stem_width=8, num_classes=classes)
+def small(name: str = SMALL) -> nn.Module:
+    """Of timm's, for 4 classes."""
+    model: nn.Module = timm.create_model(name, num_classes=4, **key_values(SMALL_KWARGS.split(), "words"))
+    return model
 
 
 def small_transformer(name: str = VIT, words: str = VIT_KWARGS) -> nn.Module:
@@ -70,14 +73,14 @@ class Files:
         self.small = seeded(small, folder / "small.safetensors")
         self.again = seeded(small, folder / "again.pth", seed=1)
         self.again_sha256 = file_sha256(self.again)
-        self.small14 = seeded(lambda: small("resnet14t"), folder / "small14.pth")
-        self.small14_sha256 = file_sha256(self.small14)
+        self.deep = seeded(lambda: small(SMALL_DEEP), folder / "deep.pth")
+        self.deep_sha256 = file_sha256(self.deep)
 
     def on_images(self) -> list[str]:
         """A whole run on the small folder of images, in a second or less."""
         return [
-            *("--data_path", str(self.images), "--arch", "timm:resnet10t", "--checkpoint", str(self.small)),
-            *("--model_kwargs", *SMALL_KWARGS, "--num_classes", "4", "--input_size", "32"),
+            *("--data_path", str(self.images), "--arch", f"timm:{SMALL}", "--checkpoint", str(self.small)),
+            *("--model_kwargs", *SMALL_KWARGS.split(), "--num_classes", "4", "--input_size", "32"),
             *"--device cpu --workers 0 --iters_w 8 --calib_samples 6 --batch_size 4 --calib_lr 0.1".split(),
         ]
 

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import pytest
 import timm
 import torch
-from small_runs import SMALL_KWARGS, rows, seeded
+from small_runs import rows, seeded
 
 from logart.cli import key_values
 from logart.data import DIGITS
@@ -108,7 +108,7 @@ def weights(arch: str, checkpoint: str | None, model_kwargs: list[str] | None, f
     name = arch.removeprefix(models.TIMM)
     path = folder / f"{name}.pth"
     if arch.startswith(models.TIMM):
-        words = model_kwargs or (SMALL_KWARGS if name == "resnet10t" else [])
+        words = model_kwargs or (["channels=(8,8,8,8)", "stem_width=8"] if name == "resnet10t" else [])
         options = key_values(words, "--model_kwargs")
         seeded(lambda: timm.create_model(name, num_classes=CLASSES, **options), path)
         return ["--checkpoint", str(path), *(["--model_kwargs", *words] if words else [])]

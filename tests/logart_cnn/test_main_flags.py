@@ -8,24 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SURROUNDINGS, Effect, Files, Outcome, rows
+from small_runs import SMALL, SMALL_DEEP, SMALL_KWARGS, SURROUNDINGS, Effect, Files, Outcome, rows
 
 import logart.run
 import logart_cnn.main
 from logart_cnn.main import build_parser, main
 
 LAYER_WISE = "--search_method layer_wise --search_samples 4"
-SMALL = "channels=(8,8,8,8) stem_width=8"
-BASE = f"{SMALL} num_classes=4 input_size=32"
+BASE = f"{SMALL_KWARGS} num_classes=4 input_size=32"
 EFFECTS = {
     "data_path": Effect("--data_path {others}", {"data": "others"}),
-    "arch": Effect("--arch timm:resnet14t --checkpoint {small14}",
-                   {"arch": "timm:resnet14t", "checkpoint": "small14.pth", "checkpoint_sha256": "{small14_sha256}"}),
+    "arch": Effect(f"--arch timm:{SMALL_DEEP} --checkpoint {{deep}}",
+                   {"arch": f"timm:{SMALL_DEEP}", "checkpoint": "deep.pth", "checkpoint_sha256": "{deep_sha256}"}),
     "checkpoint": Effect("--checkpoint {again}", {"checkpoint": "again.pth", "checkpoint_sha256": "{again_sha256}"}),
-    "model_kwargs": Effect("--model_kwargs channels=(8,8,8,8) stem_width=8 global_pool=max",
-                           {"network_options": f"{SMALL} global_pool=max num_classes=4 input_size=64"},
+    "model_kwargs": Effect(f"--model_kwargs {SMALL_KWARGS} global_pool=max",
+                           {"network_options": f"{SMALL_KWARGS} global_pool=max num_classes=4 input_size=64"},
                            given="--input_size 64"),
-    "input_size": Effect("--input_size 40", {"network_options": f"{SMALL} num_classes=4 input_size=40"}),
+    "input_size": Effect("--input_size 40", {"network_options": f"{SMALL_KWARGS} num_classes=4 input_size=40"}),
     "crop_pct": Effect("--crop_pct 0.5", {"network_options": f"{BASE} crop_pct=0.5"}),
     "interpolation": Effect("--interpolation nearest",
                             {"network_options": f"{BASE} crop_pct=0.5 interpolation=nearest"}, given="--crop_pct 0.5"),
@@ -123,7 +122,7 @@ def test_quiet_leaves_only_accuracies(
     argv = [*files.on_images(), "--results", str(tmp_path / "results.csv")]
     assert main(argv) == 0
     out, err = capfd.readouterr()
-    assert "timm:resnet10t (small.safetensors) on pictures: 4 bits, dynamic (tensor_wise DBS)" in out
+    assert f"timm:{SMALL} (small.safetensors) on pictures: 4 bits, dynamic (tensor_wise DBS)" in out
     assert out.count("Acc@1") == 2 and "layer " in out and str(tmp_path / "results.csv") in out
     assert "DBS" in err and "LLR" in err and "\r" not in err and "\x1b" not in err
     assert main([*argv, "--quiet"]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
-from small_runs import Files, assert_refused, seeded
+from small_runs import SMALL, SMALL_KWARGS, Files, assert_refused, seeded
 
 from logart.results import NAMES
 from logart_cnn.main import main
@@ -68,7 +68,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, files: Files, make_image_fol
 
 ON_DIGITS = "--checkpoint {digits} --workers 0 "
 ON_IMAGES = (
-    "--arch timm:resnet10t --checkpoint {small} --model_kwargs channels=(8,8,8,8) stem_width=8 --num_classes 4 "
+    f"--arch timm:{SMALL} --checkpoint {{small}} --model_kwargs {SMALL_KWARGS} --num_classes 4 "
     "--input_size 32 --workers 0 --iters_w 1 --calib_samples 4 --batch_size 2 "
 )
 BAD_FLAGS = [
@@ -145,7 +145,7 @@ BAD_NETWORKS = [
     (ON_DIGITS + "--num_classes 0", "--num-classes: 0; expected at least 1"),
     (ON_DIGITS + "--model_kwargs drop_rate=0", "--model-kwargs: only for --arch timm:NAME, not for digits_resnet"),
     (ON_IMAGES + "--model_kwargs stem", "--model_kwargs: 'stem' is not of the form KEY=VALUE"),
-    (ON_IMAGES + "--model_kwargs bogus=1", "--model-kwargs: timm cannot build resnet10t"),
+    (ON_IMAGES + "--model_kwargs bogus=1", f"--model-kwargs: timm cannot build {SMALL}"),
     (ON_IMAGES + "--model_kwargs a=1 a=2", "--model_kwargs: a is given twice"),
     (ON_DIGITS + "--input_size 0", "--input-size: 0; expected at least 1"),
     (ON_DIGITS + "--crop_pct 2", "--crop-pct: 2.0; expected more than 0 and at most 1"),
