@@ -30,7 +30,7 @@ from logart.search import OutputMoments, choose_codebook
 from logart.surgery import Unit
 
 RIDGE = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂
-RIDGE_FLOOR = 1e-12  # keeps A positive definite where inputs are dead; as a share of the count of rows
+RIDGE_FLOOR = 1e-12  # λ per row where inputs are dead, and per row and squared mean: float32 knows no input any better
 SWEEPS = 50  # far more than descent was ever seen to need
 _BLOCK = 64  # columns worked on before the others hear of it
 
@@ -74,7 +74,7 @@ def metric(moments: OutputMoments, ridge: float = RIDGE) -> Tensor:
     """A [G, K, K] float64 of centred moments."""
     gram = moments.gram
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    strength = ridge * diagonal.mean(1) + RIDGE_FLOOR * moments.count
+    strength = ridge * diagonal.mean(1) + RIDGE_FLOOR * moments.count * (1 + moments.mean_input.square().mean(1))
     return gram + torch.diag_embed(strength[:, None].expand_as(diagonal))
 
 
@@ -117,7 +117,7 @@ def feed_back(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     order = a.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)  # [G, K]
     square = order[:, :, None].expand_as(a)
     ordered = a.gather(1, square).gather(2, square.mT)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True).contiguous()
     diagonal = factor.diagonal(dim1=1, dim2=2)
     rows = order[:, None].expand(-1, t.shape[0] // groups, -1)
     state = t.double().unflatten(0, (groups, -1)).gather(2, rows)
@@ -127,7 +127,7 @@ def feed_back(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
         codes[:, :, j], rounded = grid.nearest(column)
         return (column - rounded) / diagonal[:, j, None]
 
-    _sweep(state, factor, decide, behind_only=True)
+    _sweep(state, factor, decide)
     return torch.empty_like(codes).scatter_(2, rows, codes).flatten(0, 1)
 
 
@@ -154,20 +154,21 @@ def descend(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
             q[:, :, j] += step
             return -step
 
-        _sweep(slope, a, decide, behind_only=False)
+        _sweep(slope, a, decide)
         if torch.equal(codes, before):
             break
     return codes.flatten(0, 1)
 
 
-def _sweep(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor], *, behind_only: bool) -> None:
+def _sweep(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor]) -> None:
     """state -= e·matrix[j] for every column j in turn, e = decide(j, state's column j); blocks of columns at a time.
+
+    Only columns not yet decided are sure to be right: nothing reads the others again.
 
     Args:
         state: [G, R, K], changed in place.
         matrix: [G, K, K].
         decide: from j and [G, R] to [G, R].
-        behind_only: columns ahead of the block need no update.
     """
     size = state.shape[2]
     for start in range(0, size, _BLOCK):
@@ -178,8 +179,6 @@ def _sweep(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor
             moved[:, :, j] = decide(start + j, block[:, :, j])
             block -= moved[:, :, j, None] * inner[:, j, None]
         state[:, :, end:] -= moved @ matrix[:, start:end, end:]
-        if not behind_only:
-            state[:, :, :start] -= moved @ matrix[:, start:end, :start]
 
 
 class _Linear:

@@ -47,7 +47,14 @@ class ReconMetric(str, Enum):
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"rounding": Rounding.COMPENSATED, "calib_samples": 256},
     "paper": {"rounding": Rounding.LEARNED, "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0},
-    "best": {"rounding": Rounding.BOTH, "calib_samples": 1024, "scale_search": ScaleSearch.GRID},
+    "best": {
+        "rounding": Rounding.BOTH,
+        "calib_samples": 1024,
+        "scale_search": ScaleSearch.GRID,
+        "zero_code": True,
+        "iters": 500,
+        "lr": 0.03,
+    },
 }
 
 
@@ -157,6 +164,12 @@ class QuantConfig:
     def learns(self) -> bool:
         """Whether LLR runs."""
         return self.rounding in (Rounding.LEARNED, Rounding.BOTH) and self.iters > 0
+
+    @property
+    def acting_rounding(self) -> Rounding:
+        """What `rounding` comes to: without steps nothing is learned."""
+        without = {Rounding.LEARNED: Rounding.NEAREST, Rounding.BOTH: Rounding.COMPENSATED}
+        return self.rounding if self.learns else without.get(self.rounding, self.rounding)
 
     @property
     def grid_options(self) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def layer_moments(
             rows = slice(part, part + 1) if isinstance(part, int) else part
             patches = unfold(layer, x[rows])
             if shifted and moments.shift is None:
-                moments.shift = patches.mean(1)
+                moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
             residual = _positions_last(layer, (wanted - given)[rows])
             moments.add(patches, residual.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2))
     return moments

@@ -45,9 +45,9 @@ def add_grid_flags(parser: FlagParser, defaults: Mapping[str, Any]) -> None:
     parser.flag("--scale_search", nargs="?", const="grid", choices=[m.value for m in ScaleSearch],
                 help="also search a factor of each channel's levels; half_step: only √2's powers, which need no "
                 "multiplier (default none; without a value: grid)")  # fmt: skip
-    parser.flag("--asymmetric", action="store_true",
+    parser.flag("--asymmetric", action=argparse.BooleanOptionalAction,
                 help="codes that a channel's shorter sign never reaches become small levels")  # fmt: skip
-    parser.flag("--zero_code", action="store_true", help="one code of each channel is zero")
+    parser.flag("--zero_code", action=argparse.BooleanOptionalAction, help="one code of each channel is zero")
     parser.flag("--hardware_approx", action="store_true",
                 help="√2 ≈ 1+1/2 (or more terms) during search, rounding and evaluation")  # fmt: skip
     parser.flag("--hardware_approx_terms", type=int, choices=list(ROOT2_TEXT),
@@ -203,8 +203,14 @@ def describe(config: QuantConfig) -> str:
     return ", ".join([*words, f"seed {config.seed}"])
 
 
-def settings_line(config: QuantConfig, fields: Mapping[str, str]) -> str:
-    """All settings, resolved, each under the name of its flag."""
+def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any) -> str:
+    """All settings, resolved, each under the name of its flag; `others` replace their namesakes."""
     values = {flag: getattr(config, field) for flag, field in fields.items()}
-    values |= {"first_last_bits": config.first_last_bits or "same", "rounding": config.rounding, "seed": config.seed}
+    values |= {
+        "first_last_bits": config.first_last_bits or "same",
+        "hardware_approx_terms": config.hardware_terms,
+        "rounding": config.acting_rounding,
+        "seed": config.seed,
+    }
+    values |= others
     return " ".join(f"{flag}={getattr(value, 'value', value)}" for flag, value in values.items())

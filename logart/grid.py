@@ -89,8 +89,8 @@ class Codebook:
         if self.spacing is Spacing.LINEAR:
             return lower + (upper - lower) / 2
         geometric = lower.sign() * lower.abs().sqrt() * upper.abs().sqrt()
-        beside_zero = torch.where(lower * upper == 0, (lower + upper) / 2, 0.0)
-        return torch.where(lower.sign() * upper.sign() > 0, geometric, beside_zero)
+        signs = lower.sign() * upper.sign()  # the product of the levels themselves may vanish
+        return torch.where(signs > 0, geometric, torch.where(signs == 0, (lower + upper) / 2, 0.0))
 
     def select(self, rows: Tensor) -> Codebook:
         """The codebooks of some channels; `rows` is an index [C'] of integers."""
@@ -214,9 +214,9 @@ def spend_free_codes(codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_co
     if asymmetric:
         half_steps, signs = _move_free_codes(codebook, w)
     if zero_code:
-        order = torch.arange(signs.shape[1], device=signs.device)
-        last_negative = (signs < 0).sum(1, keepdim=True) - 1
-        signs = torch.where((order == last_negative) & (signs != 0).all(1, keepdim=True), 0, signs)
+        negative = signs < 0
+        smallest = half_steps.where(negative, half_steps.amax() + 1).amin(1, keepdim=True)
+        signs = torch.where(negative & (half_steps == smallest) & (signs != 0).all(1, keepdim=True), 0, signs)
     levels = _levels(half_steps, signs, codebook.scale, terms)
     order = levels.argsort(dim=1)
     half_steps, signs = half_steps.gather(1, order), signs.gather(1, order)

@@ -68,7 +68,7 @@ COLUMNS = (
     Column("drop_prob", "probability", "share of a `mixed` input taken from the quantized prefix"),
     Column("temperature", "", "of the KL divergence behind `hessian_perturb`"),
     Column("hardware_approx", "", "`True`: sqrt 2 is a sum of powers of two during search, rounding and evaluation"),
-    Column("hardware_approx_terms", "", "how many powers of two: 1 + 1/2 are 2"),
+    Column("hardware_approx_terms", "", "how many powers of two, there or at test only: 1 + 1/2 are 2"),
     Column("calib_augment", "", "`True`: calibration images are randomly cropped and flipped"),
     Column("seed", "", "seed of every random choice"),
     Column("config", "", "the settings file of the run; ViT only"),

@@ -15,8 +15,9 @@ from logart.grid import Codebook, Spacing
 _STRETCH, _SHIFT = 1.2, 0.1
 # Where a weight below the smallest magnitude starts: on its own side of zero, inside the clip, so that it can move.
 _STRADDLE_H = 0.9
-# The furthest that a weight starts from the code it had, where learning goes on from codes: just short of the middle.
-_UNDECIDED = 0.45
+# The furthest that a weight starts from the code it had, where learning goes on from codes. Nearer to the middle the
+# soft weights would have forgotten what the codes were good for (measured in EXPERIMENTS.md).
+_AWAY = 0.1
 
 
 def nearest(w: Tensor, codebook: Codebook) -> Tensor:
@@ -106,7 +107,7 @@ def soft_neighbours(
     straddles = (lo * hi < 0) & (w > lo) & (codebook.spacing is Spacing.LOG)
     h = torch.where(straddles, torch.where(w < 0, 1 - _STRADDLE_H, _STRADDLE_H), h)
     if codes is not None:
-        h = torch.where(codes.long() == lower, h.clamp(max=_UNDECIDED), h.clamp(min=1 - _UNDECIDED))
+        h = torch.where(codes.long() == lower, h.clamp(max=_AWAY), h.clamp(min=1 - _AWAY))
     alpha = torch.logit((h + _SHIFT) / _STRETCH)
     return lower.to(torch.uint8), lo.to(w.dtype), a.to(w.dtype), b.to(w.dtype), alpha.to(w.dtype)
 

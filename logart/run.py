@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding
+from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.data import ImageSource, validation_batches
 from logart.evaluate import Accuracy, accuracy
-from logart.grid import ROOT2_TEXT
+from logart.grid import ROOT2_TEXT, Spacing
 from logart.layers import hardware_approximation
 from logart.network import Network
 from logart.pipeline import Report, quantize_model
@@ -116,6 +116,8 @@ def run(
             stages.measure("approximated", quantized)
     total = time.perf_counter() - started
     row = dict(columns) | config_columns(config) | stages.columns() | _cost_columns(report, total, options.device)
+    if options.test_with_terms:
+        row["hardware_approx_terms"] = options.test_with_terms
     append_row(options.results, row | environment())
     if not options.quiet:
         print(layer_table(report))
@@ -177,17 +179,18 @@ def _naming(flags: str) -> Iterator[None]:
 
 def config_columns(config: QuantConfig) -> dict[str, Cell]:
     """The results columns that the settings decide; settings that did not act stay empty."""
+    log = config.scale_method.spacing is Spacing.LOG
     row: dict[str, Cell] = {
         "bits": config.n_bits,
         "first_last_bits": config.first_last_bits or "same",
         "channel_wise": str(config.channel_wise),
         "scale_method": config.scale_method.value,
-        "scale_search": config.scale_search.value,
-        "asymmetric": str(config.asymmetric),
-        "zero_code": str(config.zero_code),
+        "scale_search": config.scale_search.value if log else "none",
+        "asymmetric": str(config.asymmetric and log),
+        "zero_code": str(config.zero_code and log),
         "hardware_approx": str(bool(config.hardware_terms)),
         "hardware_approx_terms": config.hardware_terms or None,
-        "rounding": config.rounding.value if config.learns or config.compensates else Rounding.NEAREST.value,
+        "rounding": config.acting_rounding.value,
         "iters_w": config.iters * config.learns,
         "seed": config.seed,
     }

@@ -257,6 +257,7 @@ class OutputMoments:
             torch.zeros_like(inputs),
             torch.zeros_like(residual),
             self.count,
+            self.mean_input,
         )
 
     @property

@@ -87,11 +87,12 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
     chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)
     learning = ("calib_lr", "recon_input")
-    why = "--iters_w 0 learns nothing" if config.iters == 0 else f"--rounding {config.rounding.value} learns nothing"
+    would = config.rounding in (Rounding.LEARNED, Rounding.BOTH)
+    why = "--iters_w 0 learns nothing" if would else f"--rounding {config.rounding.value} learns nothing"
     flags.refuse_idle_flags(args, config, search=("search_samples",), learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("calib_samples", "batch_size")}
     refuse_idle(args, images, config.learns or config.compensates, why)
-    refuse_idle(args, {"iters_w": "--iters_w"}, config.rounding in (Rounding.LEARNED, Rounding.BOTH), why)
+    refuse_idle(args, {"iters_w": "--iters_w"}, would, why)
     lists = {name: f"--{name}" for name in ("calib_augment", *LIST_FLAGS)}
     refuse_idle(args, lists, config.images_needed > 0, "no stage of this run looks at calibration images")
     save = {"save_calib_list": "--save_calib_list"}

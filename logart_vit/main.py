@@ -152,10 +152,8 @@ def command(args: argparse.Namespace) -> None:
     if not options.quiet:
         origin = f"{network.arch} ({network.source}) on {source.name}"
         print(f"{origin}: {describe(config)}, on {options.device}")
-        print(
-            flags.settings_line(config, FIELDS) + "".join(f" {name}={value}" for name, value in loading.items()),
-            flush=True,
-        )
+        mode = next(name for name, value in MODES.items() if value is config.recon_input)
+        print(flags.settings_line(config, FIELDS, optim_mode=mode, **loading), flush=True)
     columns = flags.network_columns(args, network, "vit", source.name)
     columns["config"] = args.config
     run(network, source, images, config, options, columns, started)

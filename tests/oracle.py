@@ -84,7 +84,7 @@ def border(lower: int, upper: int, terms: int = 0) -> float:
     return root_as_float(border_fourth(lower, upper, terms), 4)
 
 
-def nearest_log_code(w: float, steps: list[int], terms: int = 0) -> int:
+def nearest_log_code(w: float | Fraction, steps: list[int], terms: int = 0) -> int:
     """Code of the nearest level in the log domain; ties away from zero, +-0 to the least positive level."""
     fourth, n = Fraction(w) ** 4, len(steps)
     passed = sum(fourth >= border_fourth(lo, hi, terms) for lo, hi in pairwise(steps))
@@ -125,3 +125,32 @@ def shrink_errors(weights: list[float], n_bits: int) -> list[float]:
 def _distance(w: float, ascending: list[float]) -> float:
     i = bisect_left(ascending, w)
     return min(abs(w - x) for x in ascending[max(i - 1, 0) : i + 1])
+
+
+def spend_free_codes(
+    steps: list[int], n_base2: int, low: float, high: float, *, asymmetric: bool, zero_code: bool,
+    scale: float = 1.0, terms: int = 0,
+) -> list[tuple[int, int | None]]:  # fmt: skip
+    """Sign and half-step of each level, ascending, zero as (0, None), of a channel whose weights lie in [low, high].
+
+    A channel of zeros alone is not asked about. Where both signs leave equally many codes, the negative one is shorter.
+    """
+    n, smallest, spacing = len(steps), steps[0], 2 if n_base2 else 1
+    sides = {-1: list(steps), 1: list(steps)}
+    has_zero = False
+    if asymmetric:
+        lowest, highest = (nearest_log_code(Fraction(x) / Fraction(scale), steps, terms) for x in (low, high))
+        free = {-1: min(lowest, n), 1: min(2 * n - 1 - highest, n)}
+        shorter = -1 if free[-1] >= free[1] else 1
+        count = free[shorter] if free[shorter] >= 2 else 0
+        sides[shorter] = sides[shorter][: n - count]
+        one_sided = low >= 0 or high <= 0
+        for i in range(1, 1 + (count if one_sided else count // 2)):
+            for sign in (-shorter,) if one_sided else (-1, 1):
+                sides[sign].insert(0, smallest - i * spacing)
+        has_zero = count % 2 == 1 and not one_sided
+    if zero_code and not has_zero and sides[-1]:
+        del sides[-1][0]
+        has_zero = True
+    negative: list[tuple[int, int | None]] = [(-1, h) for h in reversed(sides[-1])]
+    return negative + [(0, None)] * has_zero + [(1, h) for h in sides[1]]

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 import timm
 import torch
-from small_runs import rows, seeded
+from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seeded, small, small_transformer
 
 from logart.cli import key_values
 from logart.data import DIGITS
@@ -23,12 +24,17 @@ from logart.grid import ScaleMethod
 from logart.results import columns_markdown
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
+from logart_vit.main import build_parser as build_vit_parser
+from logart_vit.main import build_settings
+from logart_vit.main import main as vit_main
+from logart_vit.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-CNN = ["python", "-m", "logart_cnn.main"]
+CNN, VIT = ["python", "-m", "logart_cnn.main"], ["python", "-m", "logart_vit.main"]
+MAINS: dict[str, Callable[[list[str]], int]] = {CNN[2]: main, VIT[2]: vit_main}
 CLASSES = 4
 NEEDS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="would install everything into a new .venv")
 
@@ -41,12 +47,12 @@ def commands(block: str) -> list[list[str]]:
 
 SHELL = [commands(block) for language, block in BLOCKS if language == "bash"]
 IN_PROSE = [shlex.split(code) for code in re.findall(r"`([^`]+)`", PROSE) if re.match(r"(python|bash|pip) ", code)]
-CNN_RUNS = [[words for words in block if words[:3] == CNN] for block in SHELL]
+RUNS = [[words for words in block if words[:3] in (CNN, VIT)] for block in SHELL]
 SCRIPT_RUNS = [words for block in SHELL for words in block if words[0] == "bash"]
 
 
 def test_every_command_has_a_rule() -> None:
-    known = ("bash scripts/demo.sh", "bash scripts/test.sh", shlex.join(CNN))
+    known = ("bash scripts/demo.sh", "bash scripts/test.sh", shlex.join(CNN), shlex.join(VIT))
     for words in [words for block in SHELL for words in block] + IN_PROSE:
         assert shlex.join(words).startswith(known), f"no rule runs {shlex.join(words)!r}; add one to {__file__}"
     assert {language for language, _ in BLOCKS} <= {"bash", "python", "text"}
@@ -63,9 +69,13 @@ def script(words: list[str], *extra: str) -> str:
 @pytest.mark.parametrize("words", [w for w in SCRIPT_RUNS if w[1] == "scripts/demo.sh"], ids=shlex.join)
 def test_the_demo_runs(words: list[str], tmp_path: Path) -> None:
     out = script(words, "--iters_w", "2", "--results", str(tmp_path / "results.csv"))
-    (row,) = rows(tmp_path / "results.csv")
-    assert (row["arch"], row["data"], row["iters_w"]) == ("digits_resnet", DIGITS, "2")
-    assert float(row["float_Acc@1"]) > 95 and all(word in out for word in ("float", "after DBS", "after LLR"))
+    made = rows(tmp_path / "results.csv")
+    assert [(row["arch"], row["preset"], row["iters_w"]) for row in made] == [
+        (arch, *preset) for arch in ("digits_resnet", "digits_vit") for preset in (("fast", "0"), ("paper", "2"))
+    ]
+    assert all(row["data"] == DIGITS and float(row["float_Acc@1"]) > 95 for row in made)
+    assert all(float(row["Acc@1"]) > float(row["float_Acc@1"]) - 3 for row in made if row["preset"] == "fast")
+    assert all(text in out for text in ("after compensated rounding", "after DBS", "after LLR", "side by side"))
 
 
 @NEEDS_VENV
@@ -81,7 +91,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty folder as the working directory, and one beside it as torch's hub."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "hub" / "checkpoints").mkdir(parents=True)
-    (folder / "here").mkdir()
+    shutil.copytree(ROOT / "configs", folder / "here" / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.hub, "_hub_dir", str(folder / "hub"))
         patch.chdir(folder / "here")
@@ -93,14 +103,41 @@ def shrunk(argv: list[str], images: Path, folder: Path) -> list[str]:
     args = build_parser().parse_args(argv)
     config = build_config(args)
     more = f"--device cpu --workers 0 --results {folder / 'results.csv'}".split()
-    if config.iters:
-        more += "--iters_w 2 --calib_samples 4 --batch_size 2".split()
-    if config.scale_method is ScaleMethod.DYNAMIC:
+    if config.learns:
+        more += ["--iters_w", "2"]
+    if config.learns or config.compensates:
+        more += "--calib_samples 4 --batch_size 2".split()
+    if config.scale_method is ScaleMethod.DYNAMIC and not config.compensates:
         more += ["--search_samples", "2"]
     if (args.data_path or DIGITS) != DIGITS:
         more += ["--data_path", str(images), "--num_classes", str(CLASSES), "--input_size", "32"]
-        more += weights(args.arch, args.checkpoint, args.model_kwargs, folder)
+        if config.compensates:  # its matrices are as large as the layers, however small the images
+            path = seeded(small, folder / "small.pth")
+            more += ["--arch", f"timm:{SMALL}", "--checkpoint", str(path), "--model_kwargs", *SMALL_KWARGS.split()]
+        else:
+            more += weights(args.arch, args.checkpoint, args.model_kwargs, folder)
     return [*argv, *more]
+
+
+def shrunk_vit(argv: list[str], images: Path, folder: Path) -> list[str]:
+    """The same command on small images and a small network of its kind."""
+    args = build_vit_parser().parse_args(argv)
+    config, _ = build_settings(args)
+    more = f"--device cpu --num_workers 0 --results {folder / 'results.csv'}".split()
+    if config.learns:
+        more += ["--iters_w", "2"]
+    if config.learns or config.compensates:
+        more += "--optim_size 4 --optim_batch_size 2".split()
+    if config.searches_data:
+        more += ["--calib_size", "2"]
+    words = SWIN_KWARGS if "swin" in args.model else VIT_KWARGS
+    name = args.model.removeprefix(models.TIMM)
+    path = seeded(lambda: small_transformer(MODELS.get(name, name), words), folder / "transformer.pth")
+    more += ["--dataset", str(images), "--num_classes", str(CLASSES), "--checkpoint", str(path)]
+    return [*argv, *more, "--model_kwargs", *words.split()]
+
+
+SHRINK = {CNN[2]: shrunk, VIT[2]: shrunk_vit}
 
 
 def weights(arch: str, checkpoint: str | None, model_kwargs: list[str] | None, folder: Path) -> list[str]:
@@ -118,25 +155,27 @@ def weights(arch: str, checkpoint: str | None, model_kwargs: list[str] | None, f
     return [] if checkpoint is None else ["--checkpoint", str(path)]
 
 
-@pytest.mark.parametrize("block", [block for block in CNN_RUNS if block], ids=lambda block: f"{len(block)} commands")
+@pytest.mark.parametrize("block", [block for block in RUNS if block], ids=lambda block: f"{len(block)} commands")
 def test_the_commands_of_a_block_run_one_after_the_other(
     block: list[list[str]], workplace: Path, image_folder: Path
 ) -> None:
     results = workplace / "results.csv"
     results.unlink(missing_ok=True)
     for done, words in enumerate(block):
-        argv = words[len(CNN) :]
-        assert main(shrunk(argv, image_folder, workplace)) == 0, shlex.join(words)
+        program, argv = words[2], words[3:]
+        command = SHRINK[program](argv, image_folder, workplace)
+        assert MAINS[program](command) == 0, shlex.join(words)
         assert len(rows(results)) == done + 1
-        assert rows(results)[-1]["arch"] == (build_parser().parse_args(argv).arch or "digits_resnet")
+        asked = dict(zip(command, command[1:], strict=False))  # the last of equal flags
+        assert rows(results)[-1]["arch"] == (asked["--arch"] if program == CNN[2] else asked["--model"])
 
 
 def test_commands_in_the_prose_print_their_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words in IN_PROSE:
-        assert words == [*CNN, "--help"]
+        assert words in (CNN, VIT)
         with pytest.raises(SystemExit) as stopped:
-            main(words[len(CNN) :])
-        assert stopped.value.code == 0 and "--n_bits_w" in capsys.readouterr().out
+            MAINS[words[2]](["--help"])
+        assert stopped.value.code == 0 and ("--n_bits_w" if words == CNN else "--w_bit") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
@@ -148,7 +187,8 @@ def test_the_python_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_flag_named_exists() -> None:
-    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    parsers = build_parser(), build_vit_parser()
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 15 and named - known == set()
 

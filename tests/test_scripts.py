@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from logart.results import append_row
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
@@ -19,7 +23,6 @@ echo "$*" >> "{log}"
 if [[ "$*" == "-m venv"* ]]; then mkdir -p "${{!#}}/bin"; cp "{ready}" "${{!#}}/bin/python"; fi
 if [[ -n "${{FAIL:-}}" && "$*" == *"$FAIL"* ]]; then exit 3; fi
 """
-BOTH_TRACKS = ["-m logart_cnn.main", "-m logart_vit.main --optimize"]
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir")
 
 
@@ -88,18 +91,18 @@ def test_ci_runs_exactly_the_test_script(project: Project) -> None:
 def test_demo_on_an_empty_machine_makes_installs_and_runs(project: Project) -> None:
     done = project.run("scripts/demo.sh", "--seed", "3", "two words")
     assert done.returncode == 0, done.stderr
-    venv, pip, install, *mains = project.calls()
+    venv, pip, install, demo = project.calls()
     assert venv == f"-m venv --clear {project.root}/.venv"
     assert pip == "-m pip --version"
     assert install.startswith("-m pip install --quiet") and install.endswith(" -e .")
-    assert mains == [f"{main} --seed 3 two words" for main in BOTH_TRACKS]
+    assert demo == f"{project.root}/scripts/demo.py --seed 3 two words"
 
 
 def test_a_second_call_makes_no_pip_call(project: Project) -> None:
     project.run("scripts/demo.sh")
     project.calls()
     done = project.run("scripts/demo.sh", "--quiet")
-    assert project.calls() == [f"{main} --quiet" for main in BOTH_TRACKS]
+    assert project.calls() == [f"{project.root}/scripts/demo.py --quiet"]
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -126,7 +129,7 @@ def test_demo_and_test_by_turns_install_once_each(project: Project) -> None:
 
 def test_a_failed_install_ends_the_script_and_is_tried_again(project: Project) -> None:
     assert project.run("scripts/demo.sh", fail="pip install").returncode != 0
-    assert ".main" not in "".join(project.calls())
+    assert "demo.py" not in "".join(project.calls())
     assert project.run("scripts/demo.sh").returncode == 0
     assert installs(project.calls()) == ["."]
 
@@ -146,10 +149,56 @@ def test_a_dangling_interpreter_is_made_anew(project: Project) -> None:
     assert project.calls()[0].startswith("-m venv --clear")
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(project: Project, failing: int) -> None:
-    assert project.run("scripts/demo.sh", fail=BOTH_TRACKS[failing]).returncode == 3
-    assert [call for call in project.calls() if ".main" in call] == BOTH_TRACKS[: failing + 1]
+def test_the_demo_s_failure_is_the_script_s(project: Project) -> None:
+    assert project.run("scripts/demo.sh", fail="demo.py").returncode == 3
+
+
+class Demo:
+    """demo.py beside a stand-in for the commands that it runs, of which each adds a row to the results."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = -1) -> None:
+        self.calls: list[list[str]] = []
+        self.failing = failing
+        self.main = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]
+        monkeypatch.setattr(subprocess, "run", self.ran)
+
+    def ran(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-m"]
+        self.calls.append(command[2:])
+        if len(self.calls) == self.failing + 1:
+            return subprocess.CompletedProcess(command, 3)
+        results = command[command.index("--results") + 1]
+        append_row(results, {"arch": f"network {len(self.calls)}", "preset": command[4], "Acc@1": 90 + len(self.calls)})
+        return subprocess.CompletedProcess(command, 0)
+
+
+RUNS = [
+    [f"logart_{track}.main", "--preset", *preset]
+    for track in ("cnn", "vit")
+    for preset in (["fast"], ["paper", "--iters_w", "5"])
+]
+
+
+def test_the_demo_runs_both_tracks_by_both_presets_and_shows_them_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo, results = Demo(monkeypatch), str(tmp_path / "results.csv")
+    append_row(results, {"arch": "of another run", "Acc@1": 1})
+    assert demo.main(["--iters_w", "5", "--results", results, "--seed", "3", "--quiet"]) == 0
+    assert demo.calls == [[*run, "--results", results, "--seed", "3", "--quiet"] for run in RUNS]
+    *_, head, first, second, third, last = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["network", "preset", "bits"]
+    for number, line in enumerate((first, second, third, last)):
+        assert line.split() == ["network", str(number + 1), RUNS[number][2], "-", "-", "-", f"{91 + number}", "-"]
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = Demo(monkeypatch, failing)
+    assert demo.main(["--iters_w", "5", "--results", str(tmp_path / "results.csv")]) == 3
+    assert len(demo.calls) == failing + 1 and "side by side" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2, None])

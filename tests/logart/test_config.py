@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
+from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.grid import ScaleMethod
+from logart.search import ScaleSearch
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ from logart.grid import ScaleMethod
         ("hardware_terms", [1, 5, -1]),
         ("scale_method", ["log", "log_dynamic", ""]),
         ("search_method", ["channel_wise"]),
+        ("scale_search", ["full", "", 1]),
+        ("rounding", ["plain", "learn", ""]),
         ("recon_input", ["quantised"]),
         ("recon_metric", ["hessian"]),
     ],
@@ -66,7 +69,13 @@ def test_values_at_the_ends_are_taken(field: str, values: list[Any]) -> None:
 def test_every_field_has_a_test_of_its_range() -> None:
     (marks,) = (m for m in test_values_out_of_range_are_refused.pytestmark if m.name == "parametrize")  # type: ignore[attr-defined]
     fields = {field.name for field in dataclasses.fields(QuantConfig)}
-    assert fields - {case[0] for case in marks.args[1]} == {"channel_wise", "head_kl", "seed"}
+    assert fields - {case[0] for case in marks.args[1]} == {
+        "channel_wise",
+        "asymmetric",
+        "zero_code",
+        "head_kl",
+        "seed",
+    }
 
 
 def test_strings_become_members() -> None:
@@ -75,6 +84,8 @@ def test_strings_become_members() -> None:
     assert config.search_method is SearchMethod.BLOCK_WISE
     assert config.recon_input is ReconInput.FLOAT
     assert QuantConfig(recon_metric="mae").recon_metric is ReconMetric.MAE  # type: ignore[arg-type]
+    assert QuantConfig(scale_search="half_step").scale_search is ScaleSearch.HALF_STEP  # type: ignore[arg-type]
+    assert QuantConfig(rounding="both").rounding is Rounding.BOTH  # type: ignore[arg-type]
 
 
 def test_settings_are_frozen_and_comparable() -> None:
@@ -102,6 +113,48 @@ def test_images_are_asked_for_only_where_a_stage_looks_at_them(
     )
     assert config.searches_data is looks
     assert config.images_needed == needed
+
+
+@pytest.mark.parametrize(
+    ("rounding", "iters", "learns", "compensates", "needed"),
+    [
+        ("nearest", 5, False, False, 40),
+        ("learned", 0, False, False, 40),
+        ("learned", 5, True, False, 40),
+        ("compensated", 5, False, True, 30),  # whose search looks at the images of its own
+        ("both", 0, False, True, 30),
+        ("both", 5, True, True, 30),
+    ],
+)
+def test_what_rounds_and_looks_at_which_images(
+    rounding: Any, iters: int, learns: bool, compensates: bool, needed: int
+) -> None:
+    config = QuantConfig(
+        rounding=rounding, iters=iters, search_method=SearchMethod.BLOCK_WISE, search_samples=40, calib_samples=30
+    )
+    assert (config.learns, config.compensates) == (learns, compensates)
+    assert config.searches and config.searches_data is not compensates
+    assert config.images_needed == needed
+    assert dataclasses.replace(config, search_method=SearchMethod.TENSOR_WISE).images_needed == 30 * (
+        learns or compensates
+    )
+
+
+@pytest.mark.parametrize("scale_method", list(ScaleMethod))
+@pytest.mark.parametrize("scale_search", list(ScaleSearch))
+def test_scales_make_any_log_grid_one_to_search(scale_method: ScaleMethod, scale_search: ScaleSearch) -> None:
+    config = QuantConfig(scale_method=scale_method, scale_search=scale_search, search_method=SearchMethod.LAYER_WISE)
+    linear = scale_method in (ScaleMethod.LINEAR_MSE, ScaleMethod.LINEAR_MINMAX)
+    expected = scale_method is ScaleMethod.DYNAMIC or (scale_search is not ScaleSearch.NONE and not linear)
+    assert config.searches is config.searches_data is expected
+
+
+def test_presets_are_settings() -> None:
+    assert QuantConfig(**PRESETS["fast"]) == QuantConfig(rounding=Rounding.COMPENSATED, calib_samples=256)
+    assert QuantConfig(**PRESETS["paper"]) == QuantConfig(iters=20000, rrweight=10000.0)
+    best = QuantConfig(**PRESETS["best"])
+    assert best.compensates and best.learns
+    assert set(PRESETS) == {"fast", "paper", "best"}
 
 
 def test_first_and_last_layer_may_have_bits_of_their_own() -> None:

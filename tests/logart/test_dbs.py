@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from logart import dbs
 from logart.config import QuantConfig
+from logart.grid import Codebook, spend_free_codes
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.search import least_error, log_candidates, rounding_error, squared_error
+from logart.search import ScaleSearch, least_error, log_candidates, rounding_error, squared_error
 from logart.surgery import Unit, clone_sharing, fold_batch_norms, replace_layers
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides
@@ -133,6 +134,50 @@ def test_the_search_takes_the_least_error_of_brute_force(
     reached = quantized.weight.reshape(quantized.rows.shape) - quantized.rows
     for row, k in enumerate(quantized.n_base2.tolist()):
         torch.testing.assert_close(reached[row], deltas[k][row], rtol=0, atol=1e-14)
+
+
+SCALED: dict[str, dict[str, object]] = {
+    "grid": {"scale_search": ScaleSearch.GRID},
+    "half step": {"scale_search": ScaleSearch.HALF_STEP},
+    "all": {"scale_search": ScaleSearch.GRID, "asymmetric": True, "zero_code": True, "hardware_terms": 2},
+}
+
+
+def scaled_candidates(w: Tensor, config: QuantConfig) -> list[Codebook]:
+    """What a search with the options of `config` looks at."""
+    terms, spending = config.hardware_terms, {"asymmetric": config.asymmetric, "zero_code": config.zero_code}
+    absmax, search = w.abs().amax(1), config.scale_search
+    books = log_candidates(absmax, config.n_bits, terms=terms, dtype=w.dtype, scale_search=search)
+    return [spend_free_codes(book, w, **spending, terms=terms) for book in books] if any(spending.values()) else books
+
+
+@pytest.mark.parametrize("options", SCALED)
+@pytest.mark.parametrize("method", ["tensor_wise", "layer_wise", "block_wise"])
+def test_scales_are_searched_by_the_measure_asked_for(method: str, options: str) -> None:
+    """Against real forwards. A block that is linear with one output an image leaves nothing to the probes of BW."""
+    layer, quantized, x, x_hat = make("zeros")
+    torch.manual_seed(1)
+    layer.weight.normal_()  # type: ignore[operator, union-attr] # channels of one size would all choose alike
+    tail = nn.Sequential(nn.Flatten(1), nn.Linear(layer(x[:1]).numel(), 1)).double().requires_grad_(False)
+    model, block = nn.Sequential(layer, tail), nn.Sequential(quantized, tail)
+    assert quantized.float_weight is not None
+    quantized.float_weight = nn.Parameter(quantized.float_weight.clone(), requires_grad=False)
+    quantized.n_bits = 2
+    config = QuantConfig(n_bits=2, search_method=method, search_samples=len(x), **SCALED[options])  # type: ignore[arg-type]
+    candidates = scaled_candidates(quantized.rows, config)
+    deltas = [rounding_error(quantized.rows, candidate) for candidate in candidates]
+    if method == "tensor_wise":
+        expected = torch.stack([delta.square().sum(1) for delta in deltas])
+    elif method == "layer_wise":
+        expected = forward_errors(layer, x, x_hat, deltas)
+    else:
+        expected = exact_errors(model, block, quantized, x, x_hat, deltas)
+    dbs.search_unit(model, block, Unit("", ("0",)), (x, x_hat) if config.searches_data else None, config)
+    best = last_least(expected)
+    assert quantized.levels is not None and len(set(best)) > 1
+    for c, index in enumerate(best):
+        assert torch.equal(quantized.levels[c], candidates[index].levels[c])
+    assert (quantized.scale is None) == (options == "half step")
 
 
 def test_measures_choose_differently() -> None:

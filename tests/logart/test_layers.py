@@ -8,7 +8,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.grid import Codebook, Spacing, linear_codebook, log_codebook
+from logart.grid import Codebook, Spacing, linear_codebook, log_codebook, spend_free_codes
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
 from logart.rounding import lower_neighbour, nearest, soft_round
 from logart.surgery import clone_sharing, replace_layers
@@ -246,6 +246,43 @@ def test_forward_uses_soft_weights_while_learning() -> None:
     assert torch.equal(penalty, expected_penalty)
     quantized(x).sum().backward()
     assert soft_rounding.alpha.grad is not None
+
+
+def test_learning_from_codes_ends_at_them_or_one_level_towards_the_target() -> None:
+    torch.manual_seed(0)
+    quantized = quantize(nn.Conv2d(4, 6, 3), k=0)
+    codes = torch.randint(1, 15, quantized.rows.shape, dtype=torch.uint8)
+    quantized.set_codes(codes)
+    target = 2 * torch.randn(quantized.shape)
+    quantized.start_learning(target)
+    quantized.finish_learning()
+    assert quantized.codes is not None and torch.equal(quantized.codes.flatten(1), codes)
+    soft_rounding = quantized.start_learning(target)
+    towards = torch.where(target.flatten(1).double() < quantized.codebook.levels.gather(1, codes.long()), -1, 1)
+    with torch.no_grad():
+        soft_rounding.alpha.copy_(3.0 * towards)
+    quantized.finish_learning()
+    assert torch.equal(quantized.codes.flatten(1).long(), codes.long() + towards)
+    assert 0 < int((towards > 0).sum()) < towards.numel()
+
+
+@pytest.mark.parametrize("codebooks_of", [6, 1])
+def test_a_codebook_with_every_option_comes_back_as_it_was_set(codebooks_of: int) -> None:
+    torch.manual_seed(0)
+    quantized = QUANTIZED_TYPES[nn.Linear].from_float(nn.Linear(8, 6).requires_grad_(False), 3, codebooks_of)
+    scale = torch.linspace(0.4, 1.25, codebooks_of, dtype=torch.float64)
+    plain = log_codebook(quantized.rows.abs().amax(1), 3, 2, terms=3).scaled(scale, 3)
+    codebook = spend_free_codes(plain, quantized.rows, asymmetric=True, zero_code=True, terms=3)
+    quantized.set_codebook(codebook)
+    back = quantized.codebook
+    for name in ("levels", "half_steps", "signs", "n_base2", "scale"):
+        assert torch.equal(getattr(back, name), getattr(codebook, name)), name
+    assert {"signs", "scale"} <= set(quantized.state_dict())
+    exact = quantized.weight.clone()
+    with hardware_approximation(quantized, 2):
+        assert torch.equal(quantized.codebook.levels, codebook.with_terms(2).levels)
+        assert torch.equal((quantized.weight == 0), exact == 0) and not torch.equal(quantized.weight, exact)
+    assert torch.equal(quantized.weight, exact)
 
 
 # ---------------------------------------------------------------- approximation at test time

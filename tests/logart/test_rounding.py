@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logart.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook
-from logart.rounding import dequantize, lower_neighbour, nearest
+from logart.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook, spend_free_codes
+from logart.rounding import dequantize, lower_neighbour, nearest, soft_bit, soft_neighbours
 from logart.search import mse_codebook
 
 N_BITS = range(2, 9)
@@ -231,6 +231,58 @@ def test_lower_neighbour_encloses_the_weight(n_bits: int) -> None:
         assert torch.all((levels == levels.gather(1, exact)) | (levels == levels.gather(1, exact + 1))), name
         beyond = torch.cat([2 * levels[:, :1] - 1e-300, 2 * levels[:, -1:] + 1e-300], 1)
         assert lower_neighbour(beyond, book).tolist() == [[0, top]] * len(levels), name
+
+
+# ---------------------------------------------------------------- learning that starts from codes
+
+
+def start_books(n_bits: int) -> list[tuple[str, Codebook]]:
+    """Grids of two channels of each kind, a zero code and a scale among them."""
+    w = torch.tensor([[1.0, -0.9, 0.2], [-0.01, 3.0, 0.3]], dtype=torch.float64)
+    plain = log_codebook(w.abs().amax(1), n_bits, 1, dtype=w.dtype)
+    spent = spend_free_codes(plain.scaled(0.75, 0), w, asymmetric=True, zero_code=True)
+    return [("log", plain), ("spent", spent), ("linear", minmax_codebook(w, n_bits))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_bits", [2, 3, 5, 8])
+def test_learning_from_codes_starts_at_the_codes_and_can_move_towards_the_weight(
+    n_bits: int, dtype: torch.dtype
+) -> None:
+    """Every code with weights on, beside and far from its level, past both ends and at zero."""
+    last = 2**n_bits - 1
+    codes = torch.arange(last + 1).repeat(2, 1)
+    for name, book in start_books(n_bits):
+        ends = torch.cat([2 * book.levels[:, :1], 2 * book.levels[:, -1:], torch.zeros(2, 1)], 1)
+        points = torch.cat([book.levels, book.borders, ends], 1).to(dtype)
+        for w in (points, step_up(points), step_down(points)):
+            every_w = w.repeat_interleave(last + 1, 1)
+            every_code = codes.repeat(1, w.shape[1]).to(torch.uint8)
+            lower, lo, a, b, alpha = soft_neighbours(every_w, book, every_code)
+            assert lower.dtype == torch.uint8 and alpha.dtype == dtype
+            h = soft_bit(alpha)
+            assert torch.equal(lower + (h >= 0.5).to(torch.uint8), every_code), name
+            assert bool((alpha.abs() < 2.5).all())  # where h is clipped, it has not left the slope
+            below = every_w.double() < dequantize(every_code, book.levels)
+            expected = (every_code.long() - below.long()).clamp(0, last - 1)
+            assert torch.equal(lower.long(), expected), name
+            hi = torch.where(b != 0, lo + b, lo * a.exp())
+            torch.testing.assert_close(lo, dequantize(lower, book.levels).to(dtype), rtol=0, atol=0)
+            torch.testing.assert_close(hi, dequantize(lower + 1, book.levels).to(dtype), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("n_bits", [2, 4])
+def test_learning_from_the_nearest_codes_starts_at_the_weight_where_rounding_agrees(n_bits: int) -> None:
+    """Within 0.45 of the code's side of the middle α is the one that gives w; past it, it stops there."""
+    for name, book in start_books(n_bits):
+        w = torch.linspace(-4, 4, 997, dtype=torch.float64).expand(2, -1)
+        plain, from_codes = soft_neighbours(w, book), soft_neighbours(w, book, nearest(w, book))
+        exact = (w != dequantize(nearest(w, book), book.levels)) & (w > book.levels[:, :1]) & (w < book.levels[:, -1:])
+        assert torch.equal(plain[0][exact], from_codes[0][exact]), name
+        h = soft_bit(plain[4])
+        nearest_is_lower = nearest(w, book) == plain[0]
+        expected = torch.where(nearest_is_lower, h.clamp(max=0.45), h.clamp(min=0.55))
+        torch.testing.assert_close(soft_bit(from_codes[4])[exact], expected[exact], rtol=1e-9, atol=1e-9)
 
 
 WEIGHTS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=12)

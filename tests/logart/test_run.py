@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import logart.run
-from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
+from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.data import ImageSource, Preprocessing, open_images
 from logart.evaluate import Accuracy
 from logart.grid import ScaleMethod
@@ -26,6 +26,7 @@ from logart.reconstruct import BlockReport
 from logart.results import NAMES
 from logart.run import RunOptions, check_network, config_columns, layer_table, run
 from logart.runtime import UserError
+from logart.search import ScaleSearch
 from logart.surgery import quantized_layers
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def is_powers(weights: list[Tensor], factor: float) -> bool:
 
 
 def test_every_stage_measures_its_own_network_into_its_own_columns(runs: Runs, measured: Measured) -> None:
-    runs(test_before_calibration=True, test_with_hardware_approx=True)
+    runs(test_before_calibration=True, test_with_terms=2)
     (row,) = runs.rows()
     assert accuracies(row) == {
         "float_Acc@1": "10.333", "float_Acc@5": "15.0",
@@ -166,6 +167,35 @@ def test_without_learning_the_searched_network_is_the_final_one(
     assert "after DBS" in out and "after rounding" in out  # base 2 searches nothing
 
 
+@pytest.mark.parametrize(("terms", "factor"), [(2, 1.5), (3, 1.4375), (4, 1.421875)])
+def test_as_many_terms_as_asked_for_stand_for_root_two_at_test(
+    terms: int, factor: float, runs: Runs, measured: Measured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs(ROUNDED, test_with_terms=terms)
+    assert is_powers(measured.weights[-1], factor) and not is_powers(measured.weights[1], factor)
+    assert is_powers(measured.weights[1], 2**0.5)
+    text = "with √2 ≈ 1 + 1/2" + " - 1/16" * (terms > 2) + " - 1/64" * (terms > 3) + " at test"
+    assert text in capsys.readouterr().out
+    assert runs.rows()[0]["hardware_approx_terms"] == ""  # calibrated without
+
+
+@pytest.mark.parametrize(("rounding", "title"), [("compensated", "after compensated rounding"), ("both", "after LLR")])
+def test_compensated_rounding_has_nothing_between_float_and_final(
+    rounding: str, title: str, runs: Runs, measured: Measured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its search is part of it; even where one asks, there is no network searched to measure."""
+    report = runs(replace(QUICK, rounding=Rounding(rounding)), test_before_calibration=True)
+    (row,) = runs.rows()
+    assert accuracies(row) == {
+        "float_Acc@1": "10.333", "float_Acc@5": "15.0", "Acc@1": "20.333", "Acc@5": "25.0",
+    }  # fmt: skip
+    assert row["rounding"] == rounding and float(row["search_seconds"]) == 0
+    assert float(row["reconstruction_seconds"]) == round(report.reconstruction_seconds, 3) > 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(" Acc")[0].rstrip() for line in out[:2]] == ["float", title]
+    assert out[-1].startswith("DBS 0.0 s, rounding ")
+
+
 def test_the_approximation_is_gone_after_the_test(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[nn.Module] = []
     original = logart.run.quantize_model
@@ -176,7 +206,7 @@ def test_the_approximation_is_gone_after_the_test(runs: Runs, monkeypatch: pytes
         return model, report
 
     monkeypatch.setattr(logart.run, "quantize_model", keeping)
-    runs(test_with_hardware_approx=True)
+    runs(test_with_terms=3)
     runs()
     first, second = ([layer.weight for layer in quantized_layers(model).values()] for model in kept)
     assert same(first, second)
@@ -216,7 +246,8 @@ def test_config_columns_say_what_acted() -> None:
     )
     always = {
         "bits": 3, "first_last_bits": 8, "channel_wise": "False", "scale_method": "dynamic",
-        "hardware_approx": "True", "iters_w": 11, "seed": 6,
+        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "rounding": "learned",
+        "hardware_approx": "True", "hardware_approx_terms": 2, "iters_w": 11, "seed": 6,
     }  # fmt: skip
     learning = {
         "calib_samples": 9, "batch_size": 5, "lr": 0.125, "rrweight": 0.25, "b_start": 10.0, "b_end": 3.0,
@@ -226,7 +257,9 @@ def test_config_columns_say_what_acted() -> None:
     assert config_columns(config) == always | searching | learning
     tensor_wise = replace(config, search_method=SearchMethod.TENSOR_WISE)  # looks at no image
     assert config_columns(tensor_wise) == always | {"search_method": "tensor_wise"} | learning
-    assert config_columns(replace(config, iters=0)) == always | searching | {"iters_w": 0}
+    plain = always | searching | {"iters_w": 0, "rounding": "nearest"}
+    assert config_columns(replace(config, iters=0)) == plain
+    assert config_columns(replace(config, rounding=Rounding.NEAREST)) == plain
     mixed = replace(
         config, recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True
     )
@@ -234,7 +267,29 @@ def test_config_columns_say_what_acted() -> None:
     assert config_columns(mixed) == always | searching | learning | more
     base2 = replace(config, scale_method=ScaleMethod.LOG_2, hardware_terms=0, first_last_bits=None)
     expected = {"scale_method": "log_2", "hardware_approx": "False", "first_last_bits": "same"}
-    assert config_columns(base2) == always | learning | expected
+    assert config_columns(base2) == always | learning | expected | {"hardware_approx_terms": None}
+    scaled = replace(base2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, hardware_terms=4)
+    codes = {"scale_search": "half_step", "asymmetric": "True", "zero_code": "True", "hardware_approx_terms": 4}
+    acts = always | searching | learning | {"scale_method": "log_2", "first_last_bits": "same"} | codes
+    assert config_columns(scaled) == acts  # base 2 has scales to search
+
+
+def test_config_columns_of_compensated_rounding() -> None:
+    """Neither the search's own settings act nor, without steps, those of LLR."""
+    config = QuantConfig(search_method=SearchMethod.LAYER_WISE, calib_samples=9, batch_size=5, iters=11)
+    always = {
+        "bits": 4, "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
+        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "hardware_approx": "False",
+        "hardware_approx_terms": None, "seed": 0, "calib_samples": 9, "batch_size": 5,
+    }  # fmt: skip
+    alone = always | {"rounding": "compensated", "iters_w": 0}
+    assert config_columns(replace(config, rounding=Rounding.COMPENSATED)) == alone
+    learning = {
+        "lr": 0.01, "rrweight": 0.1, "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": "quantized",
+        "recon_metric": "mse",
+    }  # fmt: skip
+    both = replace(config, rounding=Rounding.BOTH)
+    assert config_columns(both) == always | learning | {"rounding": "both", "iters_w": 11}
 
 
 def test_what_is_printed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,7 +472,7 @@ def test_the_table_has_a_line_for_everything_in_the_report() -> None:
         ],
         skipped=[("attention", "no such type")],
         blocks=[
-            BlockReport("stem", 0.1, 0.2, "nearest", ()),
+            BlockReport("stem", 0.1, 0.2, "before", ()),
             BlockReport("layer1", 0.2, 0.1, "learned", ()),
         ],
     )
@@ -429,4 +484,4 @@ def test_the_table_has_a_line_for_everything_in_the_report() -> None:
     report.layers = [replace(report.layers[1], name="0")]
     head, short = layer_table(report).splitlines()[:2]
     assert head.index("shape") == short.index("2×4")
-    assert rest == ["skipped attention: no such type", "block stem: LLR ended worse, plain rounding kept"]
+    assert rest == ["skipped attention: no such type", "block stem: LLR ended worse and was undone"]

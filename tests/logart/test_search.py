@@ -1,6 +1,7 @@
 """Search: each measure against its definition, the least error wins, ties go to the larger k."""
 
 import math
+from fractions import Fraction
 
 import oracle
 import pytest
@@ -9,13 +10,17 @@ from torch import Tensor
 
 from logart.grid import ScaleMethod, Spacing
 from logart.search import (
+    HALF_STEPS,
+    SCALES,
     BlockSensitivity,
     OutputMoments,
     OutputResidual,
+    ScaleSearch,
     choose_codebook,
     least_error,
     log_candidates,
     moments_are_cheaper,
+    n_candidates,
     rounding_error,
     rounding_errors,
     squared_error,
@@ -27,12 +32,13 @@ def weights(channels: int, elements: int, seed: int = 0) -> Tensor:
     return torch.randn(channels, elements, dtype=torch.float64) * torch.logspace(-2, 1, channels).double()[:, None]
 
 
-def oracle_error(row: list[float], n_bits: int, k: int, terms: int) -> float:
-    """Σ(w - q)² of one channel, level by level."""
-    steps = oracle.half_steps(max(map(abs, row)), n_bits, k, "float64")
-    magnitudes = [oracle.level(h, terms) for h in steps]
+def oracle_error(row: list[float], n_bits: int, k: int, terms: int, scale: float = 1.0, shift: int = 0) -> float:
+    """Σ(w - q)² of one channel, level by level; `shift` moves the top by half-steps."""
+    steps = oracle.half_steps(max(map(abs, row)) * 2 ** (shift / 2), n_bits, k, "float64")
+    magnitudes = [scale * oracle.level(h, terms) for h in steps]
     levels = [-m for m in reversed(magnitudes)] + magnitudes
-    return math.fsum((w - levels[oracle.nearest_log_code(w, steps, terms)]) ** 2 for w in row)
+    codes = [oracle.nearest_log_code(Fraction(w) / Fraction(scale), steps, terms) for w in row]
+    return math.fsum((w - levels[code]) ** 2 for w, code in zip(row, codes, strict=True))
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 5])
@@ -88,6 +94,103 @@ def test_fixed_grids_ignore_the_error_function(method: ScaleMethod) -> None:
         assert codebook.n_base2.tolist() == [8 if method is ScaleMethod.LOG_2 else 0] * 3
 
 
+# ---------------------------------------------------------------- scale search
+
+
+@pytest.mark.parametrize("n_bits", [2, 3])
+@pytest.mark.parametrize("search", [ScaleSearch.GRID, ScaleSearch.HALF_STEP])
+def test_tensor_wise_scale_search_equals_the_oracle(search: ScaleSearch, n_bits: int) -> None:
+    w = weights(5, 20, seed=n_bits)
+    candidates = log_candidates(w.abs().amax(1), n_bits, dtype=w.dtype, scale_search=search)
+    factors = [(s, 0) for s in SCALES] if search is ScaleSearch.GRID else [(1.0, j) for j in HALF_STEPS]
+    mixes = range(2 ** (n_bits - 1) + 1)
+    expected = torch.tensor(
+        [[oracle_error(row, n_bits, k, 0, *f) for row in w.tolist()] for k in mixes for f in factors],
+        dtype=torch.float64,
+    )
+    chosen, errors = least_error(w, candidates, squared_error)
+    torch.testing.assert_close(errors, expected, rtol=1e-9, atol=0)
+    found = choose_codebook(w, ScaleMethod.DYNAMIC, n_bits, scale_search=search)
+    best = [max(range(len(expected)), key=lambda i, c=c: (-float(expected[i, c]), i)) for c in range(5)]  # type: ignore[misc]
+    for c, index in enumerate(best):
+        k, factor = divmod(index, len(factors))
+        assert torch.equal(found.levels[c], candidates[index].levels[c])
+        assert found.n_base2 is not None and int(found.n_base2[c]) == k
+        assert search is ScaleSearch.HALF_STEP or float(found.scale[c]) == SCALES[factor]  # type: ignore[index]
+    plain = choose_codebook(w, ScaleMethod.DYNAMIC, n_bits)
+    reached, unscaled = (squared_error(rounding_error(w, book)) for book in (found, plain))
+    assert bool((reached <= unscaled).all()) and bool((reached < unscaled).any())
+
+
+def test_scales_multiply_the_plain_levels_and_one_is_among_them() -> None:
+    absmax = torch.tensor([0.3, 1.0, 1e-30])
+    plain = log_candidates(absmax, 3, terms=2)
+    scaled = log_candidates(absmax, 3, terms=2, scale_search=ScaleSearch.GRID)
+    assert len(SCALES) == len(set(SCALES)) and SCALES[-1] == 1.0
+    assert sorted(SCALES) == [i / 32 for i in range(12, 41)]
+    for i, book in enumerate(scaled):
+        k, scale = i // len(SCALES), SCALES[i % len(SCALES)]
+        assert torch.equal(book.levels, plain[k].levels * scale)
+        assert book.scale is not None and book.scale.tolist() == [scale] * 3
+
+
+@pytest.mark.parametrize("n_bits", [2, 4, 8])
+def test_half_steps_shift_the_top_and_nothing_else(n_bits: int) -> None:
+    """Levels stay whole half-steps, without a factor; base-2 tops, all even, take the nearest."""
+    absmax = torch.tensor([0.3, 0.9, 1.4e-30], dtype=torch.float64)
+    plain = log_candidates(absmax, n_bits, dtype=absmax.dtype)
+    shifted = log_candidates(absmax, n_bits, dtype=absmax.dtype, scale_search=ScaleSearch.HALF_STEP)
+    assert sorted(HALF_STEPS) == [-4, -3, -2, -1, 0, 1] and HALF_STEPS[-1] == 0
+    for i, book in enumerate(shifted):
+        k, step = i // len(HALF_STEPS), HALF_STEPS[i % len(HALF_STEPS)]
+        assert book.scale is None and book.half_steps is not None and plain[k].half_steps is not None
+        truth = [[oracle.level(h) for h in row] for row in book.half_steps.tolist()]
+        torch.testing.assert_close(book.levels.abs(), torch.tensor(truth, dtype=torch.float64), rtol=3e-16, atol=0)
+        tops = (book.half_steps - plain[k].half_steps)[:, -1]  # type: ignore[operator]
+        if k < 2 ** (n_bits - 1):
+            assert tops.tolist() == [step] * 3
+        else:
+            assert bool(((tops - step).abs() <= 1).all()) and not (tops % 2).any()
+
+
+@pytest.mark.parametrize("search", ScaleSearch)
+@pytest.mark.parametrize("method", [ScaleMethod.DYNAMIC, ScaleMethod.LOG_2, ScaleMethod.LOG_SQRT2])
+def test_equal_errors_prefer_the_plain_grid(method: ScaleMethod, search: ScaleSearch) -> None:
+    """Scale 1 and shift 0 come last within a mix; also for a channel of zeros, where all errors are zero."""
+    w = weights(3, 10)
+    w[1] = 0
+    indifferent = lambda delta: delta.new_zeros(len(delta))  # noqa: E731
+    found = choose_codebook(w, method, 3, error=indifferent, scale_search=search)
+    plain = choose_codebook(w, method, 3, error=indifferent)
+    assert torch.equal(found.levels, plain.levels)
+    assert (found.scale is None) == (search is not ScaleSearch.GRID)
+    assert found.scale is None or found.scale.tolist() == [1.0] * 3
+    by_weight = choose_codebook(w, method, 3, scale_search=search)
+    assert by_weight.scale is None or float(by_weight.scale[1]) == 1.0
+
+
+@pytest.mark.parametrize("n_bits", [2, 5])
+@pytest.mark.parametrize("search", ScaleSearch)
+def test_candidates_are_counted(search: ScaleSearch, n_bits: int) -> None:
+    candidates = log_candidates(torch.ones(1), n_bits, scale_search=search)
+    assert n_candidates(ScaleMethod.DYNAMIC, n_bits, search) == len(candidates)
+    assert n_candidates(ScaleMethod.LOG_2, n_bits, search) * (2 ** (n_bits - 1) + 1) == len(candidates)
+
+
+def test_a_fixed_log_grid_is_searched_for_its_scale_only() -> None:
+    w = weights(4, 30)
+    wanted = [0.375, 0.5, 1.25, 31 / 32]
+    liked = torch.stack([rounding_error(w, log_candidates(w.abs().amax(1), 3, (4,), dtype=w.dtype)[0].scaled(s, 0))[c]
+                         for c, s in enumerate(wanted)])  # fmt: skip
+    error = lambda delta: (delta - liked).square().sum(1)  # noqa: E731
+    found = choose_codebook(w, ScaleMethod.LOG_2, 3, error=error, scale_search=ScaleSearch.GRID)
+    assert found.n_base2 is not None and found.n_base2.tolist() == [4] * 4
+    assert found.scale is not None and found.scale.tolist() == wanted
+
+
+# ---------------------------------------------------------------- moments, residuals, sensitivities
+
+
 def layer_wise_data(groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, x̂ [groups, n, K]; w, δ [C, K]; and ‖Xw - X̂(w + δ)‖² [C] computed plainly."""
     torch.manual_seed(groups)
@@ -125,6 +228,28 @@ def test_output_moments_take_more_data_after_an_error_was_read() -> None:
     moments.add(x_hat[:, 20:].float(), residual[:, 20:])
     assert bool((early < 0.9 * expected).all())
     torch.testing.assert_close(moments.error(delta), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_centred_moments_are_those_of_centred_rows(groups: int, shifted: bool) -> None:
+    x, x_hat, w, _, _ = layer_wise_data(groups)
+    x_hat = x_hat + 5
+    grouped = w.unflatten(0, (groups, -1)).mT
+    residual = x @ grouped - x_hat @ grouped
+    moments = OutputMoments.zeros(groups, len(w), w.shape[1], w.device)
+    if shifted:
+        moments.shift = x_hat[:, :7].mean(1)
+    for rows in (slice(0, 7), slice(7, 40)):
+        moments.add(x_hat[:, rows], residual[:, rows])
+    plain = OutputMoments.zeros(groups, len(w), w.shape[1], w.device)
+    plain.add(x_hat - x_hat.mean(1, keepdim=True), residual - residual.mean(1, keepdim=True))
+    centred = moments.centred()
+    for name in ("gram", "cross", "energy", "input_sum", "residual_sum"):
+        torch.testing.assert_close(getattr(centred, name), getattr(plain, name), rtol=1e-9, atol=1e-9)
+    assert centred.count == 40
+    torch.testing.assert_close(moments.mean_input, x_hat.mean(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(centred.mean_input, x_hat.mean(1), rtol=1e-12, atol=0)
 
 
 def test_output_residual_is_the_layer_error() -> None:

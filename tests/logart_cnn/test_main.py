@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import logart.pipeline
 import logart.run
 import logart_cnn.main
-from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
+from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.grid import ScaleMethod
 from logart.run import RunOptions
+from logart.search import ScaleSearch
 from logart.weights import file_sha256
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
@@ -43,7 +44,7 @@ def sample(action: argparse.Action) -> list[str]:
     if action.nargs == 0:
         return []
     if action.choices:
-        return [next(iter(action.choices))]
+        return [str(next(iter(action.choices)))]
     return {"scale_method": ["log_2"], "model_kwargs": ["a=1"]}.get(action.dest, ["3"])
 
 
@@ -67,10 +68,11 @@ def test_every_flag_has_both_spellings() -> None:
 ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method search_method search_samples
     test_before_calibration calib_samples batch_size iters_w rrweight weight calib_lr b_start b_end warmup recon_input
     hardware_approx test_with_hardware_approx first_last_bits seed device workers results quiet calib_augment
-    model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise""".split()
+    model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset""".split()
 
 
-def test_the_flags_are_those_of_the_issue_and_two_for_lists() -> None:
+def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     assert {f"--{flag}" for flag in ISSUE_FLAGS} <= known
     dests = {action.dest for action in build_parser()._actions} - {"help", "calib_list", "save_calib_list"}
@@ -102,11 +104,13 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "search_method": SearchMethod.TENSOR_WISE, "search_samples": 32, "calib_samples": 1024, "batch_size": 32,
         "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": ReconInput.QUANTIZED, "hardware_terms": 0,
         "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
-        "drop_prob": 0.5, "temperature": 20.0, "head_kl": False,
+        "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": Rounding.LEARNED,
+        "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
     assert options == expected and not options.quiet
     assert columns["checkpoint_sha256"] == file_sha256(files.digits) and columns["calib_augment"] == "False"
+    assert columns["preset"] is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,6 +138,43 @@ def test_alias_weight_is_rrweight() -> None:
     assert config("--weight", "7") == config("--rrweight", "7") == QuantConfig(rrweight=7.0)
 
 
+# Presets
+
+FAST = QuantConfig(rounding=Rounding.COMPENSATED, calib_samples=256)
+RESOLVED = {
+    "fast": (FAST, "rounding=compensated calib_samples=256 "),
+    "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
+    "best": (QuantConfig(rounding=Rounding.BOTH, scale_search=ScaleSearch.GRID), "rounding=both calib_samples=1024 "),
+    "fast --n_bits_w 2 --scale_search half_step --asymmetric --zero_code --calib_samples 32": (
+        replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
+        "scale_search=half_step asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",
+    ),
+    "fast --rounding both --iters_w 7": (replace(FAST, rounding=Rounding.BOTH, iters=7), "iters_w=7 "),
+    "paper --rounding compensated": (
+        QuantConfig(rounding=Rounding.COMPENSATED, iters=20000, rrweight=10000.0), "rounding=compensated "
+    ),
+    "best --scale_search none": (QuantConfig(rounding=Rounding.BOTH), "scale_search=none "),
+    "best --rounding learned --calib_lr 0.5": (
+        QuantConfig(scale_search=ScaleSearch.GRID, lr=0.5), "rounding=learned calib_samples=1024 "
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RESOLVED)
+def test_a_preset_s_settings_are_printed_and_any_flag_wins(
+    flags: str, files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(logart_cnn.main, "run", lambda *args: called.extend(args))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
+    _, _, images, settings, _, columns, _ = called
+    expected, printed = RESOLVED[flags]
+    assert settings == expected and len(images) == expected.calib_samples
+    assert columns["preset"] == flags.split()[0]
+    assert printed in capsys.readouterr().out.splitlines()[1]
+
+
 # From flags to a row
 
 
@@ -142,8 +183,18 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
 ) -> None:
     argv = ["--checkpoint", str(files.digits), *"--iters_w 4 --calib_samples 16 --workers 0".split()]
     row = outcome(*argv).row
-    out = capsys.readouterr().out
-    assert [line.split(" Acc")[0].rstrip() for line in out.splitlines()[1:4]] == ["float", "after DBS", "after LLR"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "digits_resnet (untrained.safetensors) on digits: 4 bits, dynamic (tensor_wise DBS), a codebook per channel, "
+        "LLR 4 steps a block (mse, quantized input, lr 0.01, λ 0.1), seed 0, on cpu"
+    )
+    assert lines[1] == (
+        "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
+        "scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 batch_size=32 iters_w=4 "
+        "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized seed=0 "
+        "first_last_bits=same"
+    )
+    assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]
     assert (row["track"], row["arch"], row["data"], row["val_images"]) == ("cnn", "digits_resnet", "digits", "500")
     assert (row["checkpoint"], row["checkpoint_sha256"]) == (files.digits.name, file_sha256(files.digits))
     for prefix in ("float_", "search_", ""):
@@ -151,7 +202,9 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     assert row["approx_Acc@1"] == "" and float(row["total_seconds"]) >= float(row["reconstruction_seconds"]) > 0
 
 
-@pytest.mark.parametrize("flags", ["--search_method layer_wise --search_samples 8", "--calib_augment --seed 3"])
+@pytest.mark.parametrize(
+    "flags", ["--search_method layer_wise --search_samples 8", "--calib_augment --seed 3", "--rounding both"]
+)
 def test_the_same_command_gives_the_same_codes_and_the_same_row(
     flags: str, files: Files, outcome: Callable[..., Outcome]
 ) -> None:
@@ -164,10 +217,33 @@ def test_the_same_command_gives_the_same_codes_and_the_same_row(
 
 
 def test_rounding_alone_needs_no_calibration_images(files: Files, outcome: Callable[..., Outcome]) -> None:
-    argv = files.on_images()[:-6]  # without the flags of LLR
-    row = outcome(*argv, "--iters_w", "0").row
+    row = outcome(*files.unlearned(), "--iters_w", "0").row
     empty = {"search_samples", "calib_samples", "batch_size", "lr", "recon_input", "calib_augment"}
     assert {row[name] for name in empty} == {""} and row["Acc@1"] == row["search_Acc@1"]
+
+
+def test_compensated_rounding_from_flags_to_a_row(
+    files: Files, outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*files.unlearned(), *"--rounding compensated --calib_samples 6".split()]
+    first = outcome(*argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" Acc")[0].rstrip() for line in lines[2:4]] == ["float", "after compensated rounding"]
+    assert "compensated rounding, 6 images" in lines[0] and "DBS" not in lines[0] and "LLR" not in lines[0]
+    empty = {"search_method", "search_samples", "lr", "rrweight", "recon_input", "search_Acc@1", "search_Acc@5"}
+    assert {first.row[name] for name in empty} == {""} and first.losses == []
+    assert (first.row["rounding"], first.row["iters_w"]) == ("compensated", "0")
+    assert first.row["Acc@1"] and float(first.row["reconstruction_seconds"]) > 0 == float(first.row["search_seconds"])
+    torch.rand(3)  # what ran before does not matter
+    second = outcome(*argv, again=True)
+    assert second.codes == first.codes != outcome(*files.unlearned(), "--iters_w", "0").codes
+    assert {k for k in first.row if first.row[k] != second.row[k]} <= SURROUNDINGS
+
+
+def test_nearest_is_no_steps(files: Files, outcome: Callable[..., Outcome]) -> None:
+    named, stepless = (outcome(*files.unlearned(), *flags) for flags in (("--rounding", "nearest"), ("--iters_w", "0")))
+    assert named.codes == stepless.codes and named.settings() == stepless.settings()
+    assert named.row["rounding"] == "nearest"
 
 
 def test_resnet18_from_a_file_in_the_hub_s_folder(

@@ -46,20 +46,49 @@ EFFECTS = {
     "b_end": Effect("--b_end 10", {"b_end": "10.0"}, given="--rrweight 100"),
     "warmup": Effect("--warmup 0.9", {"warmup": "0.9"}, given="--rrweight 100"),
     "recon_input": Effect("--recon_input float", {"recon_input": "float"}),
-    "hardware_approx": Effect("--hardware_approx", {"hardware_approx": "True"}),
+    "hardware_approx": Effect("--hardware_approx", {"hardware_approx": "True", "hardware_approx_terms": "2"}),
+    "hardware_approx_terms": Effect("--hardware_approx_terms 3", {"hardware_approx_terms": "3"},
+                                    given="--hardware_approx"),
+    "scale_search": Effect("--scale_search", {"scale_search": "grid"}),
+    "asymmetric": Effect("--asymmetric", {"asymmetric": "True"}),
+    "zero_code": Effect("--zero_code", {"zero_code": "True"}),
+    "rounding": Effect("--rounding both", {"rounding": "both", "search_method": ""}),
+    "preset": Effect("--preset paper", {"preset": "paper", "rrweight": "10000.0"}),
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
     "seed": Effect("--seed 1", {"seed": "1"}),
     "calib_augment": Effect("--calib_augment", {"calib_augment": "True"}),
     "test_before_calibration": Effect("--test_before_calibration", codes=False),
     "test_with_hardware_approx": Effect("--test_with_hardware_approx", codes=False),
 }  # fmt: skip
+CLOSED = "--rounding compensated --calib_samples 6"
+OTHER_VALUES = {
+    "rounding compensated": Effect(
+        CLOSED, {"rounding": "compensated", "search_method": "", "calib_samples": "6", "batch_size": "32",
+                 "calib_augment": "False"}, given="--rounding nearest", unlearned=True),
+    "calib_samples compensated": Effect("--calib_samples 5", {"calib_samples": "5"}, given=CLOSED, unlearned=True),
+    "hardware_approx_terms 4": Effect("--hardware_approx_terms 4", {"hardware_approx_terms": "4"},
+                                      given="--hardware_approx"),
+    "hardware_approx_terms 2": Effect("--hardware_approx_terms 2", codes=False, given="--hardware_approx"),
+    "hardware_approx_terms at test": Effect("--hardware_approx_terms 4", codes=False,
+                                            given="--test_with_hardware_approx"),
+    "scale_search half_step": Effect("--scale_search half_step", {"scale_search": "half_step"}),
+    "scale_search none": Effect("--scale_search none", codes=False),
+    "preset best": Effect("--preset best", {"preset": "best", "rounding": "both", "scale_search": "grid",
+                                            "search_method": ""}),
+    "preset fast": Effect("--preset fast", {"preset": "fast"}, codes=False, given=CLOSED, unlearned=True),
+    "scale_search compensated": Effect("--scale_search", {"scale_search": "grid"}, given=CLOSED, unlearned=True),
+    "asymmetric compensated": Effect("--asymmetric", {"asymmetric": "True"}, given=CLOSED, unlearned=True),
+    "zero_code compensated": Effect("--zero_code", {"zero_code": "True"}, given=CLOSED, unlearned=True),
+    "hardware_approx compensated": Effect(
+        "--hardware_approx", {"hardware_approx": "True", "hardware_approx_terms": "2"}, given=CLOSED, unlearned=True),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EFFECTS)
+@pytest.mark.parametrize("name", EFFECTS | OTHER_VALUES)
 def test_a_flag_changes_what_it_says_and_nothing_else(
     name: str, files: Files, outcome: Callable[..., Outcome]
 ) -> None:
-    EFFECTS[name].check(files, outcome)
+    (EFFECTS | OTHER_VALUES)[name].check(files, outcome)
 
 
 def test_a_second_evaluation_fills_its_columns(files: Files, outcome: Callable[..., Outcome]) -> None:

@@ -86,6 +86,12 @@ BAD_FLAGS = [
     ("--search_method tensor", "--search_method/--search-method: invalid choice: 'tensor'"),
     ("--recon_input both", "--recon_input/--recon-input: invalid choice: 'both'"),
     ("--interpolation cubic", "--interpolation: invalid choice: 'cubic'"),
+    ("--rounding round", "--rounding: invalid choice: 'round'"),
+    ("--scale_search full", "--scale_search/--scale-search: invalid choice: 'full'"),
+    ("--preset slow", "--preset: invalid choice: 'slow'"),
+    ("--hardware_approx_terms 5", "--hardware_approx_terms/--hardware-approx-terms: invalid choice: 5"),
+    ("--hardware_approx_terms two", "--hardware_approx_terms/--hardware-approx-terms: invalid int value: 'two'"),
+    ("--asymmetric=yes", "--asymmetric: ignored explicit argument 'yes'"),
     ("--calib_samples 0", "--calib_samples must be at least 1, got 0"),
     ("--search_samples 0", "--search_samples must be at least 1, got 0"),
     ("--batch_size 0", "--batch_size must be at least 1, got 0"),
@@ -121,6 +127,24 @@ IDLE_FLAGS = [
     ("--hardware_approx --scale_method linear_minmax", "--hardware_approx has no effect here: --scale_method linear"),
     ("--test_with_hardware_approx --scale_method log_2", "--test_with_hardware_approx has no effect here"),
     ("--hardware_approx --test_with_hardware_approx", "--test_with_hardware_approx has no effect here"),
+    *((f"--scale_method {grid} --{flag}", f"--{flag.split()[0]} has no effect here: --scale_method {grid} is not log")
+      for grid in ("linear_mse", "linear_minmax") for flag in ("scale_search", "asymmetric", "zero_code")),
+    *((f"--rounding {how} --{flag}", f"--{flag.split()[0]} has no effect here: --rounding {how} searches in the metric")
+      for how in ("compensated", "both")
+      for flag in ("search_method layer_wise", "search_samples 4", "test_before_calibration")),
+    *((f"--rounding {how} --{flag}", f"--{flag.split()[0]} has no effect here: --rounding {how} learns nothing")
+      for how in ("nearest", "compensated")
+      for flag in ("iters_w 5", "calib_lr 0.1", "rrweight 1", "b_start 9", "b_end 3", "warmup 0.1",
+                   "recon_input float")),
+    *((f"--rounding nearest --{flag}", f"--{flag.split()[0]} has no effect here: --rounding nearest learns nothing")
+      for flag in ("calib_samples 8", "batch_size 8", "test_before_calibration")),
+    ("--preset fast --search_method tensor_wise", "--search_method has no effect here: --rounding compensated search"),
+    ("--preset best --test_before_calibration", "--test_before_calibration has no effect here: --rounding both"),
+    ("--hardware_approx_terms 2", "--hardware_approx_terms has no effect here: neither --hardware_approx nor --test_"),
+    ("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
+    ("--preset fast --iters_w 5", "--iters_w has no effect here: --rounding compensated learns nothing"),
+    ("--preset fast --calib_lr 0.1", "--calib_lr has no effect here: --rounding compensated learns nothing"),
+    ("--rounding nearest --calib_augment", "--calib_augment has no effect here: no stage of this run looks"),
     ("--calib_augment --iters_w 0", "--calib_augment has no effect here: no stage of this run looks at calibration"),
     ("--calib_list {twice} --iters_w 0", "--calib_list has no effect here: no stage of this run looks"),
     ("--save_calib_list new.txt --iters_w 0", "--save_calib_list has no effect here: no stage of this run looks"),
@@ -164,6 +188,7 @@ BAD_DATA = [
     (ON_IMAGES + "--data_path {broken}", "--data_path: cannot read the image {broken}/train/class"),
     (ON_IMAGES + "--data_path {broken_val}", "--data_path: cannot read the image {broken_val}/val/class3/1.png"),
     (ON_IMAGES + "--data_path {images} --calib_samples 9", "--calib_samples: 9 images asked for; expected 1 to 8"),
+    (ON_DIGITS + "--rounding compensated --calib_samples 1298", "--calib_samples: 1298 images asked for; expected 1"),
     (ON_DIGITS + "--calib_samples 1298", "--calib_samples: 1298 images asked for; expected 1 to 1297"),
     (ON_DIGITS + "--iters_w 0 --search_method block_wise --search_samples 2000",
      "--search_samples: 2000 images asked for; expected 1 to 1297"),

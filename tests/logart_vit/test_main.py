@@ -20,11 +20,12 @@ from torch import Tensor, nn
 import logart.pipeline
 import logart.run
 import logart_vit.main
-from logart.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
+from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.grid import ScaleMethod
 from logart.layers import QUANTIZED_TYPES
 from logart.losses import absolute_error, kl_divergence, squared_error
 from logart.run import RunOptions
+from logart.search import ScaleSearch
 from logart.surgery import quantized_layers
 from logart.weights import file_sha256
 from logart_vit.main import build_parser, build_settings, main
@@ -36,8 +37,10 @@ PAPER = (
     "--rrweight 10000 --hardware_approx --optimize"
 ).split()
 BEST = QuantConfig(
-    search_samples=128, recon_input=ReconInput.MIXED, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True
+    search_samples=128, recon_input=ReconInput.MIXED, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True, iters=300,
+    lr=0.1,
 )  # fmt: skip
+NEAREST = replace(BEST, rounding=Rounding.NEAREST)
 
 
 def settings(*argv: str) -> tuple[QuantConfig, dict[str, Any]]:
@@ -55,11 +58,12 @@ def test_every_flag_has_both_spellings() -> None:
 ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight scale_method search_method w_bit
     calib-size calib-batch-size optim-size optim-batch-size optim-metric optim-mode drop-prob val-batch-size num-workers
     hardware_approx test_with_hardware_approx test-before-calibration seed device results quiet first_last_bits
-    model-kwargs input-size crop-pct mean std interpolation num-classes""".split()
+    model-kwargs input-size crop-pct mean std interpolation num-classes
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
 
-def test_the_flags_are_those_of_the_issue_and_of_the_config() -> None:
+def test_the_flags_are_those_of_the_issues_and_of_the_config() -> None:
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     assert {f"--{flag}" for flag in ISSUE_FLAGS} <= known
     dests = {action.dest for action in build_parser()._actions} - {"help"}
@@ -86,13 +90,14 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
     network, source, images, config, options, columns, _ = called["run"]
     assert source.name == "digits" and images.shape == (1024, 1, 8, 8)
     assert network.block_types == ("PatchEmbed", "Block") and network.row_groups == {"qkv": 3}
-    assert config == replace(BEST, iters=1000, lr=0.01, rrweight=0.1)
+    assert config == replace(BEST, rounding=Rounding.LEARNED, rrweight=0.1)
     cuda, flags = torch.device("cuda"), "--model, --checkpoint"
     assert options == RunOptions(cuda, "results.csv", 128, 2, test_before_calibration=True, network_flags=flags)
     assert (columns["checkpoint_sha256"], columns["config"]) == (file_sha256(files.digits), None)
+    assert columns["preset"] is None
     assert main([]) == 0
     *_, images, config, options, _, _ = called["run"]
-    assert config == replace(BEST, iters=0) and len(images) == 2 and not options.test_before_calibration
+    assert config == NEAREST and len(images) == 2 and not options.test_before_calibration
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,12 +110,13 @@ class Config:
     optim_size, optim_batch_size, optim_metric, temperature = 512, 8, "hessian_perturb", 5
     optim_mode, drop_prob, iters_w, lr, rrweight = "qdrop", 0.25, 77, 0.5, 7
     b_start, b_end, warmup, val_batch_size, num_workers = 9, 3, 0.1, 50, 1
+    scale_search, asymmetric, zero_code = "half_step", True, True
 """
 OTHER = QuantConfig(
     3, 8, False, ScaleMethod.DYNAMIC, SearchMethod.LAYER_WISE, search_samples=64, search_batch_size=16,
     calib_samples=512, batch_size=8, iters=77, rrweight=7.0, lr=0.5, b_start=9.0, b_end=3.0, warmup=0.1,
     recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, temperature=5.0,
-    head_kl=True,
+    head_kl=True, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True,
 )  # fmt: skip
 FLAGS_WIN = {
     "--w_bit 5": {"n_bits": 5},
@@ -136,6 +142,11 @@ FLAGS_WIN = {
     "--b_end 4": {"b_end": 4.0},
     "--warmup 0": {"warmup": 0.0},
     "--hardware_approx": {"hardware_terms": 2},
+    "--hardware_approx --hardware_approx_terms 4": {"hardware_terms": 4},
+    "--scale_search": {"scale_search": ScaleSearch.GRID},
+    "--scale_search none": {"scale_search": ScaleSearch.NONE},
+    "--rounding learned": {},
+    "--rounding both": {"rounding": Rounding.BOTH},
     "--seed 9": {"seed": 9},
 }  # the values 0 and None too, which a mere "if given" would miss
 
@@ -187,6 +198,55 @@ def test_the_paper_s_command_is_understood_and_runs_as_it_stands(
     assert (row["rrweight"], row["hardware_approx"], row["iters_w"]) == ("10000.0", "True", "8")
 
 
+# Presets
+
+FAST = replace(BEST, rounding=Rounding.COMPENSATED, calib_samples=256)
+RESOLVED = {
+    "fast": (FAST, "rounding=compensated "),
+    "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
+    "best": (replace(BEST, rounding=Rounding.BOTH, scale_search=ScaleSearch.GRID), "rounding=both "),
+    "fast --w_bit 2 --scale_search half_step --asymmetric --zero_code --optim_size 32": (
+        replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
+        "scale_search=half_step asymmetric=True zero_code=True optim_size=32 ",
+    ),
+    "fast --optimize --iters_w 7": (replace(FAST, rounding=Rounding.BOTH, iters=7), "rounding=both "),
+    "paper --iters_w 5 --lr 0.5": (replace(BEST, iters=5, rrweight=10000.0, lr=0.5), "iters_w=5 lr=0.5 "),
+    "paper --rounding compensated": (
+        replace(BEST, rounding=Rounding.COMPENSATED, iters=20000, rrweight=10000.0), "rounding=compensated "
+    ),
+    "best --scale_search none": (replace(BEST, rounding=Rounding.BOTH), "scale_search=none "),
+    "best --optimize --rounding learned": (replace(BEST, scale_search=ScaleSearch.GRID), "rounding=learned "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RESOLVED)
+def test_a_preset_s_settings_are_printed_and_any_flag_wins(
+    flags: str, files: VitFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(logart_vit.main, "run", lambda *args: called.extend(args))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
+    _, _, images, config, _, columns, _ = called
+    expected, printed = RESOLVED[flags]
+    assert config == expected and len(images) == expected.calib_samples
+    assert (columns["preset"], columns["config"]) == (flags.split()[0], None)
+    assert printed in capsys.readouterr().out.splitlines()[1] + " "
+
+
+@pytest.mark.parametrize(
+    ("flags", "rounding"),
+    [
+        ("", Rounding.NEAREST),
+        ("--optimize", Rounding.LEARNED),
+        *((f"--rounding {how.value}", how) for how in Rounding),
+        *((f"--optimize --rounding {how.value}", how) for how in (Rounding.LEARNED, Rounding.BOTH)),
+    ],
+)
+def test_rounding_says_whether_to_learn_and_optimize_is_short_for_it(flags: str, rounding: Rounding) -> None:
+    assert settings(*flags.split())[0] == replace(BEST, rounding=rounding)
+
+
 # From flags to a row
 
 
@@ -202,13 +262,13 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "digits_vit (digits.pth) on digits: 4 bits, dynamic (tensor_wise DBS), a codebook per channel, "
-        "LLR 2 steps a block (hessian_perturb, mixed 0.5 input), seed 0, on cpu"
+        "LLR 2 steps a block (hessian_perturb, mixed 0.5 input, lr 0.1, λ 0.1), seed 0, on cpu"
     )
     assert lines[1] == (
-        "w_bit=4 a_bit=32 first_last_bits=None channel_wise=True scale_method=dynamic search_method=tensor_wise "
-        "calib_size=128 calib_batch_size=32 optim_size=8 optim_batch_size=32 optim_metric=hessian_perturb "
-        "temperature=20.0 optim_mode=qdrop drop_prob=0.5 iters_w=2 lr=0.01 rrweight=0.1 b_start=20.0 b_end=2.0 "
-        "warmup=0.2 val_batch_size=128 num_workers=0"
+        "w_bit=4 first_last_bits=same channel_wise=True scale_method=dynamic search_method=tensor_wise "
+        "calib_size=128 calib_batch_size=32 scale_search=none asymmetric=False zero_code=False optim_size=8 "
+        "optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=mixed drop_prob=0.5 iters_w=2 "
+        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 rounding=learned seed=0 val_batch_size=128 num_workers=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]
     filled = {name: value for name, value in row.items() if name not in SURROUNDINGS and "Acc@" not in name}
@@ -217,10 +277,11 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "checkpoint_sha256": file_sha256(files.digits), "network_options": "", "data": "digits", "config": "",
         "bits": "4", "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
         "search_method": "tensor_wise", "search_samples": "", "search_batch_size": "", "calib_samples": "8",
-        "batch_size": "32", "iters_w": "2", "lr": "0.01", "rrweight": "0.1", "b_start": "20.0", "b_end": "2.0",
+        "batch_size": "32", "iters_w": "2", "lr": "0.1", "rrweight": "0.1", "b_start": "20.0", "b_end": "2.0",
         "warmup": "0.2", "recon_input": "mixed", "recon_metric": "hessian_perturb+kl", "drop_prob": "0.5",
         "temperature": "20.0", "hardware_approx": "False", "calib_augment": "", "seed": "0", "val_images": "500",
-        "device": "cpu",
+        "device": "cpu", "preset": "", "rounding": "learned", "scale_search": "none", "asymmetric": "False",
+        "zero_code": "False", "hardware_approx_terms": "",
     }  # fmt: skip
     assert row["timm_version"] == timm.__version__
     for prefix in ("float_", "search_", ""):
@@ -246,7 +307,7 @@ def test_without_optimize_the_run_ends_after_dbs(
     assert all(ran.row[f"{prefix}Acc@1"] == learned[f"{prefix}Acc@1"] for prefix in ("float_", "search_"))
 
 
-@pytest.mark.parametrize("flags", ["", "--search_method block_wise --calib_size 4 --seed 3"])
+@pytest.mark.parametrize("flags", ["", "--search_method block_wise --calib_size 4 --seed 3", "--rounding both"])
 def test_the_same_command_gives_the_same_codes_and_the_same_row(
     flags: str, files: VitFiles, outcome: Callable[..., Outcome]
 ) -> None:
@@ -256,6 +317,30 @@ def test_the_same_command_gives_the_same_codes_and_the_same_row(
     second = outcome(*argv, again=True)
     assert (second.codes, second.losses) == (first.codes, first.losses)
     assert {k for k in first.row if first.row[k] != second.row[k]} <= SURROUNDINGS
+
+
+def test_compensated_rounding_from_flags_to_a_row(
+    files: VitFiles, outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*files.unlearned(), *"--rounding compensated --optim_size 6".split()]
+    first = outcome(*argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" Acc")[0].rstrip() for line in lines[2:4]] == ["float", "after compensated rounding"]
+    assert "compensated rounding, 6 images" in lines[0] and "DBS" not in lines[0] and "LLR" not in lines[0]
+    empty = {*LLR_COLUMNS, "search_method", "search_Acc@1", "search_Acc@5"} - {"calib_samples", "batch_size"}
+    assert {first.row[name] for name in empty} == {""} and first.losses == []
+    assert (first.row["rounding"], first.row["iters_w"]) == ("compensated", "0")
+    assert first.row["Acc@1"] and float(first.row["reconstruction_seconds"]) > 0 == float(first.row["search_seconds"])
+    torch.rand(3)  # what ran before does not matter
+    second = outcome(*argv, again=True)
+    assert second.codes == first.codes != outcome(*files.unlearned()).codes
+    assert {k for k in first.row if first.row[k] != second.row[k]} <= SURROUNDINGS
+
+
+def test_nearest_is_the_default(files: VitFiles, outcome: Callable[..., Outcome]) -> None:
+    named, default = outcome(*files.unlearned(), "--rounding", "nearest"), outcome(*files.unlearned())
+    assert named.codes == default.codes and named.settings() == default.settings()
+    assert named.row["rounding"] == "nearest"
 
 
 def test_one_codebook_a_layer_but_three_for_q_k_v(files: VitFiles, tmp_path: Path) -> None:

@@ -52,13 +52,40 @@ EFFECTS = {
     "b_start": Effect("--b_start 5", {"b_start": "5.0"}, given="--rrweight 100"),
     "b_end": Effect("--b_end 10", {"b_end": "10.0"}, given="--rrweight 100"),
     "warmup": Effect("--warmup 0.9", {"warmup": "0.9"}, given="--rrweight 100"),
-    "hardware_approx": Effect("--hardware_approx", {"hardware_approx": "True"}),
+    "hardware_approx": Effect("--hardware_approx", {"hardware_approx": "True", "hardware_approx_terms": "2"}),
+    "hardware_approx_terms": Effect("--hardware_approx_terms 3", {"hardware_approx_terms": "3"},
+                                    given="--hardware_approx"),
+    "scale_search": Effect("--scale_search", {"scale_search": "grid"}),
+    "asymmetric": Effect("--asymmetric", {"asymmetric": "True"}),
+    "zero_code": Effect("--zero_code", {"zero_code": "True"}),
+    "rounding": Effect("--rounding both", {"rounding": "both", "search_method": ""}),
+    "preset": Effect("--preset paper", {"preset": "paper", "rrweight": "10000.0"}),
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
     "seed": Effect("--seed 1", {"seed": "1"}),
     "test_before_calibration": Effect("--test_before_calibration", codes=False),
     "test_with_hardware_approx": Effect("--test_with_hardware_approx", codes=False),
 }  # fmt: skip
+CLOSED = "--rounding compensated --optim_size 6"
 OTHER_VALUES = {
+    "rounding compensated": Effect(
+        CLOSED, {"rounding": "compensated", "search_method": "", "calib_samples": "6", "batch_size": "32"},
+        unlearned=True),
+    "optim_size compensated": Effect("--optim_size 5", {"calib_samples": "5"}, given=CLOSED, unlearned=True),
+    "hardware_approx_terms 4": Effect("--hardware_approx_terms 4", {"hardware_approx_terms": "4"},
+                                      given="--hardware_approx"),
+    "hardware_approx_terms 2": Effect("--hardware_approx_terms 2", codes=False, given="--hardware_approx"),
+    "hardware_approx_terms at test": Effect("--hardware_approx_terms 4", codes=False,
+                                            given="--test_with_hardware_approx"),
+    "scale_search half_step": Effect("--scale_search half_step", {"scale_search": "half_step"}),
+    "scale_search none": Effect("--scale_search none", codes=False),
+    "preset best": Effect("--preset best", {"preset": "best", "rounding": "both", "scale_search": "grid",
+                                            "search_method": ""}),
+    "preset fast": Effect("--preset fast", {"preset": "fast"}, codes=False, given=CLOSED, unlearned=True),
+    "scale_search compensated": Effect("--scale_search", {"scale_search": "grid"}, given=CLOSED, unlearned=True),
+    "asymmetric compensated": Effect("--asymmetric", {"asymmetric": "True"}, given=CLOSED, unlearned=True),
+    "zero_code compensated": Effect("--zero_code", {"zero_code": "True"}, given=CLOSED, unlearned=True),
+    "hardware_approx compensated": Effect(
+        "--hardware_approx", {"hardware_approx": "True", "hardware_approx_terms": "2"}, given=CLOSED, unlearned=True),
     "optim_metric mae": Effect("--optim_metric mae", {"recon_metric": "mae+kl", "temperature": ""}),
     "optim_mode rinp": Effect("--optim_mode rinp", {"recon_input": "float", "drop_prob": ""}),
     "search_method block_wise": Effect("--search_method block_wise", {"search_method": "block_wise"}, given=LAYER_WISE),
@@ -145,7 +172,7 @@ def test_quiet_leaves_only_accuracies(files: VitFiles, tmp_path: Path, capfd: py
     assert main(argv) == 0
     out, err = capfd.readouterr()
     assert "timm:vit_tiny_patch16_224 (small.safetensors) on pictures: 4 bits, dynamic (tensor_wise DBS)" in out
-    assert out.count("Acc@1") == 2 and "\nw_bit=4 a_bit=32 " in out and "layer " in out
+    assert out.count("Acc@1") == 2 and "\nw_bit=4 first_last_bits=same " in out and "layer " in out
     assert str(tmp_path / "results.csv") in out
     assert "DBS" in err and "LLR" in err and "\r" not in err and "\x1b" not in err
     assert main([*argv, "--quiet"]) == 0

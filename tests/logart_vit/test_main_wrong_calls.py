@@ -100,6 +100,12 @@ BAD_FLAGS = [
     ("--optim_metric hessian", "--optim_metric/--optim-metric: invalid choice: 'hessian'"),
     ("--optim_mode drop", "--optim_mode/--optim-mode: invalid choice: 'drop'"),
     ("--interpolation cubic", "--interpolation: invalid choice: 'cubic'"),
+    ("--rounding round", "--rounding: invalid choice: 'round'"),
+    ("--scale_search full", "--scale_search/--scale-search: invalid choice: 'full'"),
+    ("--preset slow", "--preset: invalid choice: 'slow'"),
+    ("--hardware_approx_terms 5", "--hardware_approx_terms/--hardware-approx-terms: invalid choice: 5"),
+    ("--hardware_approx_terms two", "--hardware_approx_terms/--hardware-approx-terms: invalid int value: 'two'"),
+    ("--asymmetric=yes", "--asymmetric: ignored explicit argument 'yes'"),
     ("--calib_size 0", "--calib_size must be at least 1, got 0"),
     ("--calib_batch_size 0", "--calib_batch_size must be at least 1, got 0"),
     ("--optimize --optim_size 0", "--optim_size must be at least 1, got 0"),
@@ -108,7 +114,7 @@ BAD_FLAGS = [
     ("--iters_w 1e3", "--iters_w/--iters-w: invalid int value: '1e3'"),
     ("--optimize --lr 0", "--lr must be positive and --rrweight at least 0, got 0.0"),
     ("--lr nan", "--lr: 'nan' is not a finite number"),
-    ("--optimize --rrweight -1", "--lr must be positive and --rrweight at least 0, got 0.01 and -1.0"),
+    ("--optimize --rrweight -1", "--lr must be positive and --rrweight at least 0, got 0.1 and -1.0"),
     ("--rrweight inf", "--rrweight/--weight: 'inf' is not a finite number"),
     ("--optimize --b_start 2 --b_end 20", "--b_start ≥ --b_end > 1 is needed, got 2.0 and 20.0"),
     ("--optimize --warmup 1.5", "--warmup must be 0 to 1, got 1.5"),
@@ -133,6 +139,28 @@ IDLE_FLAGS = [
         "test_before_calibration")),
     ("--optimize --iters_w 0 --lr 0.1", "--lr has no effect here: --iters_w 0 learns nothing"),
     ("--optimize --config {unlearned} --lr 0.1", "--lr has no effect here: --iters_w 0 learns nothing"),
+    *((f"--scale_method {grid} --{flag}", f"--{flag.split()[0]} has no effect here: --scale_method {grid} is not log")
+      for grid in ("linear_mse", "linear_minmax") for flag in ("scale_search", "asymmetric", "zero_code")),
+    *((f"--rounding {how} --{flag}", f"--{flag.split()[0]} has no effect here: --rounding {how} searches in the metric")
+      for how in ("compensated", "both")
+      for flag in ("search_method layer_wise", "calib_size 4", "test_before_calibration")),
+    *((f"--rounding {how} --{flag}", f"--{flag.split()[0]} has no effect here: --rounding {how} learns nothing")
+      for how in ("nearest", "compensated")
+      for flag in ("iters_w 5", "lr 0.1", "rrweight 1", "b_start 9", "b_end 3", "warmup 0.1",
+                   "optim_mode qinp")),
+    *((f"--rounding nearest --{flag}", f"--{flag.split()[0]} has no effect here: --rounding nearest learns nothing")
+      for flag in ("optim_size 8", "optim_batch_size 8", "test_before_calibration")),
+    ("--preset fast --search_method tensor_wise", "--search_method has no effect here: --rounding compensated search"),
+    ("--preset best --test_before_calibration", "--test_before_calibration has no effect here: --rounding both"),
+    ("--hardware_approx_terms 2", "--hardware_approx_terms has no effect here: neither --hardware_approx nor --test_"),
+    ("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
+    *((f"--optimize --rounding {how}", f"--optimize has no effect here: --rounding {how} learns nothing")
+      for how in ("nearest", "compensated")),
+    *((f"--preset fast --{flag}", f"--{flag.split()[0]} has no effect here: {UNOPTIMIZED}")
+      for flag in ("iters_w 5", "lr 0.1", "optim_metric mse")),
+    ("--rounding compensated --calib_batch_size 4", "--calib_batch_size has no effect here: --rounding compensated"),
+    *((f"--config {{base_2}} --preset {preset}", f"--preset: {preset} and --config {{base_2}} both set the defaults")
+      for preset in ("fast", "paper", "best")),
     *((f"--optimize --optim_mode {mode} --drop_prob 0.5",
        "--drop_prob has no effect here: only --optim_mode qdrop mixes inputs") for mode in ("qinp", "rinp")),
     *((f"--optimize --optim_metric {metric} --temperature 2",
@@ -200,6 +228,7 @@ BAD_DATA = [
     (ON_IMAGES + "--dataset {broken}", "--dataset: cannot read the image {broken}/train/class"),
     (ON_IMAGES + "--dataset {broken_val}", "--dataset: cannot read the image {broken_val}/val/class3/1.png"),
     (ON_IMAGES + "--dataset {images} --optim_size 9", "--optim_size: 9 images asked for; expected 1 to 8"),
+    (ON_DIGITS + "--rounding compensated --optim_size 1298", "--optim_size: 1298 images asked for; expected 1 to 1297"),
     (ON_DIGITS + "--search_method layer_wise --calib_size 1298", "--calib_size: 1298 images asked for; expected 1 to"),
     (ON_IMAGES + "--dataset {images} --search_method block_wise --calib_size 9", "--calib_size: 9 images asked for"),
 ]

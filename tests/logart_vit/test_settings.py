@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from logart.config import SearchMethod
 from logart.grid import ScaleMethod
 from logart.runtime import UserError
+from logart.search import ScaleSearch
 from logart_vit.settings import OPTIM_METRICS, OPTIM_MODES, Config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,9 @@ BEST = {
     "channel_wise": True,
     "scale_method": "dynamic",
     "search_method": "tensor_wise",
+    "scale_search": "none",
+    "asymmetric": False,
+    "zero_code": False,
     "calib_size": 128,
     "calib_batch_size": 32,
     "optim_size": 1024,
@@ -34,8 +38,8 @@ BEST = {
     "temperature": 20.0,
     "optim_mode": "qdrop",
     "drop_prob": 0.5,
-    "iters_w": 1000,
-    "lr": 0.01,
+    "iters_w": 300,
+    "lr": 0.1,
     "rrweight": 0.1,
     "b_start": 20.0,
     "b_end": 2.0,
@@ -172,6 +176,7 @@ def test_the_base_itself_is_a_config(write: Writer) -> None:
             "first_last_bits": st.none() | st.integers(),
             "scale_method": st.sampled_from([method.value for method in ScaleMethod]),
             "search_method": st.sampled_from([method.value for method in SearchMethod]),
+            "scale_search": st.sampled_from([search.value for search in ScaleSearch]),
             "optim_metric": st.sampled_from(OPTIM_METRICS),
             "optim_mode": st.sampled_from(OPTIM_MODES),
         },
@@ -282,6 +287,9 @@ def test_a_field_near_none_lists_them_all(write: Writer) -> None:
         ("first_last_bits", ["True", "8.0", "'8'"], "an integer or None"),
         ("lr", ["True", "'0.1'", "None", "1j", "lambda: 0.1"], "a number"),
         ("channel_wise", ["1", "0", "None", "'True'"], "True or False"),
+        ("asymmetric", ["1", "None", "'False'"], "True or False"),
+        ("zero_code", ["0.0", "None"], "True or False"),
+        ("scale_search", ["'full'", "True", "None"], "one of none, grid, half_step"),
         ("scale_method", ["'log'", "None", "2", "''"], "one of linear_mse, linear_minmax, log_2, log_sqrt2, dynamic"),
         ("search_method", ["'Tensor_wise'", "['tensor_wise']"], "one of tensor_wise, layer_wise, block_wise"),
         ("optim_metric", ["'hessian'", "0"], "one of hessian_perturb, mse, mae"),
