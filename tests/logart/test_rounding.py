@@ -273,7 +273,7 @@ def test_learning_from_codes_starts_at_the_codes_and_can_move_towards_the_weight
 
 @pytest.mark.parametrize("n_bits", [2, 4])
 def test_learning_from_the_nearest_codes_starts_at_the_weight_where_rounding_agrees(n_bits: int) -> None:
-    """Within 0.45 of the code's side of the middle α is the one that gives w; past it, it stops there."""
+    """Within 0.1 of the code α is the one that gives w; past it, it stops there."""
     for name, book in start_books(n_bits):
         w = torch.linspace(-4, 4, 997, dtype=torch.float64).expand(2, -1)
         plain, from_codes = soft_neighbours(w, book), soft_neighbours(w, book, nearest(w, book))
@@ -281,7 +281,7 @@ def test_learning_from_the_nearest_codes_starts_at_the_weight_where_rounding_agr
         assert torch.equal(plain[0][exact], from_codes[0][exact]), name
         h = soft_bit(plain[4])
         nearest_is_lower = nearest(w, book) == plain[0]
-        expected = torch.where(nearest_is_lower, h.clamp(max=0.45), h.clamp(min=0.55))
+        expected = torch.where(nearest_is_lower, h.clamp(max=0.1), h.clamp(min=0.9))
         torch.testing.assert_close(soft_bit(from_codes[4])[exact], expected[exact], rtol=1e-9, atol=1e-9)
 
 

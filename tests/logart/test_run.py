@@ -176,7 +176,8 @@ def test_as_many_terms_as_asked_for_stand_for_root_two_at_test(
     assert is_powers(measured.weights[1], 2**0.5)
     text = "with √2 ≈ 1 + 1/2" + " - 1/16" * (terms > 2) + " - 1/64" * (terms > 3) + " at test"
     assert text in capsys.readouterr().out
-    assert runs.rows()[0]["hardware_approx_terms"] == ""  # calibrated without
+    assert runs.rows()[0]["hardware_approx_terms"] == str(terms)
+    assert runs.rows()[0]["hardware_approx"] == "False"  # calibrated without
 
 
 @pytest.mark.parametrize(("rounding", "title"), [("compensated", "after compensated rounding"), ("both", "after LLR")])

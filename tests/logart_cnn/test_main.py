@@ -141,10 +141,14 @@ def test_alias_weight_is_rrweight() -> None:
 # Presets
 
 FAST = QuantConfig(rounding=Rounding.COMPENSATED, calib_samples=256)
+MOST = {  # of preset best
+    "rounding": Rounding.BOTH, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
+    "iters": 500, "lr": 0.03,
+}  # fmt: skip
 RESOLVED = {
     "fast": (FAST, "rounding=compensated calib_samples=256 "),
     "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
-    "best": (QuantConfig(rounding=Rounding.BOTH, scale_search=ScaleSearch.GRID), "rounding=both calib_samples=1024 "),
+    "best": (QuantConfig(**MOST), "rounding=both calib_samples=1024 "),
     "fast --n_bits_w 2 --scale_search half_step --asymmetric --zero_code --calib_samples 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
         "scale_search=half_step asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",
@@ -153,9 +157,10 @@ RESOLVED = {
     "paper --rounding compensated": (
         QuantConfig(rounding=Rounding.COMPENSATED, iters=20000, rrweight=10000.0), "rounding=compensated "
     ),
-    "best --scale_search none": (QuantConfig(rounding=Rounding.BOTH), "scale_search=none "),
+    "best --scale_search none": (QuantConfig(**MOST | {"scale_search": ScaleSearch.NONE}), "scale_search=none "),
     "best --rounding learned --calib_lr 0.5": (
-        QuantConfig(scale_search=ScaleSearch.GRID, lr=0.5), "rounding=learned calib_samples=1024 "
+        QuantConfig(scale_search=ScaleSearch.GRID, zero_code=True, iters=500, lr=0.5),
+        "rounding=learned calib_samples=1024 ",
     ),
 }  # fmt: skip
 
@@ -192,7 +197,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
         "scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 batch_size=32 iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized seed=0 "
-        "first_last_bits=same"
+        "first_last_bits=same hardware_approx_terms=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]
     assert (row["track"], row["arch"], row["data"], row["val_images"]) == ("cnn", "digits_resnet", "digits", "500")

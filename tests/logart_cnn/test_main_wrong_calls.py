@@ -91,7 +91,7 @@ BAD_FLAGS = [
     ("--preset slow", "--preset: invalid choice: 'slow'"),
     ("--hardware_approx_terms 5", "--hardware_approx_terms/--hardware-approx-terms: invalid choice: 5"),
     ("--hardware_approx_terms two", "--hardware_approx_terms/--hardware-approx-terms: invalid int value: 'two'"),
-    ("--asymmetric=yes", "--asymmetric: ignored explicit argument 'yes'"),
+    ("--asymmetric=yes", "--asymmetric/--no-asymmetric: ignored explicit argument 'yes'"),
     ("--calib_samples 0", "--calib_samples must be at least 1, got 0"),
     ("--search_samples 0", "--search_samples must be at least 1, got 0"),
     ("--batch_size 0", "--batch_size must be at least 1, got 0"),

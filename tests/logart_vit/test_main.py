@@ -201,10 +201,14 @@ def test_the_paper_s_command_is_understood_and_runs_as_it_stands(
 # Presets
 
 FAST = replace(BEST, rounding=Rounding.COMPENSATED, calib_samples=256)
+MOST = {  # of preset best
+    "rounding": Rounding.BOTH, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
+    "iters": 500, "lr": 0.03,
+}  # fmt: skip
 RESOLVED = {
     "fast": (FAST, "rounding=compensated "),
     "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
-    "best": (replace(BEST, rounding=Rounding.BOTH, scale_search=ScaleSearch.GRID), "rounding=both "),
+    "best": (replace(BEST, **MOST), "rounding=both "),
     "fast --w_bit 2 --scale_search half_step --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
         "scale_search=half_step asymmetric=True zero_code=True optim_size=32 ",
@@ -214,8 +218,11 @@ RESOLVED = {
     "paper --rounding compensated": (
         replace(BEST, rounding=Rounding.COMPENSATED, iters=20000, rrweight=10000.0), "rounding=compensated "
     ),
-    "best --scale_search none": (replace(BEST, rounding=Rounding.BOTH), "scale_search=none "),
-    "best --optimize --rounding learned": (replace(BEST, scale_search=ScaleSearch.GRID), "rounding=learned "),
+    "best --scale_search none": (replace(BEST, **MOST | {"scale_search": ScaleSearch.NONE}), "scale_search=none "),
+    "best --optimize --rounding learned": (
+        replace(BEST, **MOST | {"rounding": Rounding.LEARNED}),
+        "rounding=learned ",
+    ),
 }  # fmt: skip
 
 
@@ -267,8 +274,9 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     assert lines[1] == (
         "w_bit=4 first_last_bits=same channel_wise=True scale_method=dynamic search_method=tensor_wise "
         "calib_size=128 calib_batch_size=32 scale_search=none asymmetric=False zero_code=False optim_size=8 "
-        "optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=mixed drop_prob=0.5 iters_w=2 "
-        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 rounding=learned seed=0 val_batch_size=128 num_workers=0"
+        "optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=qdrop drop_prob=0.5 iters_w=2 "
+        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 hardware_approx_terms=0 rounding=learned seed=0 "
+        "val_batch_size=128 num_workers=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]
     filled = {name: value for name, value in row.items() if name not in SURROUNDINGS and "Acc@" not in name}

@@ -63,7 +63,7 @@ EFFECTS = {
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
     "seed": Effect("--seed 1", {"seed": "1"}),
     "test_before_calibration": Effect("--test_before_calibration", codes=False),
-    "test_with_hardware_approx": Effect("--test_with_hardware_approx", codes=False),
+    "test_with_hardware_approx": Effect("--test_with_hardware_approx", {"hardware_approx_terms": "2"}, codes=False),
 }  # fmt: skip
 CLOSED = "--rounding compensated --optim_size 6"
 OTHER_VALUES = {
@@ -74,12 +74,12 @@ OTHER_VALUES = {
     "hardware_approx_terms 4": Effect("--hardware_approx_terms 4", {"hardware_approx_terms": "4"},
                                       given="--hardware_approx"),
     "hardware_approx_terms 2": Effect("--hardware_approx_terms 2", codes=False, given="--hardware_approx"),
-    "hardware_approx_terms at test": Effect("--hardware_approx_terms 4", codes=False,
+    "hardware_approx_terms at test": Effect("--hardware_approx_terms 4", {"hardware_approx_terms": "4"}, codes=False,
                                             given="--test_with_hardware_approx"),
     "scale_search half_step": Effect("--scale_search half_step", {"scale_search": "half_step"}),
     "scale_search none": Effect("--scale_search none", codes=False),
     "preset best": Effect("--preset best", {"preset": "best", "rounding": "both", "scale_search": "grid",
-                                            "search_method": ""}),
+                                            "search_method": "", "zero_code": "True"}),
     "preset fast": Effect("--preset fast", {"preset": "fast"}, codes=False, given=CLOSED, unlearned=True),
     "scale_search compensated": Effect("--scale_search", {"scale_search": "grid"}, given=CLOSED, unlearned=True),
     "asymmetric compensated": Effect("--asymmetric", {"asymmetric": "True"}, given=CLOSED, unlearned=True),

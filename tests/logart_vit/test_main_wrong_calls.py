@@ -105,7 +105,7 @@ BAD_FLAGS = [
     ("--preset slow", "--preset: invalid choice: 'slow'"),
     ("--hardware_approx_terms 5", "--hardware_approx_terms/--hardware-approx-terms: invalid choice: 5"),
     ("--hardware_approx_terms two", "--hardware_approx_terms/--hardware-approx-terms: invalid int value: 'two'"),
-    ("--asymmetric=yes", "--asymmetric: ignored explicit argument 'yes'"),
+    ("--asymmetric=yes", "--asymmetric/--no-asymmetric: ignored explicit argument 'yes'"),
     ("--calib_size 0", "--calib_size must be at least 1, got 0"),
     ("--calib_batch_size 0", "--calib_batch_size must be at least 1, got 0"),
     ("--optimize --optim_size 0", "--optim_size must be at least 1, got 0"),
