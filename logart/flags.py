@@ -1,4 +1,7 @@
-"""The flags that both command lines have, and what follows from them: settings, idle flags, the row's columns."""
+"""The flags that both command lines have, and what follows from them: settings, idle flags, the row's columns.
+
+Only the entry points import this; the core never reads a command line.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def add_grid_flags(parser: FlagParser, defaults: Mapping[str, Any]) -> None:
     parser.flag("--scale_method", type=_scale_method, metavar="{" + ",".join(m.value for m in ScaleMethod) + "}",
                 help=f"the grid (default {d['scale_method']})")  # fmt: skip
     parser.flag("--search_method", choices=[m.value for m in SearchMethod],
-                help=f"the error that DBS minimises; dynamic grid only (default {d['search_method']})")  # fmt: skip
+                help=f"the error that DBS and scale search minimise (default {d['search_method']})")  # fmt: skip
     parser.flag("--first_last_bits", metavar="{2..8,same}", help="bits of the first and last layer (default same)")
     parser.flag("--scale_search", nargs="?", const="grid", choices=[m.value for m in ScaleSearch],
                 help="also search a factor of each channel's levels; half_step: only √2's powers, which need no "

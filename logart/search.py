@@ -79,10 +79,8 @@ def log_candidates(
 def n_candidates(method: ScaleMethod, n_bits: int, scale_search: ScaleSearch) -> int:
     """How many codebooks a search looks at."""
     mixes = 2 ** (n_bits - 1) + 1 if method is ScaleMethod.DYNAMIC else 1
-    return (
-        mixes
-        * {ScaleSearch.NONE: 1, ScaleSearch.GRID: len(SCALES), ScaleSearch.HALF_STEP: len(HALF_STEPS)}[scale_search]
-    )
+    scales = {ScaleSearch.NONE: 1, ScaleSearch.GRID: len(SCALES), ScaleSearch.HALF_STEP: len(HALF_STEPS)}
+    return mixes * scales[scale_search]
 
 
 def shrunk_candidates(w: Tensor, n_bits: int) -> list[Codebook]:
