@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logart.cli import FlagParser, finite, given, otherwise, refuse_idle
+from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding, SearchMethod
 from logart.data import DIGITS
 from logart.grid import ROOT2_TEXT, ScaleMethod, Spacing
@@ -149,6 +149,20 @@ def refuse_idle_flags(
     refuse(
         ("hardware_approx_terms",), approximates, "neither --hardware_approx nor --test_with_hardware_approx is given"
     )
+
+
+def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the network and its images, as keywords of both tracks' `load_network`."""
+    kwargs = None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs")
+    return {"model_kwargs": kwargs} | {name: getattr(args, name) for name in ("num_classes", *DATA_SETTINGS)}
+
+
+def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -> str:
+    """The flag to name where there are fewer images than asked for: of the stage that looks at most of them."""
+    if config.images_needed < 2:
+        return data  # two are needed for tracing alone
+    rounds = config.learns or config.compensates
+    return rounding if rounds and config.images_needed == config.calib_samples else search
 
 
 def run_options(

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from logart import flags
-from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle, run_command
+from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
@@ -118,9 +118,7 @@ def command(args: argparse.Namespace) -> None:
     network = load_network(
         otherwise(args.arch, "digits_resnet"),
         args.checkpoint,
-        model_kwargs=None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs"),
-        num_classes=args.num_classes,
-        **{name: getattr(args, name) for name in flags.DATA_SETTINGS},
+        **flags.network_arguments(args),
     )
     source = open_images(data_path, network.preprocessing, network.num_classes)
     images, chosen = _calibration_images(args, config, source, names)
@@ -146,16 +144,13 @@ def _calibration_images(
     args: argparse.Namespace, config: QuantConfig, source: ImageSource, names: list[str] | None
 ) -> tuple[Tensor, list[str]]:
     """The images that the stages look at, two at least, which tracing needs; and their names."""
-    count = config.images_needed
-    rounds = config.learns or config.compensates
-    flag = "--calib_samples" if rounds and count == config.calib_samples else "--search_samples"
     return calibration_images(
         source,
-        max(2, count),
+        max(2, config.images_needed),
         config.seed,
         augment=bool(args.calib_augment),
         names=names,
-        flag=flag if count >= 2 else "--data_path",
+        flag=flags.images_flag(config, rounding="--calib_samples", search="--search_samples", data="--data_path"),
         quiet=bool(args.quiet),
     )
 

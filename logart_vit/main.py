@@ -8,7 +8,7 @@ import time
 from typing import Any, get_type_hints
 
 from logart import flags
-from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle, run_command
+from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
@@ -137,17 +137,12 @@ def command(args: argparse.Namespace) -> None:
     network = load_network(
         otherwise(args.model, "digits_vit"),
         args.checkpoint,
-        model_kwargs=None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs"),
-        num_classes=args.num_classes,
-        **{name: getattr(args, name) for name in flags.DATA_SETTINGS},
+        **flags.network_arguments(args),
     )
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
-    count = config.images_needed
-    rounds = config.learns or config.compensates
-    flag = "--optim_size" if rounds and count == config.calib_samples else "--calib_size"
-    images, _ = calibration_images(
-        source, max(2, count), config.seed, flag=flag if count >= 2 else "--dataset", quiet=options.quiet
-    )
+    flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
+    count = max(2, config.images_needed)
+    images, _ = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
     check_network(network.model, images, network.num_classes, flags=options.network_flags)
     if not options.quiet:
         origin = f"{network.arch} ({network.source}) on {source.name}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import logart.pipeline
 import logart.run
 import logart_vit.main
+from logart.cli import key_values
 from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.grid import ScaleMethod
 from logart.layers import QUANTIZED_TYPES
@@ -464,7 +465,7 @@ def test_blocks_are_timms_own_and_attention_stays_fused(model: str, files: VitFi
     if model == "swin":
         argv += ["--model", f"timm:{SWIN}", "--checkpoint", str(files.swin), "--model_kwargs", *SWIN_KWARGS.split()]
     args = build_parser().parse_args(argv)
-    kwargs = logart_vit.main.key_values(args.model_kwargs, "")
+    kwargs = key_values(args.model_kwargs, "")
     float_network = load_network(args.model, args.checkpoint, model_kwargs=kwargs, num_classes=4).model
     modules = dict(float_network.named_modules())
     forwards = {type(module): type(module).forward for module in modules.values()}
