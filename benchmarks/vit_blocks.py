@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from memory import peak_mib, reset_peak
 
 import logart.pipeline
 from logart import QuantConfig, quantize_model
@@ -22,15 +22,6 @@ from logart.config import ReconInput, ReconMetric
 from logart.reconstruct import BlockReport, learn_rounding
 
 BLOCKS = ("PatchEmbed", "Block", "SwinTransformerBlock", "PatchMerging")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def main() -> None:

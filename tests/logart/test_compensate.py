@@ -199,22 +199,45 @@ def plain_feed_back(t: Tensor, a: Tensor, levels: list[float]) -> list[int]:
     return codes
 
 
+def plain_order(a: Tensor) -> list[int]:
+    """From the most important column, always to the one left that is most correlated with the last."""
+    order = [int(a.diagonal().argmax())]
+    while len(order) < len(a):
+        left = [k for k in range(len(a)) if k not in order]
+        order.append(max(left, key=lambda k: abs(float(a[order[-1], k])) / float(a[k, k]) ** 0.5))
+    return order
+
+
 def plain_descend(codes: Tensor, t: Tensor, a: Tensor, levels: list[float]) -> list[int]:
-    """One channel: each weight in turn tries every level on the whole objective, until a sweep changes nothing."""
-    found = codes.tolist()
-    objective = lambda q: float((q - t) @ a @ (q - t))  # noqa: E731
+    """One channel: each weight in turn tries its options on the whole objective, the next one all of its levels."""
+    found, order = codes.tolist(), plain_order(a)
     q = torch.tensor([levels[i] for i in found], dtype=torch.float64)
+
+    def objective(j: int, level: float) -> float:
+        tried = q.clone()
+        tried[j] = level
+        return float((tried - t) @ a @ (tried - t))
+
+    def after_answer(j: int, option: int, answering: int | None) -> float:
+        if answering is None:
+            return objective(j, levels[option])
+        own, q[j] = float(q[j]), levels[option]
+        least = min(objective(answering, level) for level in levels)
+        q[j] = own
+        return least
+
     moved = True
     while moved:
         moved = False
-        for j in range(len(found)):
-            errors = []
-            for level in levels:
-                q[j] = level
-                errors.append(objective(q))
-            best = min(range(len(levels)), key=errors.__getitem__)
-            if errors[best] < errors[found[j]] * (1 - 1e-12):
-                found[j], moved = best, True
+        for place, j in enumerate(order):
+            answering = None if place % 64 == 63 or place == len(order) - 1 else order[place + 1]
+            best = min(range(len(levels)), key=lambda i: objective(j, levels[i]))  # noqa: B023
+            own, top = found[j], len(levels) - 1
+            options = [own, best, max(own - 1, 0), min(own + 1, top)]
+            errors = [after_answer(j, i, answering) for i in options]
+            k = min(range(4), key=errors.__getitem__)
+            if errors[k] < errors[0] * (1 - 1e-12):
+                found[j], moved = options[k], True
             q[j] = levels[found[j]]
     return found
 
@@ -232,6 +255,7 @@ def test_feed_back_is_the_recursion_with_explicit_inverses(groups: int, size: in
 
 @pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 9), (1, 64), (1, 65), (2, 130)])
 def test_descent_is_the_plain_one(groups: int, size: int) -> None:
+    """Blocks of 64 columns: the last of a block has no next to answer."""
     t, a, codebook = correlated(groups, 2, size, seed=size)
     start = nearest(t, codebook)
     levels = codebook.levels.tolist()
@@ -256,7 +280,7 @@ def test_descent_never_rises_and_ends_where_no_weight_can_improve(
     while not torch.equal(after := descend(codes, t, a, codebook), codes):
         assert_no_worse(plain_error(after, t, a, codebook), plain_error(codes, t, a, codebook))
         codes, sweeps = after, sweeps + 1
-    assert sweeps < 45 and torch.equal(codes, end)  # so the real one ended by itself
+    assert sweeps < 100 and torch.equal(codes, end)  # so the real one ended by itself
     delta = dequantize(end, codebook.levels) - t
     slope = (delta.unflatten(0, (2, -1)) @ a).flatten(0, 1)
     steps = codebook.levels[:, None] - dequantize(end, codebook.levels)[:, :, None]  # [C, K, levels]
@@ -288,14 +312,22 @@ def test_the_result_is_no_worse_than_feedback_or_nearest(
     assert torch.equal(codes, descend(codes, t, a, codebook))
 
 
-def test_toy_problems_are_within_5_percent_of_the_optimum() -> None:
+TOYS: dict[str, Callable[[Callable[[int, int], Tensor]], Tensor]] = {
+    "8 rows": lambda draw: draw(8, 3),
+    "4 rows": lambda draw: draw(4, 3),
+    "correlated": lambda draw: draw(50, 1) + 0.3 * draw(50, 3),
+}
+
+
+@pytest.mark.parametrize("inputs", TOYS)
+def test_toy_problems_are_within_5_percent_of_the_optimum(inputs: str) -> None:
     """2×3 weights, 2 bits, all 64 assignments of each channel enumerated."""
     generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     every = torch.tensor(list(product(range(4), repeat=3)), dtype=torch.uint8)
     ratios, plainly = [], []
     for _ in range(300):
-        t = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-        x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+        t, x = draw(2, 3), TOYS[inputs](draw)
         a = (x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(3))[None]
         codebook = choose_codebook(t, ScaleMethod.DYNAMIC, 2, error=lambda d, a=a: quadratic_error(d, a))  # type: ignore[misc]
         found = plain_error(round_compensated(t, a, codebook), t, a, codebook)
