@@ -154,23 +154,35 @@ def log_codebook(
     k = torch.as_tensor(n_base2, device=absmax.device).expand(absmax.shape).long()
     if k.numel() and not (0 <= int(k.min()) and int(k.max()) <= n_levels):
         raise ValueError(f"n_base2 must be 0 to {n_levels} at {n_bits} bits, got {int(k.min())} to {int(k.max())}")
-    magnitudes = _mixed_half_steps(absmax.double(), n_levels, k[:, None], dtype)
+    top_exponent, top_half_step = _top_levels(absmax.double(), dtype)
+    top = torch.where(k == n_levels, 2 * top_exponent, top_half_step)
+    return mixed_codebook(top, k, n_bits, empty=absmax == 0, terms=terms)
+
+
+def mixed_codebook(top: Tensor, n_base2: Tensor, n_bits: int, *, empty: Tensor, terms: int = 0) -> Codebook:
+    """The logarithmic codebook below a largest magnitude.
+
+    Args:
+        top: [C] int64, the half-step of the largest magnitude; even where all magnitudes are base 2.
+        n_base2: [C] int64, 0..N.
+        empty: [C] bool, which channels have the codebook {0}.
+    """
+    n_levels = 2 ** (n_bits - 1)
+    magnitudes = mixed_half_steps(top, n_base2, n_levels)
     half_steps = torch.cat([magnitudes.flip(1), magnitudes], dim=1)
     signs = torch.ones_like(half_steps)
     signs[:, :n_levels] = -1
-    signs *= (absmax != 0)[:, None]
-    return Codebook(_levels(half_steps, signs, None, terms), Spacing.LOG, half_steps, signs, k)
+    signs *= ~empty[:, None]
+    return Codebook(_levels(half_steps, signs, None, terms), Spacing.LOG, half_steps, signs, n_base2)
 
 
-def _mixed_half_steps(absmax: Tensor, n_levels: int, k: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half-steps [C, N], ascending, for absmax [C] float64 and k [C, 1]."""
-    top_exponent, top_half_step = _top_levels(absmax, dtype)
-    n_sqrt2 = n_levels - k
-    below = torch.div(top_half_step[:, None] - n_sqrt2, 2, rounding_mode="floor")
-    exponent = torch.where(n_sqrt2 == 0, top_exponent[:, None], below)
-    position = torch.arange(n_levels, device=absmax.device)[None]
+def mixed_half_steps(top: Tensor, n_base2: Tensor, n_levels: int) -> Tensor:
+    """Half-steps [C, N] of the N magnitudes, ascending; arguments as `mixed_codebook`."""
+    top, k = top[:, None], n_base2[:, None]
+    exponent = torch.div(top - (n_levels - k), 2, rounding_mode="floor")
+    position = torch.arange(n_levels, device=top.device)[None]
     base2 = 2 * (exponent - (k - 1 - position))
-    sqrt2 = top_half_step[:, None] - (n_levels - 1 - position)
+    sqrt2 = top - (n_levels - 1 - position)
     return torch.where(position < k, base2, sqrt2)
 
 
@@ -209,40 +221,68 @@ def spend_free_codes(codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_co
         zero_code: the smallest negative level becomes zero, where zero is no level yet.
         terms: as for `log_codebook`.
     """
-    half_steps, signs = codebook.half_steps, codebook.signs
-    assert half_steps is not None and signs is not None
     if asymmetric:
-        half_steps, signs = _move_free_codes(codebook, w)
+        codebook = move_codes(codebook, *_free_codes(codebook, w), terms=terms)
     if zero_code:
-        negative = signs < 0
-        smallest = half_steps.where(negative, half_steps.amax() + 1).amin(1, keepdim=True)
-        signs = torch.where(negative & (half_steps == smallest) & (signs != 0).all(1, keepdim=True), 0, signs)
-    levels = _levels(half_steps, signs, codebook.scale, terms)
-    order = levels.argsort(dim=1)
-    half_steps, signs = half_steps.gather(1, order), signs.gather(1, order)
-    return replace(codebook, levels=levels.gather(1, order), half_steps=half_steps, signs=signs)
+        every = torch.ones(len(w), dtype=torch.bool, device=w.device)
+        codebook = zero_smallest_negative(codebook, every, terms=terms)
+    return codebook
 
 
-def _move_free_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Half-steps and signs, not in order, once the top codes of the shorter sign have gone to the small end."""
-    half_steps, signs, k = codebook.half_steps, codebook.signs, codebook.n_base2
-    assert half_steps is not None and signs is not None and k is not None
-    n_codes = half_steps.shape[1]
+def _free_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many codes of each channel rounding never reaches, of which sign, and whether that has no weight; [C]."""
+    assert codebook.signs is not None
+    n_codes = codebook.levels.shape[1]
     low, high = w.double().amin(1, keepdim=True), w.double().amax(1, keepdim=True)
     below, above = _passed(codebook.borders, low), n_codes - 1 - _passed(codebook.borders, high)
-    negative_is_shorter = below >= above
-    free = torch.where(negative_is_shorter, below, above).clamp(max=n_codes // 2)
-    free = torch.where((free >= 2) & (signs != 0).any(1, keepdim=True), free, 0)
-    one_sided = (low >= 0) | (high <= 0)
-    code = torch.arange(n_codes, device=w.device)[None]
-    rank = torch.where(negative_is_shorter, code, n_codes - 1 - code)  # the free codes are those of rank < free
+    negative = below >= above
+    free = torch.where(negative, below, above).clamp(max=n_codes // 2)
+    free = torch.where((free >= 2) & (codebook.signs != 0).any(1, keepdim=True), free, 0)
+    return free[:, 0], negative[:, 0], ((low >= 0) | (high <= 0))[:, 0]
+
+
+def move_codes(codebook: Codebook, free: Tensor, negative: Tensor, one_sided: Tensor, *, terms: int = 0) -> Codebook:
+    """The top codes of one sign become levels below the smallest, as `spend_free_codes` says.
+
+    Args:
+        codebook: a symmetric log codebook.
+        free: [C] int64, how many: 0, or 2 to N.
+        negative: [C] bool, whether they are the negative sign's.
+        one_sided: [C] bool, whether they all go to the other sign.
+    """
+    half_steps, signs, k = codebook.half_steps, codebook.signs, codebook.n_base2
+    assert half_steps is not None and signs is not None and k is not None
+    free, negative, one_sided = free[:, None], negative[:, None], one_sided[:, None]
+    n_codes = half_steps.shape[1]
+    code = torch.arange(n_codes, device=free.device)[None]
+    rank = torch.where(negative, code, n_codes - 1 - code)  # the free codes are those of rank < free
     smaller = half_steps.amin(1, keepdim=True) - torch.where(k > 0, 2, 1)[:, None] * (
         1 + torch.where(one_sided, rank, rank // 2)
     )
-    longer = torch.where(negative_is_shorter, 1, -1)
+    longer = torch.where(negative, 1, -1)
     sign = torch.where(one_sided | (rank % 2 == 0), longer, -longer)
     sign = torch.where(~one_sided & (rank == free - 1) & (free % 2 == 1), 0, sign)
-    return torch.where(rank < free, smaller, half_steps), torch.where(rank < free, sign, signs)
+    half_steps, signs = torch.where(rank < free, smaller, half_steps), torch.where(rank < free, sign, signs)
+    return _sorted(replace(codebook, half_steps=half_steps, signs=signs), terms)
+
+
+def zero_smallest_negative(codebook: Codebook, channels: Tensor, *, terms: int = 0) -> Codebook:
+    """The smallest negative level becomes zero in those channels, [C] bool, where zero is no level yet."""
+    half_steps, signs = codebook.half_steps, codebook.signs
+    assert half_steps is not None and signs is not None
+    negative = (signs < 0) & channels[:, None]
+    smallest = half_steps.where(negative, half_steps.amax() + 1).amin(1, keepdim=True)
+    chosen = negative & (half_steps == smallest) & (signs != 0).all(1, keepdim=True)
+    return _sorted(replace(codebook, signs=torch.where(chosen, 0, signs)), terms)
+
+
+def _sorted(codebook: Codebook, terms: int) -> Codebook:
+    """The levels of a codebook's half-steps and signs, ascending."""
+    assert codebook.half_steps is not None and codebook.signs is not None
+    levels = _levels(codebook.half_steps, codebook.signs, codebook.scale, terms)
+    order = levels.argsort(dim=1, stable=True)
+    half_steps, signs = codebook.half_steps.gather(1, order), codebook.signs.gather(1, order)
+    return replace(codebook, levels=levels.gather(1, order), half_steps=half_steps, signs=signs)
 
 
 def _passed(borders: Tensor, value: Tensor) -> Tensor:
@@ -266,11 +306,17 @@ def linear_codebook(low: Tensor, high: Tensor, n_bits: int, *, dtype: torch.dtyp
         raise ValueError("the range of a linear grid must be finite")
     low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
     steps = 2**n_bits - 1
-    scale = high / steps - low / steps  # two divisions: high - low may overflow
-    zero_point = torch.where(scale > 0, torch.round(-low / torch.where(scale > 0, scale, 1.0)), 0.0)
-    index = torch.arange(steps + 1, device=low.device, dtype=torch.float64)
+    step = high / steps - low / steps  # two divisions: high - low may overflow
+    zero_point = torch.where(step > 0, torch.round(-low / torch.where(step > 0, step, 1.0)), 0.0)
+    return affine_codebook(step, zero_point, n_bits, dtype=dtype)
+
+
+def affine_codebook(step: Tensor, zero_point: Tensor, n_bits: int, *, dtype: torch.dtype = torch.float32) -> Codebook:
+    """The linear codebook step·(i - zero_point), i in 0..2^n - 1, of steps [C] float64 and codes of zero [C]."""
+    index = torch.arange(2**n_bits, device=step.device, dtype=torch.float64)
     largest = torch.finfo(dtype).max
-    return Codebook((scale[:, None] * (index - zero_point[:, None])).clamp(-largest, largest), Spacing.LINEAR)
+    levels = step[:, None] * (index - zero_point[:, None])
+    return Codebook(levels.clamp(-largest, largest), Spacing.LINEAR)
 
 
 def minmax_codebook(w: Tensor, n_bits: int) -> Codebook:

@@ -1,0 +1,181 @@
+"""What a packed file keeps of a codebook: a few integers per channel, from which the levels come back exactly.
+
+A log codebook is its top half-step, n_base2, how many codes went from one sign to the small end, four flags and, where
+it was searched, a scale in 1/32. A linear one is its step and the code of zero. As bytes, a channel is one row:
+
+    log     top half-step (int16, little-endian), n_base2, flags, then free codes and scale where the layer has any
+    linear  step (float64, little-endian), zero point
+
+Flags: 1 all-zero channel, 2 the smallest negative level is zero, 4 the free codes were the negative sign's, 8 they all
+went to the other sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logart.grid import (
+    Codebook,
+    Spacing,
+    affine_codebook,
+    mixed_codebook,
+    mixed_half_steps,
+    move_codes,
+    zero_smallest_negative,
+)
+
+SCALE_UNIT = 32  # a scale of i is i / 32
+EMPTY, ZERO, NEGATIVE, ONE_SIDED = 1, 2, 4, 8
+LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last two where needed
+LINEAR_COLUMNS = ("step", "zero_point")
+_DTYPES: dict[str, np.dtype[Any]] = {"top_half_step": np.dtype("<i2"), "step": np.dtype("<f8")}  # the others are uint8
+
+
+@dataclass(frozen=True)
+class CodebookSpec:
+    """The integers of the codebooks of C channels.
+
+    Attributes:
+        columns: [C] each, by name: int64, or float64 for `step`.
+        terms: how √2 is approximated (`grid.root2`); 0 for linear codebooks.
+    """
+
+    columns: dict[str, Tensor]
+    terms: int = 0
+
+    @property
+    def spacing(self) -> Spacing:
+        return Spacing.LINEAR if "step" in self.columns else Spacing.LOG
+
+    @classmethod
+    def of(cls, codebook: Codebook, dtype: torch.dtype = torch.float32) -> CodebookSpec:
+        """The spec that gives this codebook back.
+
+        Args:
+            codebook: as made by `search.choose_codebook`, with √2 in any number of terms.
+            dtype: the weights' type.
+
+        Raises:
+            ValueError: a codebook that no spec describes.
+        """
+        n_bits = codebook.levels.shape[1].bit_length() - 1
+        if codebook.spacing is Spacing.LINEAR:
+            spec = cls(_linear_columns(codebook))
+            if torch.equal(spec.codebook(n_bits, dtype).levels, codebook.levels):
+                return spec
+        else:
+            columns = _log_columns(codebook)
+            for terms in (0, 2, 3, 4):
+                spec = cls(columns, terms)
+                if torch.equal(spec.codebook(n_bits, dtype).levels, codebook.levels):
+                    return spec
+        raise ValueError("these levels are none of the grids that a packed file describes")
+
+    def codebook(self, n_bits: int, dtype: torch.dtype = torch.float32) -> Codebook:
+        """The codebooks, with 2^n levels a channel."""
+        c = self.columns
+        if self.spacing is Spacing.LINEAR:
+            return affine_codebook(c["step"], c["zero_point"], n_bits, dtype=dtype)
+        flag = {bit: c["flags"] & bit != 0 for bit in (EMPTY, ZERO, NEGATIVE, ONE_SIDED)}
+        book = mixed_codebook(c["top_half_step"], c["n_base2"], n_bits, empty=flag[EMPTY], terms=self.terms)
+        if "scale" in c:
+            book = book.scaled(c["scale"].double() / SCALE_UNIT, self.terms, dtype)
+        if "free" in c:
+            book = move_codes(book, c["free"], flag[NEGATIVE], flag[ONE_SIDED], terms=self.terms)
+        return zero_smallest_negative(book, flag[ZERO], terms=self.terms)
+
+    def to_bytes(self) -> Tensor:
+        """[C, width] uint8, the columns side by side."""
+        parts = [
+            np.ascontiguousarray(column.cpu().numpy().astype(_DTYPES.get(name, np.uint8))).view(np.uint8)
+            for name, column in self.columns.items()
+        ]
+        channels = len(next(iter(self.columns.values())))
+        return torch.from_numpy(np.concatenate([part.reshape(channels, -1) for part in parts], axis=1))
+
+    @classmethod
+    def from_bytes(cls, data: Tensor, columns: list[str], terms: int, n_bits: int) -> CodebookSpec:
+        """The inverse of `to_bytes`, checked.
+
+        Raises:
+            ValueError: columns, a width or a value that no codebook of `n_bits` bits has.
+        """
+        if tuple(columns) != LINEAR_COLUMNS and (
+            tuple(columns[:3]) != LOG_COLUMNS[:3] or columns[3:] not in ([], ["free"], ["scale"], ["free", "scale"])
+        ):
+            raise ValueError(f"unknown columns {columns}")
+        dtypes = [_DTYPES.get(name, np.dtype(np.uint8)) for name in columns]
+        width = sum(dtype.itemsize for dtype in dtypes)
+        if data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] != width:
+            raise ValueError(f"expected {width} bytes a channel, got {data.dtype} {list(data.shape)}")
+        raw, values, start = data.cpu().numpy(), {}, 0
+        for name, dtype in zip(columns, dtypes, strict=True):
+            part = np.ascontiguousarray(raw[:, start : start + dtype.itemsize]).view(dtype)[:, 0]
+            values[name] = torch.from_numpy(part.astype(np.float64 if name == "step" else np.int64))
+            start += dtype.itemsize
+        spec = cls(values, terms)
+        spec._check(n_bits)
+        return spec
+
+    def _check(self, n_bits: int) -> None:
+        c, n_levels = self.columns, 2 ** (n_bits - 1)
+        if self.spacing is Spacing.LINEAR:
+            wrong = {
+                "step": ~(c["step"].isfinite() & (c["step"] >= 0)),
+                "zero_point": c["zero_point"] >= 2**n_bits,
+            }
+        else:
+            free = c.get("free", torch.zeros_like(c["flags"]))
+            wrong = {
+                "top_half_step": c["top_half_step"].abs() > 2200,  # past float64 at either end
+                "n_base2": (c["n_base2"] > n_levels) | ((c["n_base2"] == n_levels) & (c["top_half_step"] % 2 != 0)),
+                "flags": (c["flags"] > 15) | ((free == 0) & (c["flags"] & (NEGATIVE | ONE_SIDED) != 0)),
+                "free": (free > n_levels) | (free == 1),
+                "scale": c.get("scale", torch.ones_like(free)) == 0,
+            }
+        for name, channels in wrong.items():
+            if channels.any():
+                channel = int(channels.nonzero()[0])
+                raise ValueError(
+                    f"channel {channel}: {name} {c[name][channel].item()} is out of range at {n_bits} bits"
+                )
+
+
+def _linear_columns(codebook: Codebook) -> dict[str, Tensor]:
+    """Zero falls on a level; its neighbour is a step away."""
+    levels = codebook.levels
+    point = (levels == 0).long().argmax(1)
+    inner = torch.where(point < levels.shape[1] - 1, point + 1, point - 1)
+    return {"step": levels.gather(1, inner[:, None])[:, 0].abs(), "zero_point": point}
+
+
+def _log_columns(codebook: Codebook) -> dict[str, Tensor]:
+    """The longer sign keeps its top; the shorter one's top says how many codes it gave away."""
+    half_steps, signs, n_base2 = codebook.half_steps, codebook.signs, codebook.n_base2
+    if half_steps is None or signs is None or n_base2 is None:
+        raise ValueError("a log codebook without half-steps")
+    n_levels = half_steps.shape[1] // 2
+    lowest = torch.iinfo(torch.int64).min
+    tops = {sign: half_steps.where(signs == sign, lowest).amax(1) for sign in (-1, 1)}
+    empty = (signs == 0).all(1)
+    top = torch.where(empty, 0, torch.maximum(tops[-1], tops[1]))
+    base = mixed_half_steps(top, n_base2, n_levels)
+    negative = tops[-1] < tops[1]
+    shorter = torch.where(negative, tops[-1], tops[1])
+    free = torch.where(empty, 0, (base > shorter[:, None]).sum(1))
+    positives = (signs > 0).sum(1)
+    one_sided = (free > 0) & torch.where(negative, positives == 2 * n_levels, positives == 0)
+    from_moving = (free % 2 == 1) & ~one_sided  # an odd number of free codes leaves a zero by itself
+    zero = (signs == 0).any(1) & ~empty & ~from_moving
+    flags = EMPTY * empty + ZERO * zero + (free > 0) * (NEGATIVE * negative + ONE_SIDED * one_sided)
+    columns = {"top_half_step": top, "n_base2": n_base2, "flags": flags.long()}
+    if free.any():
+        columns["free"] = free
+    if codebook.scale is not None:
+        columns["scale"] = (codebook.scale * SCALE_UNIT).round().long()
+    return columns
