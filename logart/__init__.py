@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from logart.checkpoint import load_packed, save_packed
 from logart.config import QuantConfig
 from logart.grid import ScaleMethod
 from logart.pipeline import Report, quantize_model
@@ -11,4 +12,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["QuantConfig", "Report", "ScaleMethod", "__version__", "quantize_model"]
+__all__ = ["QuantConfig", "Report", "ScaleMethod", "__version__", "load_packed", "quantize_model", "save_packed"]

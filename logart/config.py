@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -185,6 +185,10 @@ class QuantConfig:
     def images_needed(self) -> int:
         """How many calibration images the stages that run look at."""
         return max(self.search_samples * self.searches_data, self.calib_samples * (self.learns or self.compensates))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings by name, as JSON can say them."""
+        return {name: getattr(value, "value", value) for name, value in asdict(self).items()}
 
     def bits_of(self, layers: list[str]) -> dict[str, int]:
         """The bit width of each layer, given in the order they run."""

@@ -77,6 +77,8 @@ def add_run_flags(parser: FlagParser) -> None:
     parser.flag("--seed", type=int, help="of every random choice (default 0)")
     parser.flag("--device", help="auto (CUDA when there is one), cpu, cuda or cuda:N (default auto)")
     parser.flag("--results", help="the CSV file that gets a row (default results.csv)")
+    parser.flag("--save", metavar="PATH.safetensors", help="write the quantized network to a packed file, which "
+                "`logart.load_packed` reads and `python -m logart.inspect` shows")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
 
 
@@ -179,6 +181,7 @@ def run_options(
         test_with_terms=otherwise(args.hardware_approx_terms, 2) if args.test_with_hardware_approx else 0,
         quiet=bool(args.quiet),
         network_flags=network_flags,
+        save=args.save,
     )
 
 

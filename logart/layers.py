@@ -3,7 +3,8 @@
 A quantized layer is its float layer with one difference: `weight` is a property. The parent's forward reads it and
 never knows, so every padding mode, stride and group works as it does in float. What the property gives follows from
 what the layer holds: a soft rounding while it learns, the levels of its codes once it is rounded, the float weight
-before. The float weight is shared with the float network, not copied.
+before; in a network that was loaded from a packed file, what its packed codes stand for. The float weight is shared
+with the float network, not copied.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from logart.grid import Codebook, Spacing
+from logart.packing import pack
 from logart.rounding import dequantize, nearest, soft_bit, soft_neighbours, soft_round
+from logart.spec import CodebookSpec, expand
 
 
 class SoftRounding(nn.Module):
@@ -62,6 +65,9 @@ class QuantizedLayer(nn.Module):
         levels: [G, L] float64; on log grids half_steps: [G, L] int16, signs: [G, L] int8, n_base2: [G] int16, and
             scale: [G] float64 where levels are scaled.
         n_codebooks: G; rows of the weight are split evenly among codebooks, in order.
+        shape: the weight's.
+        packed_codes, spec: in a loaded network the packed codes [bytes] uint8 and what their codebooks are made of, in
+            place of codes and levels.
     """
 
     float_weight: nn.Parameter | None
@@ -74,9 +80,13 @@ class QuantizedLayer(nn.Module):
     expanded: Tensor | None
     soft: SoftRounding | None
     soft_weight: Tensor
+    packed_codes: Tensor | None
+    spec: CodebookSpec | None
     spacing: Spacing
     n_codebooks: int
     n_bits: int
+    shape: torch.Size
+    dtype: torch.dtype
 
     @classmethod
     def from_float(cls, module: nn.Module, n_bits: int, n_codebooks: int) -> QuantizedLayer:
@@ -88,11 +98,13 @@ class QuantizedLayer(nn.Module):
         assert isinstance(layer, QuantizedLayer)
         weight = layer._parameters.pop("weight")
         layer.register_parameter("float_weight", weight)
-        for name in ("codes", "levels", *_STORED):
+        for name in ("codes", "levels", "packed_codes", *_STORED):
             layer.register_buffer(name, None)
         layer.register_buffer("expanded", None, persistent=False)
         layer.register_module("soft", None)
         layer.spacing, layer.n_bits, layer.n_codebooks = Spacing.LOG, n_bits, n_codebooks
+        assert weight is not None
+        layer.shape, layer.dtype, layer.spec = weight.shape, weight.dtype, None
         return layer
 
     @property
@@ -102,6 +114,8 @@ class QuantizedLayer(nn.Module):
             return self.soft_weight
         if self.expanded is not None:
             return self.expanded
+        if self.packed_codes is not None and self.spec is not None:
+            return expand(self.packed_codes, self.spec, self.shape, self.n_bits, self.dtype)
         assert self.float_weight is not None
         return self.float_weight
 
@@ -130,10 +144,10 @@ class QuantizedLayer(nn.Module):
     def set_codes(self, codes: Tensor) -> None:
         """Take codes [G, M] uint8 of the codebook already set; ends learning."""
         assert self.levels is not None
-        reference = self.float_weight if self.float_weight is not None else self.expanded
-        assert reference is not None
-        self.codes = codes.reshape(reference.shape)
-        self.expanded = dequantize(codes, self.levels).to(reference.dtype).reshape(reference.shape)
+        if self.float_weight is not None:
+            self.dtype = self.float_weight.dtype  # the module may have been moved to another since
+        self.codes = codes.reshape(self.shape)
+        self.expanded = dequantize(codes, self.levels).to(self.dtype).reshape(self.shape)
         self.soft = None
 
     def start_learning(self, target: Tensor | None = None) -> SoftRounding:
@@ -169,11 +183,20 @@ class QuantizedLayer(nn.Module):
         """Forget the float weight: from here on the codes are all there is."""
         self.float_weight = None
 
-    @property
-    def shape(self) -> torch.Size:
-        """The weight's shape."""
-        assert self.float_weight is not None
-        return self.float_weight.shape
+    def packed(self) -> tuple[Tensor, CodebookSpec]:
+        """The codes, packed, and what makes the codebooks; ValueError while the layer is not rounded."""
+        if self.packed_codes is not None and self.spec is not None:
+            return self.packed_codes, self.spec
+        if self.codes is None or self.soft is not None:
+            raise ValueError("the layer is not rounded")
+        return pack(self.codes, self.n_bits), CodebookSpec.of(self.codebook, self.dtype)
+
+    def hold_packed(self, codes: Tensor, spec: CodebookSpec, *, expanded: bool) -> None:
+        """Take packed codes in place of the float weight; expand them once, here, or whenever the weight is read."""
+        self.drop_float()
+        self.spacing, self.packed_codes, self.spec = spec.spacing, codes, spec
+        if expanded:
+            self.expanded = expand(codes, spec, self.shape, self.n_bits, self.dtype)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override,misc]

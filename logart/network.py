@@ -42,6 +42,8 @@ class Network:
         source: Where the weights came from: a file's name, a URL, or timm's name of them.
         sha256: Of the weights' file; for timm's pretrained weights, of the state dict (`state_sha256`).
         row_groups: Last part of a layer's name -> how many groups its rows form, where not channel-wise.
+        recipe: What `build_network` of the track needs to build it without weights: track, arch, model_kwargs,
+            num_classes, input_size.
     """
 
     arch: str
@@ -52,6 +54,7 @@ class Network:
     source: str
     sha256: str
     row_groups: Mapping[str, int] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_counts(num_classes: int | None, input_size: int | None) -> None:
@@ -59,6 +62,23 @@ def check_counts(num_classes: int | None, input_size: int | None) -> None:
     for flag, value in (("--num-classes", num_classes), ("--input-size", input_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag}: {value}; expected at least 1")
+
+
+def network_recipe(
+    track: str,
+    arch: str,
+    model_kwargs: Mapping[str, Any] | None,
+    num_classes: int | None,
+    input_size: int | None,
+) -> dict[str, Any]:
+    """A network's `recipe`."""
+    return {
+        "track": track,
+        "arch": arch,
+        "model_kwargs": dict(model_kwargs or {}),
+        "num_classes": num_classes,
+        "input_size": input_size,
+    }
 
 
 def unknown_network(name: str, known: Sequence[str], *, flag: str) -> UserError:
@@ -99,18 +119,15 @@ def load_timm(
     Raises:
         UserError: A name timm does not know, settings that do not fit, or weights that are missing or do not fit.
     """
-    if not timm.is_model(name):
-        raise UserError(f"{flag}: timm has no model {name!r}{_close(name, timm.list_models())}")
     asked = dict(model_kwargs or {})
-    if num_classes is not None and asked.setdefault("num_classes", num_classes) != num_classes:
-        raise UserError(f"--num-classes: {num_classes}, but --model-kwargs has num_classes={asked['num_classes']}")
-    if input_size is not None and to_2tuple(asked.get("img_size", input_size)) != (input_size, input_size):
-        raise UserError(f"--input-size: {input_size}, but --model-kwargs has img_size={asked['img_size']}")
-    try:
-        model, kwargs = _build(name, {**(defaults or {}), **asked}, input_size)
-    except Exception as error:  # whatever the model's own constructor raises
-        culprit = "--model-kwargs" if model_kwargs else flag if input_size is None else "--input-size"
-        raise UserError(f"{culprit}: timm cannot build {name} ({one_line(error)})") from error
+    model, kwargs = build_timm(
+        name,
+        flag=flag,
+        model_kwargs=model_kwargs,
+        defaults=defaults,
+        num_classes=num_classes,
+        input_size=input_size,
+    )
     blocks = find_blocks(model)
     if checkpoint is None:
         model, source = _pretrained(arch, name, kwargs, flag)
@@ -119,6 +136,30 @@ def load_timm(
         state, source, sha256 = read_state_dict(checkpoint), Path(checkpoint).name, file_sha256(checkpoint)
         _load_file(model, state, source, resize=input_size is not None or "img_size" in asked)
     return Network(arch, model, _timm_preprocessing(model, kwargs), blocks, model.num_classes, source, sha256)
+
+
+def build_timm(
+    name: str,
+    *,
+    flag: str,
+    model_kwargs: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """A network of timm's without trained weights, and the arguments that gave it; all as for `load_timm`."""
+    if not timm.is_model(name):
+        raise UserError(f"{flag}: timm has no model {name!r}{_close(name, timm.list_models())}")
+    asked = dict(model_kwargs or {})
+    if num_classes is not None and asked.setdefault("num_classes", num_classes) != num_classes:
+        raise UserError(f"--num-classes: {num_classes}, but --model-kwargs has num_classes={asked['num_classes']}")
+    if input_size is not None and to_2tuple(asked.get("img_size", input_size)) != (input_size, input_size):
+        raise UserError(f"--input-size: {input_size}, but --model-kwargs has img_size={asked['img_size']}")
+    try:
+        return _build(name, {**(defaults or {}), **asked}, input_size)
+    except Exception as error:  # whatever the model's own constructor raises
+        culprit = "--model-kwargs" if model_kwargs else flag if input_size is None else "--input-size"
+        raise UserError(f"{culprit}: timm cannot build {name} ({one_line(error)})") from error
 
 
 def _build(name: str, kwargs: dict[str, Any], input_size: int | None) -> tuple[Any, dict[str, Any]]:

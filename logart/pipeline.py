@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ class Report:
     search_seconds: float = 0.0
     reconstruction_seconds: float = 0.0
 
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """What became of each layer, by name, as JSON can say it."""
+        return {
+            layer.name: {
+                "block": layer.block,
+                "error_nearest": float(f"{layer.error_nearest:.4g}"),
+                "error": float(f"{layer.error:.4g}"),
+                "moved": layer.moved,
+            }
+            for layer in self.layers
+        }
+
 
 def quantize_model(
     model: nn.Module,
@@ -95,7 +108,7 @@ def quantize_model(
             and ("rounded", …) after compensation and LLR; the time it takes is not counted.
 
     Returns:
-        The quantized network in eval mode, and the report.
+        The quantized network in eval mode, with what `save_packed` keeps of this run as `packed_info`; and the report.
 
     Raises:
         ValueError: fewer images than the settings ask for, a layer that cannot be quantized (named), non-finite
@@ -130,6 +143,7 @@ def quantize_model(
         report.reconstruction_seconds = time.perf_counter() - start
         observe("rounded", quantized)
     report.layers = _layer_reports(quantized, units)
+    quantized.packed_info = {"settings": config.as_dict(), "layers": report.as_dict()}  # type: ignore[assignment]
     return quantized, report
 
 

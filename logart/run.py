@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from logart.checkpoint import SizeTable, save_packed
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.data import ImageSource, validation_batches
 from logart.evaluate import Accuracy, accuracy
@@ -17,7 +22,7 @@ from logart.grid import ROOT2_TEXT, Spacing
 from logart.layers import hardware_approximation
 from logart.network import Network
 from logart.pipeline import Report, quantize_model
-from logart.results import Cell, append_row, environment
+from logart.results import Cell, append_row, check_results, environment
 from logart.runtime import NetworkError, UserError, peak_memory_mb, progress_bar
 from logart.weights import one_line
 
@@ -35,6 +40,7 @@ class RunOptions:
             calibrated without it.
         quiet: print no progress and no table, only the accuracies.
         network_flags: the flags that choose the network, for errors about it.
+        save: the packed file that gets the network; None saves none.
     """
 
     device: torch.device
@@ -45,6 +51,7 @@ class RunOptions:
     test_with_terms: int = 0
     quiet: bool = False
     network_flags: str = "--arch, --checkpoint"
+    save: str | None = None
 
 
 def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: str = "--arch, --checkpoint") -> None:
@@ -119,14 +126,65 @@ def run(
     if options.test_with_terms:
         row["hardware_approx_terms"] = options.test_with_terms
     append_row(options.results, row | environment())
+    sizes = None
+    if options.save is not None:
+        sizes = _save(quantized, options.save, run_info(network, source, stages))
     if not options.quiet:
         print(layer_table(report))
+        if sizes is not None:
+            print(f"{sizes}\nsaved as {options.save}")
         rounding = "LLR" if config.learns and not config.compensates else "rounding"
         times = (
             f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
         )
         print(f"{times}; row appended to {options.results}")
     return report
+
+
+def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None) -> None:
+    """Raise UserError where the results row or the packed file could not be written at the end of the run.
+
+    Args:
+        options: names both files.
+        model_kwargs: of the network, which the packed file must be able to say.
+    """
+    check_results(options.results)
+    if options.save is None:
+        return
+    path, place = options.save, Path(options.save)
+    if place.suffix != ".safetensors":
+        raise UserError(f"--save: {path!r}; expected a file that ends in .safetensors")
+    if place.is_dir() or not place.parent.is_dir():
+        problem = "is a folder" if place.is_dir() else "lies in no folder that exists"
+        raise UserError(f"--save: {path!r} {problem}; expected the path of a file")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--save: {str(place.parent)!r} is not writable; expected a folder that takes the file")
+    try:
+        json.dumps(model_kwargs, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model-kwargs: {one_line(error)}; with --save, expected numbers, texts and lists") from error
+
+
+def _save(quantized: nn.Module, path: str, info: Mapping[str, Any]) -> SizeTable:
+    try:
+        return save_packed(quantized, path, {**quantized.packed_info, **info})  # type: ignore[dict-item]
+    except OSError as error:
+        raise UserError(
+            f"--save: {path!r} cannot be written ({one_line(error)}); the accuracies are recorded"
+        ) from error
+
+
+def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:
+    """What a packed file says of the network and its run, beside settings and layers."""
+    versions = {name: value for name, value in environment().items() if name.endswith("_version")}
+    return {
+        "network": dict(network.recipe),
+        "preprocessing": asdict(network.preprocessing),
+        "class_names": list(source.class_names),
+        "source": {"checkpoint": network.source, "sha256": network.sha256, "data": source.name},
+        "accuracy": {stage: value._asdict() for stage, value in stages.accuracies.items()},
+        "versions": versions,
+    }
 
 
 @dataclass

@@ -28,11 +28,14 @@ from logart.grid import (
     move_codes,
     zero_smallest_negative,
 )
+from logart.packing import unpack
+from logart.rounding import dequantize
 
 SCALE_UNIT = 32  # a scale of i is i / 32
 EMPTY, ZERO, NEGATIVE, ONE_SIDED = 1, 2, 4, 8
 LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last two where needed
 LINEAR_COLUMNS = ("step", "zero_point")
+_LEVELS_AT_ONCE = 2**20
 _DTYPES: dict[str, np.dtype[Any]] = {"top_half_step": np.dtype("<i2"), "step": np.dtype("<f8")}  # the others are uint8
 
 
@@ -51,6 +54,15 @@ class CodebookSpec:
     @property
     def spacing(self) -> Spacing:
         return Spacing.LINEAR if "step" in self.columns else Spacing.LOG
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(next(iter(self.columns.values())))
+
+    def select(self, channels: slice) -> CodebookSpec:
+        """The spec of some channels."""
+        return CodebookSpec({name: column[channels] for name, column in self.columns.items()}, self.terms)
 
     @classmethod
     def of(cls, codebook: Codebook, dtype: torch.dtype = torch.float32) -> CodebookSpec:
@@ -95,8 +107,7 @@ class CodebookSpec:
             np.ascontiguousarray(column.cpu().numpy().astype(_DTYPES.get(name, np.uint8))).view(np.uint8)
             for name, column in self.columns.items()
         ]
-        channels = len(next(iter(self.columns.values())))
-        return torch.from_numpy(np.concatenate([part.reshape(channels, -1) for part in parts], axis=1))
+        return torch.from_numpy(np.concatenate([part.reshape(self.channels, -1) for part in parts], axis=1))
 
     @classmethod
     def from_bytes(cls, data: Tensor, columns: list[str], terms: int, n_bits: int) -> CodebookSpec:
@@ -144,6 +155,21 @@ class CodebookSpec:
                 raise ValueError(
                     f"channel {channel}: {name} {c[name][channel].item()} is out of range at {n_bits} bits"
                 )
+
+
+def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight [*shape] that packed codes stand for, of G codebooks that share its rows evenly.
+
+    Levels are made for some channels at a time: all of them may take far more memory than the weights.
+    """
+    codes = unpack(packed, n_bits, shape.numel()).reshape(spec.channels, -1)
+    weight = torch.empty(codes.shape, dtype=dtype, device=packed.device)
+    size = max(1, _LEVELS_AT_ONCE >> n_bits)
+    for start in range(0, spec.channels, size):
+        part = slice(start, start + size)
+        levels = spec.select(part).codebook(n_bits, dtype).levels.to(packed.device)
+        weight[part] = dequantize(codes[part], levels).to(dtype)
+    return weight.reshape(shape)
 
 
 def _linear_columns(codebook: Codebook) -> dict[str, Tensor]:

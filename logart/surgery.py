@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -154,6 +154,13 @@ def _what_remains(norm: nn.Module) -> nn.Module:
     return activation if isinstance(activation, nn.Module) else nn.Identity().eval()
 
 
+def drop_batch_norms(model: nn.Module, keep: Callable[[str], bool]) -> None:
+    """Put what folding leaves in the place of every batch norm with statistics whose name is not to be kept."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None and not keep(name):
+            _replace(model, name, _what_remains(module))
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -177,8 +184,15 @@ def replace_layers(
         groups = row_groups.get(name.rpartition(".")[2], 1)
         per_layer = groups if weight.shape[0] % groups == 0 else 1
         n_codebooks = weight.shape[0] if channel_wise else per_layer
-        quantized = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks)
-        _replace(model, name, quantized)
+        replace_layer(model, name, n_bits, n_codebooks)
+
+
+def replace_layer(model: nn.Module, name: str, n_bits: int, n_codebooks: int) -> QuantizedLayer:
+    """Put a quantized layer, sharing the float weight, in the place of one layer."""
+    layer = model.get_submodule(name)
+    quantized: QuantizedLayer = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks)
+    _replace(model, name, quantized)
+    return quantized
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -15,8 +15,7 @@ from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_co
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
-from logart.results import check_results
-from logart.run import check_network, run
+from logart.run import check_network, check_outputs, run
 from logart.runtime import UserError, seed_everything
 from logart_cnn.models import load_network
 
@@ -110,7 +109,8 @@ def command(args: argparse.Namespace) -> None:
     options = flags.run_options(
         args, config, data=data_path, workers=workers, val_batch_size=128, network_flags="--arch, --checkpoint"
     )
-    check_results(options.results)
+    network_arguments = flags.network_arguments(args)
+    check_outputs(options, network_arguments["model_kwargs"])
     if args.save_calib_list is not None:
         _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
     names = None if args.calib_list is None else load_names(args.calib_list)
@@ -118,7 +118,7 @@ def command(args: argparse.Namespace) -> None:
     network = load_network(
         otherwise(args.arch, "digits_resnet"),
         args.checkpoint,
-        **flags.network_arguments(args),
+        **network_arguments,
     )
     source = open_images(data_path, network.preprocessing, network.num_classes)
     images, chosen = _calibration_images(args, config, source, names)

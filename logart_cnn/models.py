@@ -9,12 +9,12 @@ from pathlib import Path
 
 import timm
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from logart.data import Preprocessing
 from logart.network import DIGITS_PREPROCESSING as DIGITS
 from logart.network import INTERPOLATIONS as INTERPOLATIONS
-from logart.network import TIMM, Network, check_counts, load_timm, override, unknown_network
+from logart.network import TIMM, Network, build_timm, check_counts, load_timm, network_recipe, override, unknown_network
 from logart.runtime import UserError
 from logart.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
@@ -144,7 +144,29 @@ def load_network(
         raise unknown_network(arch, ARCHS, flag="--arch")
     network.model.eval().float()
     settings = override(network.preprocessing, input_size, crop_pct, mean, std, interpolation)
-    return replace(network, preprocessing=settings)
+    recipe = network_recipe("cnn", arch, model_kwargs, num_classes, input_size)
+    return replace(network, preprocessing=settings, recipe=recipe)
+
+
+def build_network(
+    arch: str,
+    *,
+    shapes: Mapping[str, Tensor],
+    model_kwargs: Mapping[str, object] | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> nn.Module:
+    """The network that `load_network` would give weights to.
+
+    Args:
+        arch: One of `ARCHS`, or 'timm:' and a name that timm knows.
+        shapes: A tensor, on any device, of the shape of each weight; what decides the width of some networks.
+        model_kwargs, num_classes, input_size: As for `load_network`.
+    """
+    if arch in _STOCK:
+        return _STOCK[arch].build(dict(shapes), num_classes or _STOCK[arch].num_classes)
+    name = arch.removeprefix(TIMM)
+    return build_timm(name, flag="--arch", model_kwargs=model_kwargs, num_classes=num_classes, input_size=input_size)[0]  # type: ignore[no-any-return]
 
 
 def _load_stock(arch: str, checkpoint: str | Path | None, num_classes: int | None) -> Network:

@@ -12,8 +12,7 @@ from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_co
 from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
-from logart.results import check_results
-from logart.run import check_network, run
+from logart.run import check_network, check_outputs, run
 from logart.runtime import UserError, seed_everything
 from logart_vit.models import MODELS, load_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config
@@ -132,12 +131,13 @@ def command(args: argparse.Namespace) -> None:
         val_batch_size=loading["val_batch_size"],
         network_flags="--model, --checkpoint",
     )
-    check_results(options.results)
+    network_arguments = flags.network_arguments(args)
+    check_outputs(options, network_arguments["model_kwargs"])
     seed_everything(config.seed)
     network = load_network(
         otherwise(args.model, "digits_vit"),
         args.checkpoint,
-        **flags.network_arguments(args),
+        **network_arguments,
     )
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")

@@ -9,14 +9,16 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from logart.network import (
     DIGITS_PREPROCESSING,
     TIMM,
     Network,
+    build_timm,
     check_counts,
     load_timm,
+    network_recipe,
     override,
     unknown_network,
 )
@@ -175,7 +177,27 @@ def load_network(
     if is_digits:
         settings = replace(DIGITS_PREPROCESSING, input_size=settings.input_size)
     settings = override(settings, input_size, crop_pct, mean, std, interpolation)
-    return replace(network, preprocessing=settings, row_groups=ROW_GROUPS)
+    recipe = network_recipe("vit", model, model_kwargs, num_classes, input_size)
+    return replace(network, preprocessing=settings, row_groups=ROW_GROUPS, recipe=recipe)
+
+
+def build_network(
+    arch: str,
+    *,
+    shapes: Mapping[str, Tensor],
+    model_kwargs: Mapping[str, object] | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> nn.Module:
+    """The network that `load_network` would give weights to; arguments as there, `shapes` decide nothing here."""
+    return build_timm(
+        MODELS.get(arch, arch.removeprefix(TIMM)),
+        flag="--model",
+        model_kwargs=model_kwargs,
+        defaults=DIGITS_VIT_KWARGS if arch == "digits_vit" else None,
+        num_classes=num_classes,
+        input_size=input_size,
+    )[0]  # type: ignore[no-any-return]
 
 
 @contextmanager
