@@ -196,8 +196,13 @@ def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     exponent = exponent.long()
     top_exponent = exponent - (mantissa < 2**-0.5).long()
     top_half_step = 2 * exponent - (mantissa <= 2**-0.25).long() - (mantissa <= 2**-0.75).long()
-    largest = math.frexp(torch.finfo(dtype).max)[1] - 1
-    return top_exponent.clamp(max=largest), top_half_step.clamp(max=2 * largest + 1)
+    largest = largest_half_step(dtype)
+    return top_exponent.clamp(max=largest // 2), top_half_step.clamp(max=largest)
+
+
+def largest_half_step(dtype: torch.dtype) -> int:
+    """Of the largest magnitude that a type holds: an odd one, 2^(h/2) with h = 2·exponent + 1."""
+    return 2 * (math.frexp(torch.finfo(dtype).max)[1] - 1) + 1
 
 
 def _levels(half_steps: Tensor, signs: Tensor, scale: Tensor | None, terms: int) -> Tensor:

@@ -44,6 +44,9 @@ _MAX_HEADER = 2**25
 class PackedFileError(UserError):
     """A file that is not a packed network that this version reads; the message names the file and what is wrong."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else "�" for c in message))  # it may quote the file
+
 
 @dataclass(frozen=True)
 class PackedLayer:
@@ -251,7 +254,7 @@ def _layer(entry: Mapping[str, Any], codes: Tensor | None, codebook: Tensor | No
         raise ValueError(f"{count} codes of {n_bits} bits cannot be {codes.dtype} {list(codes.shape)}")
     if count * n_bits % 8 and int(codes[-1]) >> count * n_bits % 8:
         raise ValueError("bits after the last code")
-    spec = CodebookSpec.from_bytes(codebook, columns, terms, n_bits)
+    spec = CodebookSpec.from_bytes(codebook, columns, terms, n_bits, DTYPES[dtype])
     if not spec.channels or shape[0] % spec.channels:
         raise ValueError(f"{spec.channels} codebooks for {shape[0]} rows")
     return PackedLayer(kind, torch.Size(shape), n_bits, DTYPES[dtype], codes, spec)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logart.grid import check_bits
 
-_AT_ONCE = 2**17  # groups of 8 codes worked on at a time: what is held beside is 17 MiB at most
+_AT_ONCE = 2**15  # groups of 8 codes worked on at a time: what is held beside is a few MiB
 
 
 def packed_bytes(count: int, n_bits: int) -> int:

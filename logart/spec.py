@@ -23,6 +23,7 @@ from logart.grid import (
     Codebook,
     Spacing,
     affine_codebook,
+    largest_half_step,
     mixed_codebook,
     mixed_half_steps,
     move_codes,
@@ -35,7 +36,7 @@ SCALE_UNIT = 32  # a scale of i is i / 32
 EMPTY, ZERO, NEGATIVE, ONE_SIDED = 1, 2, 4, 8
 LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last two where needed
 LINEAR_COLUMNS = ("step", "zero_point")
-_LEVELS_AT_ONCE = 2**20
+_AT_ONCE = 2**18  # levels, or weights
 _DTYPES: dict[str, np.dtype[Any]] = {"top_half_step": np.dtype("<i2"), "step": np.dtype("<f8")}  # the others are uint8
 
 
@@ -110,30 +111,32 @@ class CodebookSpec:
         return torch.from_numpy(np.concatenate([part.reshape(self.channels, -1) for part in parts], axis=1))
 
     @classmethod
-    def from_bytes(cls, data: Tensor, columns: list[str], terms: int, n_bits: int) -> CodebookSpec:
+    def from_bytes(
+        cls, data: Tensor, columns: list[str], terms: int, n_bits: int, dtype: torch.dtype = torch.float32
+    ) -> CodebookSpec:
         """The inverse of `to_bytes`, checked.
 
         Raises:
-            ValueError: columns, a width or a value that no codebook of `n_bits` bits has.
+            ValueError: columns, a width or a value that no codebook of `n_bits` bits and weights of `dtype` has.
         """
         if tuple(columns) != LINEAR_COLUMNS and (
             tuple(columns[:3]) != LOG_COLUMNS[:3] or columns[3:] not in ([], ["free"], ["scale"], ["free", "scale"])
         ):
             raise ValueError(f"unknown columns {columns}")
         dtypes = [_DTYPES.get(name, np.dtype(np.uint8)) for name in columns]
-        width = sum(dtype.itemsize for dtype in dtypes)
+        width = sum(stored.itemsize for stored in dtypes)
         if data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] != width:
             raise ValueError(f"expected {width} bytes a channel, got {data.dtype} {list(data.shape)}")
         raw, values, start = data.cpu().numpy(), {}, 0
-        for name, dtype in zip(columns, dtypes, strict=True):
-            part = np.ascontiguousarray(raw[:, start : start + dtype.itemsize]).view(dtype)[:, 0]
+        for name, stored in zip(columns, dtypes, strict=True):
+            part = np.ascontiguousarray(raw[:, start : start + stored.itemsize]).view(stored)[:, 0]
             values[name] = torch.from_numpy(part.astype(np.float64 if name == "step" else np.int64))
-            start += dtype.itemsize
+            start += stored.itemsize
         spec = cls(values, terms)
-        spec._check(n_bits)
+        spec._check(n_bits, dtype)
         return spec
 
-    def _check(self, n_bits: int) -> None:
+    def _check(self, n_bits: int, dtype: torch.dtype) -> None:
         c, n_levels = self.columns, 2 ** (n_bits - 1)
         if self.spacing is Spacing.LINEAR:
             wrong = {
@@ -143,7 +146,7 @@ class CodebookSpec:
         else:
             free = c.get("free", torch.zeros_like(c["flags"]))
             wrong = {
-                "top_half_step": c["top_half_step"].abs() > 2200,  # past float64 at either end
+                "top_half_step": (c["top_half_step"] > largest_half_step(dtype)) | (c["top_half_step"] < -2200),
                 "n_base2": (c["n_base2"] > n_levels) | ((c["n_base2"] == n_levels) & (c["top_half_step"] % 2 != 0)),
                 "flags": (c["flags"] > 15) | ((free == 0) & (c["flags"] & (NEGATIVE | ONE_SIDED) != 0)),
                 "free": (free > n_levels) | (free == 1),
@@ -160,11 +163,11 @@ class CodebookSpec:
 def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
     """The weight [*shape] that packed codes stand for, of G codebooks that share its rows evenly.
 
-    Levels are made for some channels at a time: all of them may take far more memory than the weights.
+    Some channels at a time: all levels, or the indices of all weights, would take far more memory than the weights.
     """
     codes = unpack(packed, n_bits, shape.numel()).reshape(spec.channels, -1)
     weight = torch.empty(codes.shape, dtype=dtype, device=packed.device)
-    size = max(1, _LEVELS_AT_ONCE >> n_bits)
+    size = max(1, _AT_ONCE // max(2**n_bits, codes.shape[1]))
     for start in range(0, spec.channels, size):
         part = slice(start, start + size)
         levels = spec.select(part).codebook(n_bits, dtype).levels.to(packed.device)
