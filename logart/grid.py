@@ -101,7 +101,7 @@ class Codebook:
         """The same codes on levels whose √2 is approximated by `terms` terms; a linear codebook is unchanged."""
         if self.half_steps is None or self.signs is None:
             return self
-        return replace(self, levels=_levels(self.half_steps, self.signs, self.scale, terms))
+        return replace(self, levels=log_levels(self.half_steps, self.signs, self.scale, terms))
 
     def scaled(self, scale: Tensor | float, terms: int, dtype: torch.dtype = torch.float32) -> Codebook:
         """The same log grid with every level times a positive scale, [C] or one; no further than `dtype` holds."""
@@ -109,7 +109,7 @@ class Codebook:
         scale = torch.as_tensor(scale, dtype=torch.float64, device=self.levels.device).expand(len(self.levels))
         largest = torch.finfo(dtype).max
         scale = scale.minimum(largest / self.levels[:, -1].clamp(min=1.0))
-        return replace(self, levels=_levels(self.half_steps, self.signs, scale, terms), scale=scale)
+        return replace(self, levels=log_levels(self.half_steps, self.signs, scale, terms), scale=scale)
 
 
 def root2(terms: int) -> float:
@@ -173,7 +173,7 @@ def mixed_codebook(top: Tensor, n_base2: Tensor, n_bits: int, *, empty: Tensor, 
     signs = torch.ones_like(half_steps)
     signs[:, :n_levels] = -1
     signs *= ~empty[:, None]
-    return Codebook(_levels(half_steps, signs, None, terms), Spacing.LOG, half_steps, signs, n_base2)
+    return Codebook(log_levels(half_steps, signs, None, terms), Spacing.LOG, half_steps, signs, n_base2)
 
 
 def mixed_half_steps(top: Tensor, n_base2: Tensor, n_levels: int) -> Tensor:
@@ -205,7 +205,7 @@ def largest_half_step(dtype: torch.dtype) -> int:
     return 2 * (math.frexp(torch.finfo(dtype).max)[1] - 1) + 1
 
 
-def _levels(half_steps: Tensor, signs: Tensor, scale: Tensor | None, terms: int) -> Tensor:
+def log_levels(half_steps: Tensor, signs: Tensor, scale: Tensor | None, terms: int) -> Tensor:
     """Levels [C, 2^n] float64 from half-steps and signs [C, 2^n] and scales [C]."""
     odd = half_steps % 2
     factor = torch.tensor([1.0, root2(terms)], dtype=torch.float64)[odd.cpu()]
@@ -213,86 +213,6 @@ def _levels(half_steps: Tensor, signs: Tensor, scale: Tensor | None, terms: int)
     magnitudes = torch.from_numpy(np.ldexp(factor.numpy(), ((half_steps - odd) // 2).cpu().int().numpy()))
     levels = magnitudes.to(half_steps.device) * signs
     return (levels if scale is None else levels * scale[:, None]) + 0.0  # + 0.0 turns -0 into 0
-
-
-def spend_free_codes(codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_code: bool, terms: int = 0) -> Codebook:
-    """The same number of codes, some on other levels (DESIGN section 2, asymmetric codes and the zero code).
-
-    Args:
-        codebook: a symmetric log codebook of the rows of w.
-        w: [C, K]; its extremes say which codes the shorter sign never reaches by rounding to nearest.
-        asymmetric: those u codes, where there are two or more, become u // 2 small magnitudes of both signs, spaced as
-            the smallest are, and zero if one is left. Where a sign has no weight at all, they all go to the other.
-        zero_code: the smallest negative level becomes zero, where zero is no level yet.
-        terms: as for `log_codebook`.
-    """
-    if asymmetric:
-        codebook = move_codes(codebook, *_free_codes(codebook, w), terms=terms)
-    if zero_code:
-        every = torch.ones(len(w), dtype=torch.bool, device=w.device)
-        codebook = zero_smallest_negative(codebook, every, terms=terms)
-    return codebook
-
-
-def _free_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many codes of each channel rounding never reaches, of which sign, and whether that has no weight; [C]."""
-    assert codebook.signs is not None
-    n_codes = codebook.levels.shape[1]
-    low, high = w.double().amin(1, keepdim=True), w.double().amax(1, keepdim=True)
-    below, above = _passed(codebook.borders, low), n_codes - 1 - _passed(codebook.borders, high)
-    negative = below >= above
-    free = torch.where(negative, below, above).clamp(max=n_codes // 2)
-    free = torch.where((free >= 2) & (codebook.signs != 0).any(1, keepdim=True), free, 0)
-    return free[:, 0], negative[:, 0], ((low >= 0) | (high <= 0))[:, 0]
-
-
-def move_codes(codebook: Codebook, free: Tensor, negative: Tensor, one_sided: Tensor, *, terms: int = 0) -> Codebook:
-    """The top codes of one sign become levels below the smallest, as `spend_free_codes` says.
-
-    Args:
-        codebook: a symmetric log codebook.
-        free: [C] int64, how many: 0, or 2 to N.
-        negative: [C] bool, whether they are the negative sign's.
-        one_sided: [C] bool, whether they all go to the other sign.
-    """
-    half_steps, signs, k = codebook.half_steps, codebook.signs, codebook.n_base2
-    assert half_steps is not None and signs is not None and k is not None
-    free, negative, one_sided = free[:, None], negative[:, None], one_sided[:, None]
-    n_codes = half_steps.shape[1]
-    code = torch.arange(n_codes, device=free.device)[None]
-    rank = torch.where(negative, code, n_codes - 1 - code)  # the free codes are those of rank < free
-    smaller = half_steps.amin(1, keepdim=True) - torch.where(k > 0, 2, 1)[:, None] * (
-        1 + torch.where(one_sided, rank, rank // 2)
-    )
-    longer = torch.where(negative, 1, -1)
-    sign = torch.where(one_sided | (rank % 2 == 0), longer, -longer)
-    sign = torch.where(~one_sided & (rank == free - 1) & (free % 2 == 1), 0, sign)
-    half_steps, signs = torch.where(rank < free, smaller, half_steps), torch.where(rank < free, sign, signs)
-    return _sorted(replace(codebook, half_steps=half_steps, signs=signs), terms)
-
-
-def zero_smallest_negative(codebook: Codebook, channels: Tensor, *, terms: int = 0) -> Codebook:
-    """The smallest negative level becomes zero in those channels, [C] bool, where zero is no level yet."""
-    half_steps, signs = codebook.half_steps, codebook.signs
-    assert half_steps is not None and signs is not None
-    negative = (signs < 0) & channels[:, None]
-    smallest = half_steps.where(negative, half_steps.amax() + 1).amin(1, keepdim=True)
-    chosen = negative & (half_steps == smallest) & (signs != 0).all(1, keepdim=True)
-    return _sorted(replace(codebook, signs=torch.where(chosen, 0, signs)), terms)
-
-
-def _sorted(codebook: Codebook, terms: int) -> Codebook:
-    """The levels of a codebook's half-steps and signs, ascending."""
-    assert codebook.half_steps is not None and codebook.signs is not None
-    levels = _levels(codebook.half_steps, codebook.signs, codebook.scale, terms)
-    order = levels.argsort(dim=1, stable=True)
-    half_steps, signs = codebook.half_steps.gather(1, order), codebook.signs.gather(1, order)
-    return replace(codebook, levels=levels.gather(1, order), half_steps=half_steps, signs=signs)
-
-
-def _passed(borders: Tensor, value: Tensor) -> Tensor:
-    """The code [C, 1] that each value [C, 1] rounds to; on a border away from zero."""
-    return torch.where(value < 0, borders < value, borders <= value).sum(1, keepdim=True)
 
 
 def linear_codebook(low: Tensor, high: Tensor, n_bits: int, *, dtype: torch.dtype = torch.float32) -> Codebook:

@@ -22,15 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logart.grid import (
-    Codebook,
-    ScaleMethod,
-    linear_codebook,
-    log_codebook,
-    minmax_codebook,
-    spend_free_codes,
-)
+from logart.grid import Codebook, ScaleMethod, linear_codebook, log_codebook, minmax_codebook
 from logart.rounding import count_below, dequantize, nearest
+from logart.spare_codes import spend_free_codes
 
 ErrorFunction = Callable[[Tensor], Tensor]
 

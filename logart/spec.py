@@ -19,18 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logart.grid import (
-    Codebook,
-    Spacing,
-    affine_codebook,
-    largest_half_step,
-    mixed_codebook,
-    mixed_half_steps,
-    move_codes,
-    zero_smallest_negative,
-)
+from logart.grid import Codebook, Spacing, affine_codebook, largest_half_step, mixed_codebook, mixed_half_steps
 from logart.packing import unpack
 from logart.rounding import dequantize
+from logart.spare_codes import move_codes, zero_smallest_negative
 
 SCALE_UNIT = 32  # a scale of i is i / 32
 EMPTY, ZERO, NEGATIVE, ONE_SIDED = 1, 2, 4, 8

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import pytest
@@ -21,6 +22,8 @@ from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seede
 from logart.cli import key_values
 from logart.data import DIGITS
 from logart.grid import ScaleMethod
+from logart.inspect import build_parser as build_inspect_parser
+from logart.inspect import main as inspect_main
 from logart.results import columns_markdown
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
@@ -35,6 +38,8 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 CNN, VIT = ["python", "-m", "logart_cnn.main"], ["python", "-m", "logart_vit.main"]
 MAINS: dict[str, Callable[[list[str]], int]] = {CNN[2]: main, VIT[2]: vit_main}
+# Run as they stand, after the commands that make what they read.
+TOOLS: dict[str, Callable[[list[str]], int]] = {"logart.inspect": inspect_main}
 CLASSES = 4
 NEEDS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="would install everything into a new .venv")
 
@@ -47,12 +52,12 @@ def commands(block: str) -> list[list[str]]:
 
 SHELL = [commands(block) for language, block in BLOCKS if language == "bash"]
 IN_PROSE = [shlex.split(code) for code in re.findall(r"`([^`]+)`", PROSE) if re.match(r"(python|bash|pip) ", code)]
-RUNS = [[words for words in block if words[:3] in (CNN, VIT)] for block in SHELL]
+RUNS = [[words for words in block if words[2:3] and words[2] in MAINS | TOOLS] for block in SHELL]
 SCRIPT_RUNS = [words for block in SHELL for words in block if words[0] == "bash"]
 
 
 def test_every_command_has_a_rule() -> None:
-    known = ("bash scripts/demo.sh", "bash scripts/test.sh", shlex.join(CNN), shlex.join(VIT))
+    known = ("bash scripts/demo.sh", "bash scripts/test.sh", *(f"python -m {name}" for name in MAINS | TOOLS))
     for words in [words for block in SHELL for words in block] + IN_PROSE:
         assert shlex.join(words).startswith(known), f"no rule runs {shlex.join(words)!r}; add one to {__file__}"
     assert {language for language, _ in BLOCKS} <= {"bash", "python", "text"}
@@ -161,12 +166,17 @@ def test_the_commands_of_a_block_run_one_after_the_other(
 ) -> None:
     results = workplace / "results.csv"
     results.unlink(missing_ok=True)
-    for done, words in enumerate(block):
+    done = 0
+    for words in block:
         program, argv = words[2], words[3:]
+        if program in TOOLS:
+            assert TOOLS[program](argv) == 0, shlex.join(words)
+            continue
         command = SHRINK[program](argv, image_folder, workplace)
         assert MAINS[program](command) == 0, shlex.join(words)
-        assert len(rows(results)) == done + 1
-        asked = dict(zip(command, command[1:], strict=False))  # the last of equal flags
+        done += 1
+        assert len(rows(results)) == done
+        asked = {"--arch": "digits_resnet"} | dict(zip(command, command[1:], strict=False))  # the last of equal flags
         assert rows(results)[-1]["arch"] == (asked["--arch"] if program == CNN[2] else asked["--model"])
 
 
@@ -178,16 +188,35 @@ def test_commands_in_the_prose_print_their_help(capsys: pytest.CaptureFixture[st
         assert stopped.value.code == 0 and ("--n_bits_w" if words == CNN else "--w_bit") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
-def test_the_python_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+
+
+def run_python(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "readme"}
     with torch.random.fork_rng():
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_the_python_quantizes(capsys: pytest.CaptureFixture[str]) -> None:
+    run_python(PYTHON[0])
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[:2]] == ["0", "4"] and out[-1] == "[]"
 
 
+def test_the_python_saves_and_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_python(PYTHON[1])
+    assert len(PYTHON) == 2
+    assert capsys.readouterr().out.splitlines()[-1].split()[3] == str((tmp_path / "mine.safetensors").stat().st_size)
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(names["same"](images), names["quantized"](images))
+
+
 def test_every_flag_named_exists() -> None:
-    parsers = build_parser(), build_vit_parser()
+    parsers = build_parser(), build_vit_parser(), build_inspect_parser()
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 15 and named - known == set()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from logart import dbs
 from logart.config import QuantConfig
-from logart.grid import Codebook, spend_free_codes
+from logart.grid import Codebook
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.search import ScaleSearch, least_error, log_candidates, rounding_error, squared_error
+from logart.spare_codes import spend_free_codes
 from logart.surgery import Unit, clone_sharing, fold_batch_norms, replace_layers
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logart.grid import Codebook, ScaleMethod, log_codebook, spend_free_codes
+from logart.grid import Codebook, ScaleMethod, log_codebook
 from logart.rounding import dequantize, nearest
 from logart.search import SCALES, ScaleSearch, choose_codebook
+from logart.spare_codes import spend_free_codes
 
 N_BITS = range(2, 9)
 FLOAT32_MAX = float(np.finfo(np.float32).max)

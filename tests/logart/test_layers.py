@@ -8,9 +8,10 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.grid import Codebook, Spacing, linear_codebook, log_codebook, spend_free_codes
+from logart.grid import Codebook, Spacing, linear_codebook, log_codebook
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
 from logart.rounding import lower_neighbour, nearest, soft_round
+from logart.spare_codes import spend_free_codes
 from logart.surgery import clone_sharing, replace_layers
 
 CONVS: dict[str, Callable[[], nn.Conv2d]] = {

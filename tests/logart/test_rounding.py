@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logart.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook, spend_free_codes
+from logart.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook
 from logart.rounding import dequantize, lower_neighbour, nearest, soft_bit, soft_neighbours
 from logart.search import mse_codebook
+from logart.spare_codes import spend_free_codes
 
 N_BITS = range(2, 9)
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -44,7 +44,7 @@ def test_every_codebook_comes_back_from_its_bytes(
     )
     spec = CodebookSpec.of(book, dtype)
     data = spec.to_bytes()
-    again = CodebookSpec.from_bytes(data, list(spec.columns), spec.terms, n_bits)
+    again = CodebookSpec.from_bytes(data, list(spec.columns), spec.terms, n_bits, dtype)
     found = again.codebook(n_bits, dtype)
     assert torch.equal(found.levels, book.levels) and found.spacing is book.spacing
     assert torch.equal(CodebookSpec.of(found, dtype).to_bytes(), data)  # canonical: saving again changes no byte
