@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from logart.grid import MAX_BITS, MIN_BITS
 from logart.packing import packed_bytes, unpack
-from logart.runtime import UserError
+from logart.runtime import UserError, write_whole
 from logart.spec import LOG_COLUMNS, CodebookSpec, expand
 from logart.weights import one_line
 
@@ -135,16 +134,8 @@ class PackedFile:
         Raises:
             OSError: no room, no permission; what was there before is still there.
         """
-        path, data = Path(path), self.to_bytes()
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        data = self.to_bytes()
+        write_whole(Path(path), data)
         return len(data)
 
     @classmethod
