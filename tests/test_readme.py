@@ -21,6 +21,8 @@ from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seede
 
 from logart.cli import key_values
 from logart.data import DIGITS
+from logart.export import build_parser as build_export_parser
+from logart.export import main as export_main
 from logart.grid import ScaleMethod
 from logart.inspect import build_parser as build_inspect_parser
 from logart.inspect import main as inspect_main
@@ -39,7 +41,7 @@ PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 CNN, VIT = ["python", "-m", "logart_cnn.main"], ["python", "-m", "logart_vit.main"]
 MAINS: dict[str, Callable[[list[str]], int]] = {CNN[2]: main, VIT[2]: vit_main}
 # Run as they stand, after the commands that make what they read.
-TOOLS: dict[str, Callable[[list[str]], int]] = {"logart.inspect": inspect_main}
+TOOLS: dict[str, Callable[[list[str]], int]] = {"logart.inspect": inspect_main, "logart.export": export_main}
 CLASSES = 4
 NEEDS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="would install everything into a new .venv")
 
@@ -216,7 +218,7 @@ def test_the_python_saves_and_loads(
 
 
 def test_every_flag_named_exists() -> None:
-    parsers = build_parser(), build_vit_parser(), build_inspect_parser()
+    parsers = build_parser(), build_vit_parser(), build_inspect_parser(), build_export_parser()
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 15 and named - known == set()
