@@ -231,7 +231,7 @@ class IntegerLayer:
         if largest_bias:
             guard = min(guard, _LIMIT - math.frexp(largest_bias)[1] - input_format.fraction - extra)
         fraction = input_format.fraction + guard
-        sums = np.ldexp(growth, used[-1] + guard + input_format.bits - 1) + powers.counts  # the counts: rounding up
+        sums = np.ldexp(growth, used[-1] + guard + input_format.bits - 1)  # rounding takes no term past a power of two
         rounded = None if bias is None else np.rint(np.ldexp(bias.astype(np.float64), fraction + extra))
         ends = sums * (numerators or 1) + (0 if rounded is None else np.abs(rounded))
         return cls(

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model, save_packed
-from logart.export import cost_table, export_hardware, main, read_export
+from logart.export import main
+from logart.hardware_export import export_hardware, read_export
+from logart.hardware_readme import cost_table
 from logart.layers import hardware_approximation
 from logart.network import DIGITS_PREPROCESSING, network_recipe
 from logart.packed_file import PackedFile
@@ -100,7 +102,8 @@ def folders(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def hex_numbers(path: Path, bits: int, *, signed: bool) -> np.ndarray:
     """Numbers as a `$readmemh` would read them, all lines of one width."""
-    lines = path.read_text().splitlines()
+    *lines, end = path.read_bytes().decode("ascii").split("\n")
+    assert end == ""
     width = -(-bits // 4)
     assert all(re.fullmatch(rf"[0-9a-f]{{{width}}}", line) for line in lines)
     values = [int(line, 16) for line in lines]

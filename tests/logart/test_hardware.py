@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import logart.hardware
 from logart.grid import ROOT2_TEXT, ScaleMethod, linear_codebook, log_codebook, mixed_codebook
 from logart.hardware import (
     Cost,
@@ -307,7 +308,7 @@ def test_a_grid_too_wide_for_64_bits_is_rounded_within_its_bound(scale: bool) ->
 
 def test_a_term_that_shifts_right_is_rounded_by_itself() -> None:
     shifts = np.array([[0, -60]], np.int16)
-    levels = HardwareLevels(np.ones((1, 2), np.int16), shifts, np.zeros((1, 2, 0), np.int16), None)
+    levels = HardwareLevels(np.ones((1, 2), np.int16), shifts, np.zeros((1, 2, 1), np.int16), None)
     layer = IntegerLayer.plan(levels, np.array([[0, 1, 1]], np.uint8), FixedPoint(16, 0))
     places = 60 - layer.guard
     assert 0 < places < 15
@@ -347,10 +348,21 @@ def test_extreme_inputs_and_biases() -> None:
         for bias in (np.zeros(3), np.array([1e-20, -1e20, 3.0])):
             x = np.array([[1.0, -0.3, 0.2, 0.7]]) * size
             layer = IntegerLayer.plan(levels, codes, FixedPoint.holding(x), bias=bias)
-            y = np.ldexp(layer.run(layer.input.quantize(x)).astype(float), -layer.output.fraction)
-            assert layer.output.bits <= 63
+            integers = layer.run(layer.input.quantize(x))
+            assert np.abs(integers).max() < 2 ** (layer.output.bits - 1) <= 2**62
+            y = np.ldexp(integers.astype(float), -layer.output.fraction)
             assert np.all(np.abs(y - (x @ weight.T + bias)) <= layer.error_bound() * (1 + 1e-6))
             assert np.all(layer.error_bound() <= 1e-3 * max(size, np.abs(bias).max()))
+
+
+def test_images_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, geometry, _ = LAYERS["strided"]
+    levels, codes, _ = random_layer(shape, 3)
+    layer = IntegerLayer.plan(levels, codes, FixedPoint(16, 8), geometry=geometry)
+    x = np.random.default_rng(0).integers(-999, 999, (5, 2, 8, 7))
+    whole = layer.run(x)
+    monkeypatch.setattr(logart.hardware, "_ELEMENTS_AT_ONCE", 2 * whole.size // 5 // 4 * 12)  # two images
+    assert np.array_equal(layer.run(x), whole)
 
 
 def test_a_layer_of_zeros() -> None:
