@@ -1,4 +1,4 @@
-"""A packed network for other tools: `python -m logart.export FILE`, `--out DIR` for hardware, `--onnx PATH` for ONNX."""
+"""A packed network for other tools: `python -m logart.export FILE`, `--out` for hardware, `--onnx` for ONNX."""
 
 from __future__ import annotations
 
