@@ -10,8 +10,10 @@ with the float network, not copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +129,9 @@ class QuantizedLayer(nn.Module):
 
     @property
     def codebook(self) -> Codebook:
-        """The codebook that was set; needs `set_codebook` before."""
+        """The codebook that was set, or that the packed integers make."""
+        if self.spec is not None:
+            return self.spec.codebook(self.n_bits, self.dtype)
         assert self.levels is not None
         stored = {name: getattr(self, name) for name in _STORED}
         wide = {name: None if t is None else t if t.is_floating_point() else t.long() for name, t in stored.items()}
@@ -179,6 +183,17 @@ class QuantizedLayer(nn.Module):
         self.set_codes(self.soft.codes())
         del self.soft_weight
 
+    def approximate(self, terms: int) -> Callable[[], None]:
+        """Let the codes stand for levels whose √2 has `terms` terms; what is returned takes that back."""
+        if self.packed_codes is not None and self.spec is not None:
+            held, expanded = self.spec, self.expanded is not None
+            self.hold_packed(self.packed_codes, replace(held, terms=terms), expanded=expanded)
+            return partial(self.hold_packed, self.packed_codes, held, expanded=expanded)
+        assert self.codes is not None
+        codes, exact = self.codes.reshape(self.n_codebooks, -1), self.codebook
+        self.set_codebook(exact.with_terms(terms), codes)
+        return partial(self.set_codebook, exact, codes)
+
     def drop_float(self) -> None:
         """Forget the float weight: from here on the codes are all there is."""
         self.float_weight = None
@@ -223,15 +238,9 @@ QUANTIZED_TYPES: dict[type[nn.Module], Any] = {
 def hardware_approximation(model: nn.Module, terms: int) -> Iterator[None]:
     """While the context lasts, the codes of log grids stand for levels whose √2 is a sum of `terms` powers of two."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
-    exact = [layer.codebook for layer in layers]
-
-    def swap(codebooks: list[Codebook]) -> None:
-        for layer, codebook in zip(layers, codebooks, strict=True):
-            assert layer.codes is not None
-            layer.set_codebook(codebook, layer.codes.reshape(layer.n_codebooks, -1))
-
-    swap([codebook.with_terms(terms) for codebook in exact])
+    undo = [layer.approximate(terms) for layer in layers]
     try:
         yield
     finally:
-        swap(exact)
+        for restore in undo:
+            restore()

@@ -16,7 +16,7 @@ import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.checkpoint import to_packed
-from logart.layers import QuantizedLayer
+from logart.layers import QuantizedLayer, hardware_approximation
 from logart.network import network_recipe
 from logart.packed_file import PackedFile, PackedFileError
 from logart.search import ScaleSearch
@@ -319,3 +319,22 @@ def test_a_killed_writer_leaves_the_old_or_the_new_file(digits: tuple[nn.Module,
         for leftover in tmp_path.glob(".*.partial"):
             leftover.unlink()
     assert len(seen) == 2 and partial  # it was killed while it wrote
+
+
+@pytest.mark.parametrize("dequantize", ["once", "on-the-fly"])
+@pytest.mark.parametrize("method", ["dynamic", "linear_mse"])
+def test_a_loaded_network_is_approximated_like_the_one_that_was_saved(
+    dequantize: str, method: str, tmp_path: Path
+) -> None:
+    model, images, info = named("digits_resnet")
+    quantized = nearest(model, images, scale_method=method)
+    save_packed(quantized, tmp_path / "a.safetensors", info)
+    loaded = load_packed(tmp_path / "a.safetensors", dequantize=dequantize)
+    exact = loaded(images)
+    with hardware_approximation(quantized, 2), hardware_approximation(loaded, 2):
+        approximated = loaded(images)
+        assert torch.equal(approximated, quantized(images))
+    assert torch.equal(approximated, exact) == (method == "linear_mse")
+    assert torch.equal(loaded(images), exact) and torch.equal(quantized(images), exact)
+    for name, layer in quantized_layers(loaded).items():
+        assert torch.equal(layer.codebook.levels, quantized_layers(quantized)[name].codebook.levels)
