@@ -12,6 +12,8 @@ from small_runs import SMALL, SMALL_DEEP, SMALL_KWARGS, SURROUNDINGS, Effect, Fi
 
 import logart.run
 import logart_cnn.main
+from logart import load_packed
+from logart.packed_file import PackedFile
 from logart_cnn.main import build_parser, main
 
 LAYER_WISE = "--search_method layer_wise --search_samples 4"
@@ -145,6 +147,18 @@ def test_results_says_where_the_row_goes(files: Files, tmp_path: Path, monkeypat
     assert len(rows(Path("results.csv"))) == 2 and len(rows(Path("other.csv"))) == 1
 
 
+def test_save_writes_the_network_with_the_options_it_was_built_with(files: Files, tmp_path: Path) -> None:
+    """On a network of timm's with arguments of its own; the built-in ones are in tests/test_save_flag.py."""
+    path = tmp_path / "small.safetensors"
+    argv = [*files.on_images(), "--iters_w", "1", "--quiet", "--results", str(tmp_path / "results.csv")]
+    assert main(argv) == 0 and not path.exists()
+    assert main([*argv, "--save", str(path)]) == 0
+    model = load_packed(path)
+    info = PackedFile.read(path).info
+    assert info["network"]["model_kwargs"] and info["network"]["num_classes"] == 4
+    assert model(torch.zeros(1, *info["preprocessing"]["input_size"])).shape == (1, 4)
+
+
 def test_quiet_leaves_only_accuracies(
     files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +190,7 @@ def test_a_saved_list_brings_the_same_images_back(
 
 
 TESTED_ALONE = {
+    "save": test_save_writes_the_network_with_the_options_it_was_built_with,
     "num_classes": test_num_classes,
     "workers": test_workers_read_the_same_images,
     "device": test_device_decides_where,

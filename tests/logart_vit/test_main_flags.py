@@ -12,6 +12,8 @@ from small_runs import SURROUNDINGS, VIT_KWARGS, Effect, Outcome, VitFiles, rows
 
 import logart.run
 import logart_vit.main
+from logart import load_packed
+from logart.packed_file import PackedFile
 from logart_vit.main import build_parser, main
 
 BASE = f"{VIT_KWARGS} num_classes=4"
@@ -167,6 +169,18 @@ def test_results_says_where_the_row_goes(files: VitFiles, tmp_path: Path, monkey
     assert len(rows(Path("results.csv"))) == 2 and len(rows(Path("other.csv"))) == 1
 
 
+def test_save_writes_the_network_with_the_options_it_was_built_with(files: VitFiles, tmp_path: Path) -> None:
+    """On a network of timm's with arguments of its own; the built-in ones are in tests/test_save_flag.py."""
+    path = tmp_path / "small.safetensors"
+    argv = [*files.on_images(), "--iters_w", "1", "--quiet", "--results", str(tmp_path / "results.csv")]
+    assert main(argv) == 0 and not path.exists()
+    assert main([*argv, "--save", str(path)]) == 0
+    model = load_packed(path)
+    info = PackedFile.read(path).info
+    assert info["network"]["model_kwargs"] and info["network"]["num_classes"] == 4
+    assert model(torch.zeros(1, *info["preprocessing"]["input_size"])).shape == (1, 4)
+
+
 def test_quiet_leaves_only_accuracies(files: VitFiles, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = [*files.on_images(), "--results", str(tmp_path / "results.csv")]
     assert main(argv) == 0
@@ -182,6 +196,7 @@ def test_quiet_leaves_only_accuracies(files: VitFiles, tmp_path: Path, capfd: py
 
 
 TESTED_ALONE = {
+    "save": test_save_writes_the_network_with_the_options_it_was_built_with,
     "optimize": test_optimize_learns,
     "num_classes": test_num_classes,
     "num_workers": test_loaders_are_made_as_asked_and_give_the_same_images,
