@@ -157,6 +157,10 @@ def _restore(model: nn.Module, file: PackedFile, *, expanded: bool) -> None:
             seen, expected = (f"{list(t.shape)} {t.dtype}" for t in (layer.weight, packed))
             raise PackedFileError(f"layer {name} is {seen} in the network, {expected} in the file")
         bias = file.rest.get(f"{name}.bias")
+        fits = layer.bias is None if bias is None else (bias.shape, bias.dtype) == (packed.shape[:1], packed.dtype)
+        if not fits:
+            seen = "no bias" if bias is None else f"a bias {list(bias.shape)} {bias.dtype}"
+            raise PackedFileError(f"layer {name} has {seen} in the file, weights {list(packed.shape)} {packed.dtype}")
         layer.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
         quantized = surgery.replace_layer(model, name, packed.n_bits, packed.spec.channels)
         quantized.hold_packed(packed.codes, packed.spec, expanded=expanded)
@@ -179,11 +183,11 @@ def _restore(model: nn.Module, file: PackedFile, *, expanded: bool) -> None:
 def _build(file: PackedFile) -> nn.Module:
     """The network that a file names, without weights; built only once its size is known to be the file's."""
     recipe = file.info.get("network")
-    if not isinstance(recipe, dict) or recipe.get("track") not in _BUILDERS:
+    if not isinstance(recipe, dict) or str(recipe.get("track")) not in _BUILDERS:
         raise PackedFileError("names no network that LogART builds; pass model=, the float network that was quantized")
     arch, kwargs = recipe.get("arch"), recipe.get("model_kwargs")
     counts = {name: recipe.get(name) for name in ("num_classes", "input_size")}
-    if not (isinstance(arch, str) and isinstance(kwargs, dict) and _harmless(kwargs)) or not all(
+    if not (isinstance(arch, str) and isinstance(kwargs, dict) and can_be_loaded(kwargs)) or not all(
         value is None or (type(value) is int and 0 < value < 2**20) for value in counts.values()
     ):
         raise PackedFileError("has a damaged description of its network; pass model=, the float network")
@@ -200,13 +204,14 @@ def _build(file: PackedFile) -> nn.Module:
     return model.eval().float()
 
 
-def _harmless(kwargs: dict[str, Any]) -> bool:
-    def simple(value: Any) -> bool:
-        if isinstance(value, list):
-            return len(value) <= 64 and all(map(simple, value))
-        return value is None or (isinstance(value, bool | float | str) or (type(value) is int and abs(value) < 2**15))
-
-    return not set(kwargs) & set(_FORBIDDEN) and all(map(simple, kwargs.values()))
+def can_be_loaded(kwargs: Any, depth: int = 8) -> bool:
+    """Whether `load_packed` builds a network with such arguments, as JSON says them: small, none that reads a file."""
+    if isinstance(kwargs, dict):
+        inside: list[Any] = list(kwargs.values())
+        return not set(kwargs) & set(_FORBIDDEN) and depth > 0 and all(can_be_loaded(v, depth - 1) for v in inside)
+    if isinstance(kwargs, list):
+        return len(kwargs) <= 64 and depth > 0 and all(can_be_loaded(v, depth - 1) for v in kwargs)
+    return kwargs is None or isinstance(kwargs, bool | float | str) or (type(kwargs) is int and abs(kwargs) < 2**20)
 
 
 class _Bounded(TorchFunctionMode):

@@ -34,6 +34,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
         message = " ".join(message.split()).removeprefix("argument ")
+        message = "".join(c if c.isprintable() else "�" for c in message)  # it may quote a file
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 

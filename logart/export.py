@@ -50,6 +50,10 @@ def command(args: argparse.Namespace) -> None:
     if args.out is None and args.onnx is None:
         raise UserError("nothing to write: expected --out DIR or --onnx OUT.onnx")
     refuse_idle(args, {"terms": "--terms", "inputs": "--inputs"}, args.out is not None, "it acts on --out alone")
+    if args.onnx is not None:
+        from logart.onnx_export import check_target, export_onnx  # its packages are an extra
+
+        check_target(args.onnx)
     if args.out is not None:
         images = _images(PackedFile.read(args.file).info, args.inputs)
         manifest = export_hardware(args.file, args.out, terms=args.terms, images=images)
@@ -62,8 +66,6 @@ def command(args: argparse.Namespace) -> None:
             print(f"golden vectors of {manifest['images']} images" if images is not None else "no golden vectors")
             print(f"exported to {args.out}")
     if args.onnx is not None:
-        from logart.onnx_export import export_onnx  # its packages are an extra
-
         export_onnx(args.file, args.onnx)
         if not args.quiet:
             print(f"exported to {args.onnx}")

@@ -115,7 +115,7 @@ def read_export(folder: str | Path) -> dict[str, Tensor]:
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
         return {layer["name"]: _read_weight(folder / layer["folder"], layer) for layer in manifest["layers"]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder}: is no hardware export of version {VERSION} ({one_line(error)})") from error
 
 
@@ -226,7 +226,9 @@ def _run(
     def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         geometry = _geometry(module, args[0]) if isinstance(module, nn.Conv2d) else None
         channels = output.shape[-1] if geometry is None else output.shape[1]
-        runs[name] = _Run(args[0].double().numpy(), output.numel() // channels // len(images), geometry)
+        runs[name] = _Run(
+            args[0].to(torch.float64, copy=True).numpy(), output.numel() // channels // len(images), geometry
+        )
 
     handles = []
     try:
@@ -235,8 +237,8 @@ def _run(
             module.hold_packed(layer.packed.codes, layer.packed.spec, expanded=True)
             handles.append(module.register_forward_hook(lambda m, a, o, name=layer.name: record(name, m, a, o)))
         with torch.no_grad():
-            network(images.to(layers[0].packed.dtype))
-    except RuntimeError as error:
+            network(images.to(layers[0].packed.dtype, copy=True))  # some networks normalise in place
+    except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's answers to a size that is wrong
         raise UserError(f"--inputs: the network does not take {list(images.shape)} ({one_line(error):.160})") from error
     finally:
         for handle in handles:
@@ -358,7 +360,12 @@ def preprocessing_of(info: dict[str, Any]) -> Preprocessing | None:
         size, mean, std = (tuple(p[name]) for name in ("input_size", "mean", "std"))
         whole = len(size) == 3 and all(type(s) is int and s > 0 for s in size) and math.prod(size) <= _MAX_PIXELS
         numbers = all(math.isfinite(v) for v in mean) and all(0 < v < math.inf for v in std)
-        fit = len(mean) == len(std) == size[0] and 0 < p["crop_pct"] <= 1 and p["interpolation"] in INTERPOLATIONS
+        fit = (
+            len(mean) == len(std) == size[0]
+            and 0 < p["crop_pct"] <= 1
+            and math.prod(size) <= _MAX_PIXELS * p["crop_pct"] ** 2
+            and p["interpolation"] in INTERPOLATIONS
+        )
         return Preprocessing(size, p["crop_pct"], p["interpolation"], mean, std) if whole and numbers and fit else None
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, OverflowError):
         return None

@@ -238,8 +238,10 @@ QUANTIZED_TYPES: dict[type[nn.Module], Any] = {
 def hardware_approximation(model: nn.Module, terms: int) -> Iterator[None]:
     """While the context lasts, the codes of log grids stand for levels whose √2 is a sum of `terms` powers of two."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
-    undo = [layer.approximate(terms) for layer in layers]
+    undo: list[Callable[[], None]] = []
     try:
+        for layer in layers:
+            undo.append(layer.approximate(terms))
         yield
     finally:
         for restore in undo:

@@ -122,11 +122,13 @@ class PackedFile:
             entries.append({key: value for key, value in entry.items() if _USUAL.get(key) != value})
         content = {"format": FORMAT, "version": VERSION, "layers": entries, "info": self.info}
         try:
-            text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            text = json.dumps(content, allow_nan=False, separators=(",", ":"))  # ASCII: names may be no UTF-8
         except (TypeError, ValueError) as error:
             raise ValueError(f"the file's info must be JSON: {one_line(error)}") from error
         # One entry, not several: safetensors writes them in no particular order, and equal networks give equal files.
-        return safetensors.torch.save(tensors, metadata={_METADATA: text})
+        data: bytes = safetensors.torch.save(tensors, metadata={_METADATA: text})
+        _metadata(data[: 8 + _header_length(data[:8])])  # what is written can be read
+        return data
 
     def write(self, path: str | Path) -> int:
         """Write the file whole or not at all, in place of any that is there; its size in bytes.
@@ -149,21 +151,44 @@ class PackedFile:
         try:
             if not path.is_file():
                 raise PackedFileError("is a folder" if path.is_dir() else "does not exist")
-            data = path.read_bytes()
-            content = _metadata(data)
+            content, data = _read(path)
             tensors = _tensors(data)
             layers = _layers(content["layers"], tensors)
-        except (PackedFileError, OSError) as error:
+        except (PackedFileError, OSError, MemoryError) as error:
             raise PackedFileError(f"{path}: {one_line(error)}; expected a packed network (.safetensors)") from None
         return cls(layers, tensors, content["info"])
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The metadata and all bytes of a file; what is none of ours, or larger than it says, is not read whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = _header_length(start)
+        if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise PackedFileError("is no safetensors file, or cut short")
+        head = start + file.read(length)
+        content = _metadata(head)
+        ends = [entry["data_offsets"][1] for entry in _json(head[8:], "header").values() if _has_offsets(entry)]
+        if size != len(head) + max(ends, default=0):
+            raise PackedFileError("is damaged: its size is not what its header says")
+        return content, head + file.read()
+
+
+def _header_length(start: bytes) -> int:
+    return int.from_bytes(start, "little")
+
+
+def _has_offsets(entry: Any) -> bool:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return isinstance(offsets, list) and len(offsets) == 2 and all(type(place) is int for place in offsets)
+
+
+def _metadata(head: bytes) -> dict[str, Any]:
     """The checked outer form of the JSON; ours is read here because safetensors lets a name appear twice."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
-        raise PackedFileError("is no safetensors file, or cut short")
-    header = _json(data[8 : 8 + length], "header")
+    if len(head) > _MAX_HEADER:
+        raise PackedFileError("has a header larger than is read")
+    header = _json(head[8:], "header")
     metadata = header.get("__metadata__")
     text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
@@ -185,11 +210,16 @@ def _json(text: bytes | str, what: str) -> dict[str, Any]:
             raise ValueError("a name appears twice")
         return dict(pairs)
 
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text:.20} is out of range")
+        return value
+
     def constant(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise PackedFileError(f"has a damaged {what} ({one_line(error):.80})") from None
     if not isinstance(value, dict):

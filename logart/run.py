@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logart.checkpoint import SizeTable, save_packed
+from logart.checkpoint import SizeTable, can_be_loaded, save_packed
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.data import ImageSource, validation_batches
 from logart.evaluate import Accuracy, accuracy
@@ -128,7 +128,8 @@ def run(
     append_row(options.results, row | environment())
     sizes = None
     if options.save is not None:
-        sizes = _save(quantized, options.save, run_info(network, source, stages))
+        settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
+        sizes = _save(quantized, options.save, run_info(network, source, stages) | settings)
     if not options.quiet:
         print(layer_table(report))
         if sizes is not None:
@@ -141,12 +142,13 @@ def run(
     return report
 
 
-def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None) -> None:
+def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None) -> None:
     """Raise UserError where the results row or the packed file could not be written at the end of the run.
 
     Args:
         options: names both files.
         model_kwargs: of the network, which the packed file must be able to say.
+        checkpoint: the file of float weights, which the packed file must not replace.
     """
     check_results(options.results)
     if options.save is None:
@@ -159,8 +161,11 @@ def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None) -
         raise UserError(f"--save: {path!r} {problem}; expected the path of a file")
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise UserError(f"--save: {str(place.parent)!r} is not writable; expected a folder that takes the file")
+    if checkpoint is not None and place.resolve() == Path(checkpoint).resolve():
+        raise UserError(f"--save: {path!r} is the file that --checkpoint reads; expected another")
     try:
-        json.dumps(model_kwargs, allow_nan=False)
+        if not can_be_loaded(json.loads(json.dumps(model_kwargs, allow_nan=False))):
+            raise ValueError("a packed file could not be loaded with these")
     except (TypeError, ValueError) as error:
         raise UserError(f"--model-kwargs: {one_line(error)}; with --save, expected numbers, texts and lists") from error
 
@@ -168,7 +173,7 @@ def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None) -
 def _save(quantized: nn.Module, path: str, info: Mapping[str, Any]) -> SizeTable:
     try:
         return save_packed(quantized, path, {**quantized.packed_info, **info})  # type: ignore[dict-item]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--save: {path!r} cannot be written ({one_line(error)}); the accuracies are recorded"
         ) from error

@@ -68,7 +68,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, in place of any that is there; OSError where that fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a long name has no room for more
     try:
         with open(partial, "wb") as file:
             file.write(data)

@@ -155,7 +155,8 @@ class CodebookSpec:
 def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
     """The weight [*shape] that packed codes stand for, of G codebooks that share its rows evenly.
 
-    Some channels at a time: all levels, or the indices of all weights, would take far more memory than the weights.
+    Some channels, and of a channel some weights, at a time: all levels, or the indices of all weights, would take far
+    more memory than the weights.
     """
     codes = unpack(packed, n_bits, shape.numel()).reshape(spec.channels, -1)
     weight = torch.empty(codes.shape, dtype=dtype, device=packed.device)
@@ -163,7 +164,9 @@ def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, d
     for start in range(0, spec.channels, size):
         part = slice(start, start + size)
         levels = spec.select(part).codebook(n_bits, dtype).levels.to(packed.device)
-        weight[part] = dequantize(codes[part], levels).to(dtype)
+        for first in range(0, codes.shape[1], _AT_ONCE):
+            columns = slice(first, first + _AT_ONCE)
+            weight[part, columns] = dequantize(codes[part, columns], levels).to(dtype)
     return weight.reshape(shape)
 
 

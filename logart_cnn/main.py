@@ -110,7 +110,7 @@ def command(args: argparse.Namespace) -> None:
         args, config, data=data_path, workers=workers, val_batch_size=128, network_flags="--arch, --checkpoint"
     )
     network_arguments = flags.network_arguments(args)
-    check_outputs(options, network_arguments["model_kwargs"])
+    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
     if args.save_calib_list is not None:
         _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
     names = None if args.calib_list is None else load_names(args.calib_list)

@@ -132,7 +132,7 @@ def command(args: argparse.Namespace) -> None:
         network_flags="--model, --checkpoint",
     )
     network_arguments = flags.network_arguments(args)
-    check_outputs(options, network_arguments["model_kwargs"])
+    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
     seed_everything(config.seed)
     network = load_network(
         otherwise(args.model, "digits_vit"),

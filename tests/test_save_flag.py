@@ -86,3 +86,24 @@ def test_arguments_that_json_cannot_say_are_refused_before_any_work(
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--model_kwargs", "depth={1}", "--save", str(tmp_path / "a.safetensors")])
     assert stop.value.code == 2 and "--model-kwargs: Object of type set" in capsys.readouterr().err
+
+
+def test_the_float_weights_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main, argv = TRACKS["cnn"]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"float weights")
+    for save in (str(path), str(tmp_path / "." / "a.safetensors")):
+        with pytest.raises(SystemExit) as stop:
+            main([*argv, "--checkpoint", str(path), "--save", save])
+        assert stop.value.code == 2 and "is the file that --checkpoint reads" in capsys.readouterr().err
+    assert path.read_bytes() == b"float weights"
+
+
+@pytest.mark.parametrize("words", ["cache_dir='x'", "depth=2000000", "a=" + "[" * 20 + "]" * 20])
+def test_arguments_that_could_not_be_loaded_are_refused_before_any_work(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, argv = TRACKS["vit"]
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--model_kwargs", words, "--save", str(tmp_path / "a.safetensors")])
+    assert stop.value.code == 2 and "could not be loaded" in capsys.readouterr().err

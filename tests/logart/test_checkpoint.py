@@ -238,6 +238,8 @@ def test_a_network_that_is_not_the_files_is_refused(digits: tuple[nn.Module, Ten
     ("recipe", "said"),
     [
         ({"track": "rnn", "arch": "x", "model_kwargs": {}}, "names no network"),
+        ({"track": [], "arch": "x", "model_kwargs": {}}, "names no network"),
+        ({"track": "cnn", "arch": "timm:resnet18", "model_kwargs": {"a": {"cache_dir": "x"}}}, "damaged description"),
         ({"track": "cnn", "arch": "timm:nothing", "model_kwargs": {}}, "cannot be built"),
         ({"track": "cnn", "arch": "digits_resnet", "model_kwargs": {}, "num_classes": 10**9}, "damaged description"),
         ({"track": "cnn", "arch": "digits_resnet", "model_kwargs": {}, "num_classes": 10**6}, "larger than the file"),
@@ -338,3 +340,35 @@ def test_a_loaded_network_is_approximated_like_the_one_that_was_saved(
     assert torch.equal(loaded(images), exact) and torch.equal(quantized(images), exact)
     for name, layer in quantized_layers(loaded).items():
         assert torch.equal(layer.codebook.levels, quantized_layers(quantized)[name].codebook.levels)
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(1), torch.zeros(10, dtype=torch.int64)], ids=str)
+def test_a_bias_that_is_not_the_layers_is_refused(
+    bias: Tensor | None, digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    file = to_packed(digits[0], RECIPE)
+    rest = {**file.rest, "linear.bias": bias} if bias is not None else dict(file.rest)
+    if bias is None:
+        del rest["linear.bias"]
+    PackedFile(file.layers, rest, file.info).write(tmp_path / "a.safetensors")
+    with pytest.raises(PackedFileError, match="layer linear has (no|a) bias"):
+        load_packed(tmp_path / "a.safetensors")
+
+
+def test_names_that_are_no_utf8_and_long_paths_are_saved(digits: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 240 + ".safetensors")
+    save_packed(digits[0], path, {**RECIPE, "class_names": ["caf\udce9", "ü"]})
+    assert load_packed(path).packed_info["class_names"] == ["caf\udce9", "ü"]  # type: ignore[index]
+
+
+def test_a_layer_that_cannot_be_approximated_leaves_the_others_as_they_were(
+    digits: tuple[nn.Module, Tensor],
+) -> None:
+    model, images, _ = named("digits_resnet")
+    quantized = nearest(model, images)
+    expected = quantized(images)
+    quantized.linear.codes, kept = None, quantized.linear.codes
+    with pytest.raises(AssertionError), hardware_approximation(quantized, 2):
+        pass
+    quantized.linear.codes = kept
+    assert torch.equal(quantized(images), expected)

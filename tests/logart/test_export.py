@@ -27,6 +27,7 @@ from logart.hardware_export import export_hardware, read_export
 from logart.hardware_readme import cost_table
 from logart.layers import hardware_approximation
 from logart.network import DIGITS_PREPROCESSING, network_recipe
+from logart.onnx_export import check_target
 from logart.packed_file import PackedFile
 from logart.runtime import UserError
 from logart.search import ScaleSearch
@@ -456,11 +457,17 @@ def test_onnx_is_handed_on(exact: Path, tmp_path: Path, monkeypatch: pytest.Monk
     calls: list[tuple[str, str]] = []
     module = types.ModuleType("logart.onnx_export")
     module.export_onnx = lambda *paths: calls.append(paths)  # type: ignore[attr-defined]
+    module.check_target = check_target  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "logart.onnx_export", module)
+    monkeypatch.chdir(tmp_path)
     assert main([str(exact), "--onnx", "x.onnx"]) == 0
     assert calls == [(str(exact), "x.onnx")] and "x.onnx" in capfd.readouterr().out
     assert main([str(exact), "--onnx", "y.onnx", "--out", str(tmp_path / "out"), "--terms", "2", "--quiet"]) == 0
     assert calls[1:] == [(str(exact), "y.onnx")] and (tmp_path / "out" / "manifest.json").exists()
+    wrong = [str(exact), "--onnx", "nowhere/z.onnx", "--out", str(tmp_path / "other"), "--terms", "2", "--quiet"]
+    with pytest.raises(SystemExit):
+        main(wrong)
+    assert not (tmp_path / "other").exists() and len(calls) == 2  # neither, where one cannot be
 
 
 def test_it_runs_as_a_module(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,7 @@ def test_foreign_and_broken_files_are_named(whole: bytes, tmp_path: Path) -> Non
         safetensors.torch.save({"x": torch.zeros(2)}, {"logart": "[" * 100000}): "damaged metadata",
         safetensors.torch.save({"x": torch.zeros(2)}, {"logart": "NaN"}): "damaged metadata",
         joined("{" * 50000, b""): "damaged header",
+        with_content(whole, json.dumps(content_of(whole)).replace('"version": 1', '"version": 1e400')): "out of range",
         joined(twice, rest): "damaged header .a name appears twice",
         with_content(whole, json.dumps(content_of(whole))[:-1] + ', "info": {}}'): "a name appears twice",
     }
@@ -225,3 +226,14 @@ def test_equal_networks_give_equal_files_and_names_are_kept_apart(whole: bytes, 
     assert file.to_bytes() == whole == file.to_bytes()
     with pytest.raises(ValueError, match="cannot be called codes:conv1"):
         PackedFile(file.layers, {"codes:conv1": torch.zeros(1)}, {}).to_bytes()
+
+
+def test_a_sparse_file_of_terabytes_is_refused_unread(whole: bytes, tmp_path: Path) -> None:
+    for start, said in ((b"", "damaged header"), (whole, "its size is not what its header says")):
+        path = tmp_path / f"{len(start)}.safetensors"
+        with path.open("wb") as file:
+            file.write(start)
+            file.truncate(2**43)
+        with pytest.raises(PackedFileError, match=said):
+            PackedFile.read(path)
+        path.unlink()
