@@ -138,13 +138,29 @@ def descend(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     two weights move together where neither gains alone, which are those of correlated inputs; hence the order of
     `_chain`. No sweep makes the error larger. Arguments and result as `round_compensated`.
     """
-    grid, groups = _Linear(codebook), len(a)
+    groups = len(a)
     order = _chain(a)
     columns = order[:, None].expand(-1, t.shape[0] // groups, -1)
     a, t = _reordered(a, order), t.double().unflatten(0, (groups, -1)).gather(2, columns)
-    q = dequantize(codes, codebook.levels).unflatten(0, (groups, -1)).gather(2, columns)
     codes = codes.unflatten(0, (groups, -1)).gather(2, columns)
-    levels = codebook.levels.unflatten(0, (groups, -1))
+    first = torch.arange(groups, device=a.device)[:, None] * codes.shape[1]
+    moving = torch.arange(codes.shape[1], device=a.device).expand(groups, -1)  # a row that rests once rests for ever
+    for _ in range(SWEEPS):
+        rows = moving[:, :, None].expand(-1, -1, codes.shape[2])
+        before = codes.gather(1, rows)
+        after = _descend_once(before, t.gather(1, rows), a, codebook.select((first + moving).flatten()))
+        codes.scatter_(1, rows, after)
+        moved = (after != before).any(2)
+        moving = moving.gather(1, moved.sort(dim=1, descending=True, stable=True).indices[:, : int(moved.sum(1).max())])
+        if not moving.numel():
+            break
+    return torch.empty_like(codes).scatter_(2, columns, codes).flatten(0, 1)
+
+
+def _descend_once(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+    """Codes [G, R, K] after one sweep over all columns, codes and t [G, R, K]."""
+    grid, levels = _Linear(codebook), codebook.levels.unflatten(0, (len(a), -1))
+    chosen, q = codes.clone(), levels.gather(2, codes.long())
     diagonal = a.diagonal(dim1=1, dim2=2)[:, None, None]
 
     def decide(j: int, ahead: Tensor) -> Tensor:
@@ -165,17 +181,11 @@ def descend(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
         possible = change < change[..., :1] - 1e-12 * least
         possible[..., 0] = True  # to stay
         choice = change.where(possible, torch.inf).argmin(-1, keepdim=True)
-        codes[:, :, j] = options.gather(2, choice)[..., 0].to(torch.uint8)
-        step = steps.gather(2, choice)[..., 0]
-        q[:, :, j] += step
-        return -step
+        chosen[:, :, j] = options.gather(2, choice)[..., 0].to(torch.uint8)
+        return -steps.gather(2, choice)[..., 0]
 
-    for _ in range(SWEEPS):
-        before = codes.clone()
-        _sweep((q - t) @ a, a, decide)  # the slope afresh in each sweep: no error piles up
-        if torch.equal(codes, before):
-            break
-    return torch.empty_like(codes).scatter_(2, columns, codes).flatten(0, 1)
+    _sweep((q - t) @ a, a, decide)  # the slope afresh in each sweep: no error piles up
+    return chosen
 
 
 def _chain(a: Tensor) -> Tensor:
