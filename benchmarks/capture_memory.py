@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from logart import capture, surgery
+from logart.cache import Cache
 
 MIB = 2**20
 
@@ -36,7 +37,7 @@ def capture_in_this_process(way: str, images: int, width: int, size: int) -> Non
     capture.run_to(model, model[2], x[:32], through=False)  # one batch's temporaries belong to both ways
     before = peak_bytes()
     if way == "one copy":
-        captured = capture.inputs(model, "2", x, 32, torch.device("cpu"))
+        captured = capture.inputs(model, "2", x, 32, Cache(torch.device("cpu")))
     else:
         captured = torch.cat([capture.run_to(model, model[2], batch, through=False)[0] for batch in x.split(32)])
     size_bytes = captured.numel() * captured.element_size()

@@ -5,7 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from logart.checkpoint import load_packed, save_packed
 from logart.config import QuantConfig
 from logart.grid import ScaleMethod
-from logart.pipeline import Report, quantize_model
+from logart.outcome import Report
+from logart.pipeline import quantize_model
 
 try:
     __version__ = version("logart")

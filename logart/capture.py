@@ -6,13 +6,15 @@ are written into memory taken once, so that n images cost one copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logart.runtime import NetworkError
+from logart.cache import Cache, Captured
+from logart.runtime import NetworkError, NonFiniteError
 
 
 class _Seen(Exception):
@@ -62,32 +64,53 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
     return seen[0]
 
 
-def inputs(model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """What the module called `name` is given when the model runs on images [n, ...]; [n, ...] on `device`."""
+def inputs(model: nn.Module, name: str, images: Tensor, batch_size: int, cache: Cache) -> Captured:
+    """What the module called `name` is given when the model runs on images [n, ...]; [n, ...], kept in the cache.
+
+    Raises:
+        NonFiniteError: some of it is not finite.
+    """
     module = model.get_submodule(name)
-    return collect(lambda x: run_to(model, module, x, through=False)[0], images, batch_size, device)
+    return _collect(lambda x: run_to(model, module, x, through=False)[0], images, batch_size, cache, name)
 
 
-def outputs(model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """What the module called `name` gives when the model runs on images [n, ...]; [n, ...] on `device`."""
+def outputs(model: nn.Module, name: str, images: Tensor, batch_size: int, cache: Cache) -> Captured:
+    """What the module called `name` gives when the model runs on images [n, ...]; as `inputs`."""
     module = model.get_submodule(name)
-    return collect(lambda x: _through(model, module, x)[1], images, batch_size, device)
+    return _collect(lambda x: _through(model, module, x)[1], images, batch_size, cache, name)
 
 
 def inputs_and_outputs(
-    model: nn.Module, name: str, images: Tensor, batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """What the module called `name` is given and what it gives, [n, ...] each on `device`, in one pass."""
+    model: nn.Module, name: str, images: Tensor, batch_size: int, cache: Cache
+) -> tuple[Captured, Captured]:
+    """What the module called `name` is given and what it gives, in one pass; as `inputs`."""
     module = model.get_submodule(name)
-    given = _Gathered(len(images), device)
+    given = _Gathered(len(images), cache, name)
 
     def output(x: Tensor) -> Tensor:
         entered, left = _through(model, module, x)
         given.add(entered)
         return left
 
-    targets = collect(output, images, batch_size, device)
+    targets = _collect(output, images, batch_size, cache, name)
     return given.whole(), targets
+
+
+@torch.no_grad()
+def bytes_per_image(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, tuple[int, int]]:
+    """How large an image's input and output are of each module named, when the model runs on images [n, ...]."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        sizes[name] = args[0][0].nbytes, output[0].nbytes
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    try:
+        model(example.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
 
 
 def _through(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,26 +122,50 @@ def _through(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Te
 @torch.no_grad()
 def collect(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int, device: torch.device) -> Tensor:
     """function(images), batch by batch on `device`, gathered in one tensor there."""
-    result = _Gathered(len(images), device)
+    result = _collect(function, images, batch_size, Cache(device))
+    assert isinstance(result, Tensor)
+    return result
+
+
+@torch.no_grad()
+def _collect(
+    function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int, cache: Cache, name: str | None = None
+) -> Captured:
+    result = _Gathered(len(images), cache, name)
     for start in range(0, len(images), batch_size):
-        result.add(function(images[start : start + batch_size].to(device)))
+        result.add(function(images[start : start + batch_size].to(cache.device)))
     return result.whole()
 
 
 class _Gathered:
-    """Batches in one tensor whose memory is taken at the first of them, whole; no second copy ever exists."""
+    """Batches in one tensor whose memory is taken at the first of them, whole; no second copy ever exists.
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._count, self._device, self._filled = count, device, 0
-        self._tensor: Tensor | None = None
+    With the name of a block, batches must be finite.
+    """
+
+    def __init__(self, count: int, cache: Cache, name: str | None = None) -> None:
+        self._count, self._cache, self._name, self._filled = count, cache, name, 0
+        self._memory: tuple[Tensor, Captured] | None = None
 
     def add(self, batch: Tensor) -> None:
-        if self._tensor is None:
-            self._tensor = torch.empty((self._count, *batch.shape[1:]), dtype=batch.dtype, device=self._device)
-        self._tensor[self._filled : self._filled + len(batch)] = batch
+        if self._memory is None:
+            self._memory = self._cache.empty(self._count, batch)
+        rows = self._memory[0][self._filled : self._filled + len(batch)]
+        rows.copy_(batch)
+        if self._name is not None:
+            self._check(batch)
+            if rows.dtype != batch.dtype:
+                self._check(rows, "are too large for half precision; expected another cache")
         self._filled += len(batch)
 
-    def whole(self) -> Tensor:
-        if self._tensor is None:
+    def _check(self, batch: Tensor, reason: str = "are not finite") -> None:
+        finite = batch.isfinite()
+        if not finite.all():
+            assert self._name is not None
+            image = self._filled + int(finite.flatten(1).all(1).logical_not().nonzero()[0])
+            raise NonFiniteError(f"block {self._name}: the activations of calibration image {image} {reason}", image)
+
+    def whole(self) -> Captured:
+        if self._memory is None:
             raise NetworkError("no images to capture from")
-        return self._tensor
+        return self._memory[1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from logart import surgery
-from logart.layers import QUANTIZED_TYPES
+from logart.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.packed_file import PackedFile, PackedFileError, PackedLayer
 from logart.runtime import UserError
 from logart.weights import COUNTER, one_line
@@ -83,14 +83,19 @@ def to_packed(model: nn.Module, info: Mapping[str, Any] | None = None) -> Packed
     layers: dict[str, PackedLayer] = {}
     for name, layer in surgery.quantized_layers(model).items():
         try:
-            codes, spec = layer.packed()
+            layers[name] = packed_layer(layer)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
-        layers[name] = PackedLayer(_KINDS[type(layer)], layer.shape, layer.n_bits, layer.dtype, codes, spec)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no quantized layer")
     info = getattr(model, "packed_info", {}) if info is None else info
     return PackedFile(layers, _rest(model), dict(info))
+
+
+def packed_layer(layer: QuantizedLayer) -> PackedLayer:
+    """A layer as a packed file holds it; ValueError while it is not rounded."""
+    codes, spec = layer.packed()
+    return PackedLayer(_KINDS[type(layer)], layer.shape, layer.n_bits, layer.dtype, codes, spec)
 
 
 def load_packed(

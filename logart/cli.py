@@ -49,8 +49,8 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         command(args)
     except UserError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing was recorded", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{parser.prog}: interrupted; {error or 'nothing was recorded'}", file=sys.stderr)
         return 130
     return 0
 

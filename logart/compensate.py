@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from logart.cache import Captured
 from logart.config import QuantConfig
 from logart.dbs import layer_moments, per_codebook
 from logart.grid import Codebook, Spacing
@@ -37,7 +38,7 @@ _BLOCK = 64  # columns worked on before the others hear of it
 
 @torch.no_grad()
 def compensate_unit(
-    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Tensor, Tensor], config: QuantConfig
+    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Captured, Captured], config: QuantConfig
 ) -> list[Tensor]:
     """Give every layer of a unit its codebook, codes and bias, in the order they run; they hold float weights before.
 

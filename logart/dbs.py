@@ -7,6 +7,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart.cache import Captured
 from logart.capture import run_to
 from logart.config import QuantConfig, SearchMethod
 from logart.layers import QuantizedLayer
@@ -27,7 +28,7 @@ _PATCH_ELEMENTS = 1 << 26  # elements of unfolded patches held at once: 256 MB i
 
 
 def search_unit(
-    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Tensor, ...] | None, config: QuantConfig
+    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Captured, ...] | None, config: QuantConfig
 ) -> None:
     """Give every layer of a unit its codebook, in the order they run, and round it to nearest.
 
@@ -70,8 +71,8 @@ def layer_error(
     block: nn.Module,
     float_layer: nn.Module,
     layer: QuantizedLayer,
-    float_inputs: Tensor,
-    inputs: Tensor,
+    float_inputs: Captured,
+    inputs: Captured,
     *,
     candidates: int,
     batch_size: int = 32,
@@ -93,12 +94,12 @@ def layer_residual(
     block: nn.Module,
     float_layer: nn.Module,
     layer: nn.Module,
-    float_inputs: Tensor,
-    inputs: Tensor,
+    float_inputs: Captured,
+    inputs: Captured,
 ) -> OutputResidual:
     """The LW measure of one layer through its outputs; arguments as `layer_moments`."""
-    _, wanted = run_to(float_block, float_layer, float_inputs, through=True)
-    x, given = run_to(block, layer, inputs, through=True)
+    _, wanted = run_to(float_block, float_layer, float_inputs[:], through=True)
+    x, given = run_to(block, layer, inputs[:], through=True)
     assert wanted is not None and given is not None
     return OutputResidual(lambda delta: _apply(layer, x, delta), _positions_last(layer, wanted - given))
 
@@ -109,8 +110,8 @@ def layer_moments(
     block: nn.Module,
     float_layer: nn.Module,
     layer: nn.Module,
-    float_inputs: Tensor,
-    inputs: Tensor,
+    float_inputs: Captured,
+    inputs: Captured,
     *,
     batch_size: int = 32,
     shifted: bool = False,
@@ -181,8 +182,8 @@ def block_sensitivity(
     float_block: nn.Module,
     block: nn.Module,
     layer: nn.Module,
-    float_inputs: Tensor,
-    inputs: Tensor,
+    float_inputs: Captured,
+    inputs: Captured,
     *,
     batch_size: int = 32,
     seed: int = 0,

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from logart.cache import Place
 from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding, SearchMethod
 from logart.data import DIGITS
@@ -79,6 +80,13 @@ def add_run_flags(parser: FlagParser) -> None:
     parser.flag("--results", help="the CSV file that gets a row (default results.csv)")
     parser.flag("--save", metavar="PATH.safetensors", help="write the quantized network to a packed file, which "
                 "`logart.load_packed` reads and `python -m logart.inspect` shows")  # fmt: skip
+    parser.flag("--run_dir", metavar="DIR", help="keep settings, log, the state of each finished block, the packed "
+                "network and the report in a new folder")  # fmt: skip
+    parser.flag("--resume", metavar="DIR", help="go on with an interrupted --run_dir, after its last finished "
+                "block; its flags need not be repeated")  # fmt: skip
+    parser.flag("--cache", choices=["auto", *(place.value for place in Place)],
+                help="where a block's captured inputs live: on the computing device, in host memory, there in "
+                "half precision (other codes), on disk; auto: the first with room, but half (default auto)")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
 
 
@@ -143,6 +151,7 @@ def refuse_idle_flags(
     refuse(("search_method", *search, "test_before_calibration"), not config.compensates, closed)
     schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
     refuse((*learning, *schedule), config.learns, unlearned)
+    refuse(("cache",), config.images_needed > 0, "no stage of this run captures anything")
     has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
     approximate = ("hardware_approx", "test_with_hardware_approx")
     refuse(approximate, has_root2, f"--scale_method {method.value} has no √2 to approximate")
@@ -182,6 +191,7 @@ def run_options(
         quiet=bool(args.quiet),
         network_flags=network_flags,
         save=args.save,
+        cache=None if args.cache in (None, "auto") else Place(args.cache),
     )
 
 

@@ -15,6 +15,7 @@ N = 2^(n-1) the number of magnitudes of one sign.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -94,8 +95,15 @@ class Codebook:
 
     def select(self, rows: Tensor) -> Codebook:
         """The codebooks of some channels; `rows` is an index [C'] of integers."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> Codebook:
+        """The same on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Codebook:
         tensors = (self.half_steps, self.signs, self.n_base2, self.scale)
-        return Codebook(self.levels[rows], self.spacing, *(None if t is None else t[rows] for t in tensors))
+        return Codebook(change(self.levels), self.spacing, *(None if t is None else change(t) for t in tensors))
 
     def with_terms(self, terms: int) -> Codebook:
         """The same codes on levels whose √2 is approximated by `terms` terms; a linear codebook is unchanged."""

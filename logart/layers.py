@@ -56,6 +56,7 @@ class SoftRounding(nn.Module):
 
 # What a layer keeps of a log codebook beside its levels, and how short.
 _STORED = {"half_steps": torch.int16, "signs": torch.int8, "n_base2": torch.int16, "scale": torch.float64}
+_MEMBERS = ("_parameters", "_buffers", "_modules")  # where a module keeps its tensors
 
 
 class QuantizedLayer(nn.Module):
@@ -94,7 +95,7 @@ class QuantizedLayer(nn.Module):
     def from_float(cls, module: nn.Module, n_bits: int, n_codebooks: int) -> QuantizedLayer:
         """A quantized twin of `module` that shares its parameters, still holding float weights."""
         layer = copy.copy(module)
-        for name in ("_parameters", "_buffers", "_modules"):
+        for name in _MEMBERS:
             layer.__dict__[name] = layer.__dict__[name].copy()
         layer.__class__ = cls
         assert isinstance(layer, QuantizedLayer)
@@ -193,6 +194,11 @@ class QuantizedLayer(nn.Module):
         codes, exact = self.codes.reshape(self.n_codebooks, -1), self.codebook
         self.set_codebook(exact.with_terms(terms), codes)
         return partial(self.set_codebook, exact, codes)
+
+    def held(self) -> Callable[[], None]:
+        """What puts back everything that the layer holds now."""
+        kept = {k: v.copy() if k in _MEMBERS else v for k, v in self.__dict__.items()}
+        return partial(self.__setstate__, kept)
 
     def drop_float(self) -> None:
         """Forget the float weight: from here on the codes are all there is."""

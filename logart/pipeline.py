@@ -2,83 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from logart import capture, surgery
+from logart.cache import Cache, Captured
 from logart.compensate import compensate_unit
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.dbs import search_unit
 from logart.importance import IMPORTANCE_IMAGES, PerturbationImportance
+from logart.layers import QuantizedLayer
 from logart.losses import absolute_error, kl_divergence, squared_error
+from logart.outcome import Report, layer_reports
 from logart.reconstruct import BlockReport, Loss, learn_rounding
-from logart.rounding import nearest
 from logart.runtime import NetworkError, progress_bar
-from logart.search import rounding_error
+from logart.state import Done, Keeper
 from logart.surgery import Unit
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
-
-    Attributes:
-        name, shape, n_bits: of the layer.
-        block: the block it was reconstructed in.
-        base_mix: how many codebooks have each n_base2; empty for linear grids.
-        error_nearest: relative squared error of the weight after plain rounding, ‖w - q‖² / ‖w‖².
-        error: the same of the final codes.
-        moved: how many weights learning put on another level than plain rounding.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    n_bits: int
-    block: str
-    base_mix: dict[int, int]
-    error_nearest: float
-    error: float
-    moved: int
-
-
-@dataclass
-class Report:
-    """What quantize_model did.
-
-    Attributes:
-        layers: one entry per quantized layer, in the order they run.
-        skipped: (name, reason) of every module with a weight matrix that stays float.
-        folded: names of the batch norms folded.
-        blocks: one entry per learned block.
-        search_seconds, reconstruction_seconds: time in DBS and in compensation and LLR.
-    """
-
-    layers: list[LayerReport] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    folded: list[str] = field(default_factory=list)
-    blocks: list[BlockReport] = field(default_factory=list)
-    search_seconds: float = 0.0
-    reconstruction_seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        """What became of each layer, by name, as JSON can say it."""
-        return {
-            layer.name: {
-                "block": layer.block,
-                "error_nearest": float(f"{layer.error_nearest:.4g}"),
-                "error": float(f"{layer.error:.4g}"),
-                "moved": layer.moved,
-            }
-            for layer in self.layers
-        }
+from logart.weights import one_line
 
 
 def quantize_model(
@@ -91,6 +39,8 @@ def quantize_model(
     device: torch.device | str = "cpu",
     quiet: bool = True,
     observe: Callable[[str, nn.Module], None] = lambda stage, model: None,
+    cache: Cache | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[nn.Module, Report]:
     """Quantize the convolutions and linear layers of a network onto the grid that `config` asks for.
 
@@ -106,6 +56,9 @@ def quantize_model(
         quiet: no progress bars.
         observe: called with ("float", folded float model), ("searched", …) after DBS, unless rounding is compensated,
             and ("rounded", …) after compensation and LLR; the time it takes is not counted.
+        cache: where the inputs and targets of a block are held; without it, on the device.
+        keeper: keeps what each block has come to, and gives it back in a later call with equal arguments, whose
+            codes are then the same bit for bit; without it, nothing is kept.
 
     Returns:
         The quantized network in eval mode, with what `save_packed` keeps of this run as `packed_info`; and the report.
@@ -128,21 +81,19 @@ def quantize_model(
 
     quantized = surgery.clone_sharing(reference)
     surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise, row_groups)
-    start = time.perf_counter()
+    cache = Cache(device) if cache is None else cache
+    work = _Work(reference, quantized, units, images, config, device, quiet, cache, keeper or Keeper())
+    work.look_at_memory(example)
     if not config.compensates:  # which searches each layer's grid itself
-        _search(reference, quantized, units, images[: config.search_samples], config, quiet, device)
-        report.search_seconds = time.perf_counter() - start
+        report.search_seconds = sum(done.seconds for done in work.each("DBS", work.search))
         observe("searched", quantized)
-
-    start = time.perf_counter()
-    if config.learns:
-        report.blocks = _reconstruct(reference, quantized, units, images, config, quiet, device)
-    elif config.compensates:
-        _compensate(reference, quantized, units, images, config, quiet, device)
     if config.learns or config.compensates:
-        report.reconstruction_seconds = time.perf_counter() - start
+        title, step = ("LLR", work.learn) if config.learns else ("compensate", work.compensate)
+        outcomes = work.each(title, step)
+        report.reconstruction_seconds = sum(done.seconds for done in outcomes)
+        report.blocks = [done.report for done in outcomes if done.report is not None]
         observe("rounded", quantized)
-    report.layers = _layer_reports(quantized, units)
+    report.layers = layer_reports(quantized, units)
     quantized.packed_info = {"settings": config.as_dict(), "layers": report.as_dict()}  # type: ignore[assignment]
     return quantized, report
 
@@ -165,107 +116,124 @@ def gather_images(images: Tensor | Iterable[Tensor], count: int) -> Tensor:
     return gathered
 
 
-def _search(
-    reference: nn.Module,
-    quantized: nn.Module,
-    units: list[Unit],
-    images: Tensor,
-    config: QuantConfig,
-    quiet: bool,
-    device: torch.device,
-) -> None:
-    """DBS, unit by unit in the order they run; every layer then holds its codebook and codes of plain rounding."""
-    with progress_bar(len(units), "DBS", quiet) as bar:
-        for unit in units:
-            bar.set_description(f"DBS {unit.name}")
-            data = None
-            if config.searches_data:
-                networks = (reference, quantized)
-                size = config.search_batch_size
-                data = tuple(capture.inputs(net, unit.name, images, size, device) for net in networks)
-            search_unit(reference, quantized, unit, data, config)
-            bar.update()
+@dataclass
+class _Work:
+    """The stages, unit by unit in the order they run; what a stage has finished is kept, and found again later."""
 
+    reference: nn.Module
+    quantized: nn.Module
+    units: list[Unit]
+    images: Tensor
+    config: QuantConfig
+    device: torch.device
+    quiet: bool
+    cache: Cache
+    keeper: Keeper
 
-def _compensate(
-    reference: nn.Module,
-    quantized: nn.Module,
-    units: list[Unit],
-    images: Tensor,
-    config: QuantConfig,
-    quiet: bool,
-    device: torch.device,
-) -> None:
-    """Compensated rounding, layer by layer in the order they run, with the search for each layer's grid."""
-    images = images[: config.calib_samples]
-    with progress_bar(len(units), "compensate", quiet) as bar:
-        for unit in units:
-            bar.set_description(f"compensate {unit.name}")
-            _compensate_unit(reference, quantized, unit, images, config, device)
-            bar.update()
+    def look_at_memory(self, example: Tensor) -> None:
+        """Foresee what captured tensors need, and decide where they live."""
+        if self.config.images_needed == 0:
+            return
+        sizes = capture.bytes_per_image(self.reference, [unit.name for unit in self.units], example)
+        prefixes = 2 if self.config.compensates or self.config.recon_input is ReconInput.MIXED else 1
+        needs = {name: self.config.images_needed * (prefixes * given + left) for name, (given, left) in sizes.items()}
+        told = self.cache.choose(needs)
+        if not self.quiet:
+            print(told, flush=True)
 
+    def each(self, stage: str, step: Callable[[Unit, Callable[[int, float], None]], BlockReport | None]) -> list[Done]:
+        """One stage of all units: what was kept is taken over, the rest is worked out and kept."""
+        layers = surgery.quantized_layers(self.quantized)
+        steps = self.config.iters if stage == "LLR" else 1
+        outcomes: list[Done] = []
+        with progress_bar(len(self.units) * steps, stage, self.quiet) as bar:
+            for index, unit in enumerate(self.units):
+                bar.set_description(f"{stage} {unit.name}")
 
-def _compensate_unit(
-    reference: nn.Module, quantized: nn.Module, unit: Unit, images: Tensor, config: QuantConfig, device: torch.device
-) -> list[Tensor]:
-    """Round one unit, compensated; the targets of its layers, from which LLR may go on."""
-    how = (unit.name, images, config.batch_size, device)
-    data = capture.inputs(reference, *how), capture.inputs(quantized, *how)
-    return compensate_unit(reference, quantized, unit, data, config)
+                def show(done: int, loss: float, before: int = index * steps) -> None:
+                    bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+                    bar.update(before + done - bar.n)
 
+                own = {name: layers[name] for name in unit.layers}
+                done = self.keeper.restore(stage, index, own)
+                if done is None:
+                    start = time.perf_counter()
+                    report = self._with_room(own.values(), partial(step, unit, show))
+                    done = Done(time.perf_counter() - start, report)
+                    self.keeper.keep(stage, index, own, done)
+                outcomes.append(done)
+                bar.update((index + 1) * steps - bar.n)
+        return outcomes
 
-def _reconstruct(
-    reference: nn.Module,
-    quantized: nn.Module,
-    units: list[Unit],
-    images: Tensor,
-    config: QuantConfig,
-    quiet: bool,
-    device: torch.device,
-) -> list[BlockReport]:
-    """LLR, unit by unit in the order they run: quantized, float or mixed prefix in, float target out."""
-    images = images[: config.calib_samples]
-    reports = []
-    losses = _Losses(reference, quantized, units, images, config, device)
-    with progress_bar(len(units) * config.iters, "LLR", quiet) as bar:
-        for index, unit in enumerate(units):
-            bar.set_description(f"LLR {unit.name}")
-            start = time.perf_counter()
-            starts = None
-            if config.compensates:
-                starts = _compensate_unit(reference, quantized, unit, images, config, device)
-            inputs, float_inputs, targets = _capture(reference, quantized, unit, images, config, device)
-            loss = losses.of(unit, targets)
-            captured = time.perf_counter()
+    def _with_room(
+        self, layers: Iterable[QuantizedLayer], step: Callable[[], BlockReport | None]
+    ) -> BlockReport | None:
+        """Work on a unit; where the GPU runs out of memory, again from the start with captured tensors elsewhere."""
+        while True:
+            undo = [layer.held() for layer in layers]
+            try:
+                return step()
+            except torch.cuda.OutOfMemoryError as error:
+                place, self.cache.place = self.cache.place, self.cache.fall_back()
+                if self.cache.place is None:
+                    raise NetworkError(f"out of memory on {self.device} ({one_line(error)})") from error
+                tqdm.write(
+                    f"out of memory on {self.device}: captured tensors go from {place} to {self.cache.place}",
+                    sys.stderr,
+                )
+            for restore in undo:
+                restore()
+            torch.cuda.empty_cache()
 
-            def show(step: int, loss: float, done: int = index * config.iters) -> None:
-                bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
-                bar.update(done + step - bar.n)
+    def search(self, unit: Unit, show: Callable[[int, float], None]) -> None:
+        """DBS of a unit; every layer then holds its codebook and codes of plain rounding."""
+        data = None
+        if self.config.searches_data:
+            how = (self.images[: self.config.search_samples], self.config.search_batch_size, self.cache)
+            data = tuple(capture.inputs(net, unit.name, *how) for net in (self.reference, self.quantized))
+        search_unit(self.reference, self.quantized, unit, data, self.config)
 
-            block = quantized.get_submodule(unit.name)
-            layers = [surgery.quantized_layers(quantized)[name] for name in unit.layers]
-            report = learn_rounding(unit.name, block, layers, inputs, targets, config, loss, show, float_inputs, starts)
-            learning = time.perf_counter() - captured
-            reports.append(replace(report, capture_seconds=captured - start, learning_seconds=learning))
-    return reports
+    def compensate(self, unit: Unit, show: Callable[[int, float], None]) -> None:
+        """Compensated rounding of a unit, with the search for each layer's grid."""
+        self._compensate(unit)
 
+    def _compensate(self, unit: Unit) -> list[Tensor]:
+        """The targets of the unit's layers, from which LLR may go on."""
+        data = capture.inputs(self.reference, *self._how(unit)), capture.inputs(self.quantized, *self._how(unit))
+        return compensate_unit(self.reference, self.quantized, unit, data, self.config)
 
-def _capture(
-    reference: nn.Module,
-    quantized: nn.Module,
-    unit: Unit,
-    images: Tensor,
-    config: QuantConfig,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What the unit is fed, what the float one is fed if inputs are mixed, and what it gives: two passes at most."""
-    how = (unit.name, images, config.batch_size, device)
-    if config.recon_input is ReconInput.QUANTIZED:
-        return capture.inputs(quantized, *how), None, capture.outputs(reference, *how)
-    float_inputs, targets = capture.inputs_and_outputs(reference, *how)
-    if config.recon_input is ReconInput.FLOAT:
-        return float_inputs, None, targets
-    return capture.inputs(quantized, *how), float_inputs, targets
+    def learn(self, unit: Unit, show: Callable[[int, float], None]) -> BlockReport:
+        """LLR of a unit: quantized, float or mixed prefix in, float target out."""
+        start = time.perf_counter()
+        starts = self._compensate(unit) if self.config.compensates else None
+        inputs, float_inputs, targets = self._capture(unit)
+        loss = self._losses.of(unit, targets)
+        captured = time.perf_counter()
+        block = self.quantized.get_submodule(unit.name)
+        layers = [surgery.quantized_layers(self.quantized)[name] for name in unit.layers]
+        report = learn_rounding(
+            unit.name, block, layers, inputs, targets, self.config, loss, show, float_inputs, starts
+        )
+        learning = time.perf_counter() - captured
+        return replace(report, capture_seconds=captured - start, learning_seconds=learning)
+
+    def _capture(self, unit: Unit) -> tuple[Captured, Captured | None, Captured]:
+        """What the unit is fed, what the float one is if inputs are mixed, and what it gives: two passes at most."""
+        how = self._how(unit)
+        if self.config.recon_input is ReconInput.QUANTIZED:
+            return capture.inputs(self.quantized, *how), None, capture.outputs(self.reference, *how)
+        float_inputs, targets = capture.inputs_and_outputs(self.reference, *how)
+        if self.config.recon_input is ReconInput.FLOAT:
+            return float_inputs, None, targets
+        return capture.inputs(self.quantized, *how), float_inputs, targets
+
+    def _how(self, unit: Unit) -> tuple[str, Tensor, int, Cache]:
+        return unit.name, self.images[: self.config.calib_samples], self.config.batch_size, self.cache
+
+    @cached_property
+    def _losses(self) -> _Losses:
+        images = self.images[: self.config.calib_samples]
+        return _Losses(self.reference, self.quantized, self.units, images, self.config, self.device)
 
 
 class _Losses:
@@ -288,11 +256,11 @@ class _Losses:
                 reference, images[:IMPORTANCE_IMAGES], config.temperature, config.batch_size, device, config.seed
             )
 
-    def of(self, unit: Unit, targets: Tensor) -> Loss:
+    def of(self, unit: Unit, targets: Captured) -> Loss:
         """The loss of one unit, whose float outputs are `targets`."""
         if self._config.head_kl and unit.name == self._head:
             return kl_divergence
-        dim = channel_dim(targets, self._channels[unit.name])
+        dim = channel_dim(targets.shape, self._channels[unit.name])
         if self._config.recon_metric is ReconMetric.MAE:
             return partial(absolute_error, channel_dim=dim)
         if self._config.recon_metric is ReconMetric.MSE:
@@ -300,34 +268,6 @@ class _Losses:
         return partial(squared_error, channel_dim=dim, importance=self._importance.of(unit.name))
 
 
-def channel_dim(output: Tensor, channels: int) -> int:
+def channel_dim(shape: torch.Size, channels: int) -> int:
     """Where an output has its channels: dimension 1, unless only the last has as many as the unit's last layer."""
-    return -1 if output.shape[-1] == channels != output.shape[1] else 1
-
-
-@torch.no_grad()
-def _layer_reports(quantized: nn.Module, units: list[Unit]) -> list[LayerReport]:
-    layers = surgery.quantized_layers(quantized)
-    reports = []
-    for unit in units:
-        for name in unit.layers:
-            layer = layers[name]
-            w, codebook, codes = layer.rows, layer.codebook, layer.codes
-            assert codes is not None
-            plain = nearest(w, codebook)
-            energy = max(float(w.double().square().sum()), 1e-300)
-            final = layer.weight.reshape(w.shape).double() - w.double()
-            mix = {} if codebook.n_base2 is None else dict(sorted(Counter(codebook.n_base2.tolist()).items()))
-            reports.append(
-                LayerReport(
-                    name=name,
-                    shape=tuple(layer.shape),
-                    n_bits=layer.n_bits,
-                    block=unit.name,
-                    base_mix=mix,
-                    error_nearest=float(rounding_error(w, codebook).square().sum()) / energy,
-                    error=float(final.square().sum()) / energy,
-                    moved=int((codes.reshape(w.shape) != plain).sum()),
-                )
-            )
-    return reports
+    return -1 if shape[-1] == channels != shape[1] else 1

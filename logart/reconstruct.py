@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from logart.cache import Captured
 from logart.config import QuantConfig
 from logart.layers import QuantizedLayer
-from logart.runtime import NetworkError
+from logart.runtime import NetworkError, NonFiniteError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
@@ -60,7 +61,7 @@ def learning_rate(step: int, config: QuantConfig) -> float:
 
 
 @torch.no_grad()
-def block_error(block: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, batch_size: int) -> float:
+def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Loss, batch_size: int) -> float:
     """The mean loss of the block, as it rounds now, over all captured images."""
     total = 0.0
     for start in range(0, len(inputs), batch_size):
@@ -74,12 +75,12 @@ def learn_rounding(
     name: str,
     block: nn.Module,
     layers: list[QuantizedLayer],
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Captured,
+    targets: Captured,
     config: QuantConfig,
     loss: Loss,
     progress: Callable[[int, float], None] = lambda step, value: None,
-    float_inputs: Tensor | None = None,
+    float_inputs: Captured | None = None,
     starts: list[Tensor] | None = None,
 ) -> BlockReport:
     """Learn the rounding of one block's layers; they hold codes before and after.
@@ -97,7 +98,7 @@ def learn_rounding(
         starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
 
     Raises:
-        ValueError: the loss is not finite; the message names the block and the step.
+        NetworkError: the loss is not finite; the message names the block, the step and the image.
     """
     codes_before = [layer.codes for layer in layers]
     error_before = block_error(block, inputs, targets, loss, config.batch_size)
@@ -117,7 +118,7 @@ def learn_rounding(
 class _Batches:
     """Random batches of a block's captured inputs, mixed element by element where there are float ones."""
 
-    def __init__(self, inputs: Tensor, float_inputs: Tensor | None, config: QuantConfig) -> None:
+    def __init__(self, inputs: Captured, float_inputs: Captured | None, config: QuantConfig) -> None:
         self._inputs, self._float_inputs, self._config = inputs, float_inputs, config
         self._order = torch.Generator().manual_seed(config.seed)
         self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
@@ -138,7 +139,7 @@ def _learn(
     block: nn.Module,
     layers: list[QuantizedLayer],
     batches: _Batches,
-    targets: Tensor,
+    targets: Captured,
     config: QuantConfig,
     loss: Loss,
     progress: Callable[[int, float], None],
@@ -153,16 +154,26 @@ def _learn(
             beta = penalty_exponent(step, config)
             penalty = torch.stack([layer.soften(beta) for layer in layers]).sum()
             reconstruction = loss(block(batch), targets[chosen])
+            value = reconstruction.item()
+            if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
+                raise _non_finite(name, step, value, lambda i: loss(block(batch[i]), targets[chosen[i]]), chosen)  # noqa: B023
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
             (reconstruction + config.rrweight * penalty).backward()
             optimizer.step()
             if step % every == 0 or step == config.iters - 1:
-                losses.append(reconstruction.item())
-                if not math.isfinite(losses[-1]):
-                    raise NetworkError(f"block {name}: the loss at step {step} is {losses[-1]}")
-                progress(step + 1, losses[-1])
+                losses.append(value)
+                progress(step + 1, value)
     finally:
         for layer in layers:
             layer.finish_learning()
     return tuple(losses)
+
+
+def _non_finite(name: str, step: int, value: float, loss: Callable[[slice], Tensor], chosen: Tensor) -> NetworkError:
+    """What to raise when a batch's loss is not finite; `loss` gives that of a part of the batch `chosen`."""
+    message = f"block {name}: the loss at step {step} is {value}"
+    for place, image in enumerate(chosen.tolist()):
+        if not loss(slice(place, place + 1)).isfinite():
+            return NonFiniteError(f"{message}, because of calibration image {image}", image)
+    return NetworkError(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logart.cache import Cache, Place
 from logart.checkpoint import SizeTable, can_be_loaded, save_packed
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.data import ImageSource, validation_batches
@@ -21,9 +22,11 @@ from logart.evaluate import Accuracy, accuracy
 from logart.grid import ROOT2_TEXT, Spacing
 from logart.layers import hardware_approximation
 from logart.network import Network
-from logart.pipeline import Report, quantize_model
+from logart.outcome import Report
+from logart.pipeline import quantize_model
 from logart.results import Cell, append_row, check_results, environment
-from logart.runtime import NetworkError, UserError, peak_memory_mb, progress_bar
+from logart.run_folder import PACKED, RunFolder
+from logart.runtime import NetworkError, NonFiniteError, UserError, peak_memory_mb, progress_bar
 from logart.weights import one_line
 
 
@@ -41,6 +44,7 @@ class RunOptions:
         quiet: print no progress and no table, only the accuracies.
         network_flags: the flags that choose the network, for errors about it.
         save: the packed file that gets the network; None saves none.
+        cache: where captured inputs live; None decides by what is free.
     """
 
     device: torch.device
@@ -52,6 +56,7 @@ class RunOptions:
     quiet: bool = False
     network_flags: str = "--arch, --checkpoint"
     save: str | None = None
+    cache: Place | None = None
 
 
 def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: str = "--arch, --checkpoint") -> None:
@@ -90,6 +95,9 @@ def run(
     options: RunOptions,
     columns: Mapping[str, Cell],
     started: float,
+    *,
+    names: Sequence[str] = (),
+    folder: RunFolder | None = None,
 ) -> Report:
     """Quantize and evaluate one network, print what comes out and append it to the results file.
 
@@ -99,6 +107,8 @@ def run(
         images, config: as for `quantize_model`.
         columns: what the results row says of the network and the data.
         started: `time.perf_counter()` when the command began.
+        names: of the images, for messages.
+        folder: keeps what the run comes to, and may hold what it came to before it was interrupted.
 
     Returns:
         The report of `quantize_model`.
@@ -106,8 +116,8 @@ def run(
     Raises:
         UserError: the network cannot be quantized, an image cannot be read or the row cannot be written.
     """
-    stages = _Stages(source, config, options)
-    with _naming(options.network_flags):
+    stages = _Stages(source, config, options, folder)
+    with _naming(options.network_flags, names):
         quantized, report = quantize_model(
             network.model,
             config,
@@ -117,29 +127,67 @@ def run(
             device=options.device,
             quiet=options.quiet,
             observe=stages.observe,
+            cache=Cache(options.device, options.cache, folder.path if folder else None),
+            keeper=folder,
         )
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
-    total = time.perf_counter() - started
+    total = time.perf_counter() - started if folder is None else folder.seconds
     row = dict(columns) | config_columns(config) | stages.columns() | _cost_columns(report, total, options.device)
     if options.test_with_terms:
         row["hardware_approx_terms"] = options.test_with_terms
-    append_row(options.results, row | environment())
+    row |= environment()
+    settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
+    info = {**quantized.packed_info, **run_info(network, source, stages), **settings}  # type: ignore[dict-item]
+    problems = _keep(folder, quantized, info, report, row)
     sizes = None
+    with _going_on(problems):
+        append_row(options.results, row)
+        if folder is not None:
+            folder.finish(report, row, options.results)
     if options.save is not None:
-        settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
-        sizes = _save(quantized, options.save, run_info(network, source, stages) | settings)
+        with _going_on(problems):
+            sizes = _save(quantized, options.save, info)
     if not options.quiet:
         print(layer_table(report))
         if sizes is not None:
             print(f"{sizes}\nsaved as {options.save}")
         rounding = "LLR" if config.learns and not config.compensates else "rounding"
-        times = (
+        print(
             f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
+            + f"; row appended to {options.results}" * (not problems)
         )
-        print(f"{times}; row appended to {options.results}")
+    if problems:
+        kept = f"; the run is kept in {folder.path}" if folder is not None else ""
+        raise UserError("; ".join(map(str, problems)) + kept)
     return report
+
+
+@contextmanager
+def _going_on(problems: list[UserError | OSError]) -> Iterator[None]:
+    """Collect what cannot be written; the rest still is."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        problems.append(error)
+
+
+def _keep(
+    folder: RunFolder | None, quantized: nn.Module, info: dict[str, Any], report: Report, row: Mapping[str, Cell]
+) -> list[UserError | OSError]:
+    """Write the packed network and the report into the run's folder; what went wrong."""
+    problems: list[UserError | OSError] = []
+    if folder is not None:
+        for write in (
+            lambda: folder.finish(report, row, None),
+            lambda: save_packed(quantized, folder.path / PACKED, info),
+        ):
+            try:
+                write()
+            except (OSError, ValueError) as error:
+                problems.append(UserError(f"--run_dir: cannot write to {folder.path} ({one_line(error)})"))
+    return problems
 
 
 def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None) -> None:
@@ -170,9 +218,9 @@ def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, c
         raise UserError(f"--model-kwargs: {one_line(error)}; with --save, expected numbers, texts and lists") from error
 
 
-def _save(quantized: nn.Module, path: str, info: Mapping[str, Any]) -> SizeTable:
+def _save(quantized: nn.Module, path: str, info: dict[str, Any]) -> SizeTable:
     try:
-        return save_packed(quantized, path, {**quantized.packed_info, **info})  # type: ignore[dict-item]
+        return save_packed(quantized, path, info)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--save: {path!r} cannot be written ({one_line(error)}); the accuracies are recorded"
@@ -199,6 +247,7 @@ class _Stages:
     source: ImageSource
     config: QuantConfig
     options: RunOptions
+    folder: RunFolder | None
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
 
     def observe(self, stage: str, network: nn.Module) -> None:
@@ -213,9 +262,13 @@ class _Stages:
             "rounded": "after LLR" if self.config.learns else "after compensated rounding",
             "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
         }[stage]
-        batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)
-        with progress_bar(len(self.source.val), f"evaluate {title}", self.options.quiet) as bar:
-            value = accuracy(network, batches, self.options.device, bar.update)
+        value = None if self.folder is None else self.folder.accuracies.get(stage)
+        if value is None:
+            batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)
+            with progress_bar(len(self.source.val), f"evaluate {title}", self.options.quiet) as bar:
+                value = accuracy(network, batches, self.options.device, bar.update)
+            if self.folder is not None:
+                self.folder.measured(stage, value)
         print(f"{title:<28} Acc@1 {value.top1:6.2f} %  Acc@5 {value.top5:6.2f} %", flush=True)
         self.accuracies[stage] = value
 
@@ -232,10 +285,13 @@ class _Stages:
 
 
 @contextmanager
-def _naming(flags: str) -> Iterator[None]:
-    """Let what is wrong with the user's network reach them as one line naming `flags`."""
+def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
+    """Let what is wrong with the user's network reach them as one line naming `flags`, and the image by its name."""
     try:
         yield
+    except NonFiniteError as error:
+        name = f" ({names[error.image]})" if error.image < len(names) else ""
+        raise UserError(f"{flags}: {one_line(error)}{name}") from error
     except NetworkError as error:
         raise UserError(f"{flags}: {one_line(error)}") from error
 

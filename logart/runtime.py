@@ -28,6 +28,14 @@ class NetworkError(ValueError):
     """
 
 
+class NonFiniteError(NetworkError):
+    """An image makes the network give NaN or infinite values; `image` is its index among the calibration images."""
+
+    def __init__(self, message: str, image: int) -> None:
+        super().__init__(message)
+        self.image = image
+
+
 def seed_everything(seed: int) -> None:
     """Seed every source of randomness and ask for deterministic kernels, so that equal runs give equal codes."""
     random.seed(seed)

@@ -16,6 +16,7 @@ from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
 from logart.run import check_network, check_outputs, run
+from logart.run_folder import check_folder, identity, opened, stored_flags
 from logart.runtime import UserError, seed_everything
 from logart_cnn.models import load_network
 
@@ -102,6 +103,7 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
 def command(args: argparse.Namespace) -> None:
     """One run from flags to results row."""
     started = time.perf_counter()
+    args = stored_flags(args)
     config = build_config(args)
     data_path, workers = otherwise(args.data_path, DIGITS), otherwise(args.workers, 2)
     if workers < 0:
@@ -111,6 +113,7 @@ def command(args: argparse.Namespace) -> None:
     )
     network_arguments = flags.network_arguments(args)
     check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
+    check_folder(args)
     if args.save_calib_list is not None:
         _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
     names = None if args.calib_list is None else load_names(args.calib_list)
@@ -123,14 +126,16 @@ def command(args: argparse.Namespace) -> None:
     source = open_images(data_path, network.preprocessing, network.num_classes)
     images, chosen = _calibration_images(args, config, source, names)
     check_network(network.model, images, network.num_classes, flags=options.network_flags)
-    if not options.quiet:
-        origin = f"{network.arch} ({network.source}) on {source.name}"
-        print(f"{origin}: {describe(config)}, on {options.device}")
-        print(flags.settings_line(config, FIELDS), flush=True)
     columns = flags.network_columns(args, network, "cnn", source.name)
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
-    run(network, source, images, config, options, columns, started)
+    who = identity(config, columns, network.model, images, source.val.names, options.device)
+    with opened(args, who, chosen, started) as folder:
+        if not options.quiet:
+            origin = f"{network.arch} ({network.source}) on {source.name}"
+            print(f"{origin}: {describe(config)}, on {options.device}")
+            print(flags.settings_line(config, FIELDS), flush=True)
+        run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
     if args.save_calib_list is not None:
         save_names(args.save_calib_list, chosen)
 

@@ -13,6 +13,7 @@ from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Roundin
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
 from logart.run import check_network, check_outputs, run
+from logart.run_folder import check_folder, identity, opened, stored_flags
 from logart.runtime import UserError, seed_everything
 from logart_vit.models import MODELS, load_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config
@@ -121,6 +122,7 @@ def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
 def command(args: argparse.Namespace) -> None:
     """One run from flags to results row."""
     started = time.perf_counter()
+    args = stored_flags(args)
     config, loading = build_settings(args)
     dataset = otherwise(args.dataset, DIGITS)
     options = flags.run_options(
@@ -133,6 +135,7 @@ def command(args: argparse.Namespace) -> None:
     )
     network_arguments = flags.network_arguments(args)
     check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
+    check_folder(args)
     seed_everything(config.seed)
     network = load_network(
         otherwise(args.model, "digits_vit"),
@@ -142,16 +145,18 @@ def command(args: argparse.Namespace) -> None:
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
     count = max(2, config.images_needed)
-    images, _ = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
+    images, chosen = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
     check_network(network.model, images, network.num_classes, flags=options.network_flags)
-    if not options.quiet:
-        origin = f"{network.arch} ({network.source}) on {source.name}"
-        print(f"{origin}: {describe(config)}, on {options.device}")
-        mode = next(name for name, value in MODES.items() if value is config.recon_input)
-        print(flags.settings_line(config, FIELDS, optim_mode=mode, **loading), flush=True)
     columns = flags.network_columns(args, network, "vit", source.name)
     columns["config"] = args.config
-    run(network, source, images, config, options, columns, started)
+    who = identity(config, columns, network.model, images, source.val.names, options.device)
+    with opened(args, who, chosen, started) as folder:
+        if not options.quiet:
+            origin = f"{network.arch} ({network.source}) on {source.name}"
+            print(f"{origin}: {describe(config)}, on {options.device}")
+            mode = next(name for name, value in MODES.items() if value is config.recon_input)
+            print(flags.settings_line(config, FIELDS, optim_mode=mode, **loading), flush=True)
+        run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,8 +8,9 @@ from networks import hooks_of, small_resnet
 from torch import Tensor, nn
 
 from logart import capture
+from logart.cache import Cache
 
-CPU = torch.device("cpu")
+CACHE = Cache(torch.device("cpu"))
 
 
 class Counting(nn.Module):
@@ -34,9 +35,9 @@ def test_inputs_and_outputs_are_those_of_one_forward(batch_size: int) -> None:
     """In order, also where the last batch is smaller, and before a following activation in place."""
     model, x = chain().requires_grad_(False), torch.randn(7, 4)
     hidden = model[0](x).relu()
-    found = capture.inputs(model, "2", x, batch_size, CPU)
+    found = capture.inputs(model, "2", x, batch_size, CACHE)
     torch.testing.assert_close(found, hidden, rtol=1e-6, atol=1e-6)
-    given = capture.outputs(model, "2", x, batch_size, CPU)
+    given = capture.outputs(model, "2", x, batch_size, CACHE)
     torch.testing.assert_close(given, model[2](hidden), rtol=1e-6, atol=1e-6)
     assert bool((given < 0).any())
     assert hooks_of(model) == 0
@@ -45,33 +46,33 @@ def test_inputs_and_outputs_are_those_of_one_forward(batch_size: int) -> None:
 def test_blocks_and_the_whole_network() -> None:
     model, images = small_resnet(n_images=5)
     model.requires_grad_(False)
-    whole = capture.outputs(model, "", images, 2, CPU)
+    whole = capture.outputs(model, "", images, 2, CACHE)
     torch.testing.assert_close(whole, model(images), rtol=1e-5, atol=1e-6)
-    assert torch.equal(capture.inputs(model, "", images, 2, CPU), images)
-    block = capture.inputs(model, "blocks.1", images, 5, CPU)
-    assert torch.equal(capture.outputs(model, "blocks.1", images, 5, CPU), model.blocks[1](block.clone()))  # type: ignore[index, operator]
+    assert torch.equal(capture.inputs(model, "", images, 2, CACHE), images)
+    block = capture.inputs(model, "blocks.1", images, 5, CACHE)
+    assert torch.equal(capture.outputs(model, "blocks.1", images, 5, CACHE), model.blocks[1](block.clone()))  # type: ignore[index, operator]
 
 
 def test_captured_tensors_need_no_gradient() -> None:
     model, x = chain(), torch.randn(3, 4)
-    assert not capture.outputs(model, "2", x, 2, CPU).requires_grad
+    assert not capture.outputs(model, "2", x, 2, CACHE).requires_grad
 
 
 def test_the_forward_stops_at_the_module() -> None:
     model, x = chain(), torch.randn(3, 4)
-    capture.inputs(model, "2", x, 3, CPU)
-    capture.outputs(model, "2", x, 3, CPU)
+    capture.inputs(model, "2", x, 3, CACHE)
+    capture.outputs(model, "2", x, 3, CACHE)
     assert model[4].runs == 0
-    capture.outputs(model, "4", x, 2, CPU)
+    capture.outputs(model, "4", x, 2, CACHE)
     assert model[4].runs == 2
 
 
 def test_an_operation_in_place_leaves_the_images_alone() -> None:
     model, x = nn.Sequential(nn.Hardswish(inplace=True), nn.Linear(4, 2)), torch.randn(3, 4)
     before = x.clone()
-    first = capture.inputs(model, "1", x, 2, CPU)
+    first = capture.inputs(model, "1", x, 2, CACHE)
     assert torch.equal(x, before)
-    assert torch.equal(capture.inputs(model, "1", x, 2, CPU), first)
+    assert torch.equal(capture.inputs(model, "1", x, 2, CACHE), first)
 
 
 class Odd(nn.Module):
@@ -100,20 +101,20 @@ def test_what_cannot_be_captured_is_refused_and_leaves_no_hook(
 ) -> None:
     model = Odd(call)
     with pytest.raises(ValueError, match=message):
-        look(model, "inner", torch.randn(3, 4), 2, CPU)
+        look(model, "inner", torch.randn(3, 4), 2, CACHE)
     assert hooks_of(model) == 0
 
 
 def test_a_forward_that_raises_leaves_no_hook() -> None:
     model = Odd(lambda m, x: m(x[:, :2]))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        capture.outputs(model, "inner", torch.randn(3, 4), 2, CPU)
+        capture.outputs(model, "inner", torch.randn(3, 4), 2, CACHE)
     assert hooks_of(model) == 0
 
 
 def test_no_images() -> None:
     with pytest.raises(ValueError, match="no images"):
-        capture.inputs(chain(), "2", torch.empty(0, 4), 2, CPU)
+        capture.inputs(chain(), "2", torch.empty(0, 4), 2, CACHE)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -134,7 +135,7 @@ def test_capturing_n_inputs_costs_one_copy() -> None:
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 2)).requires_grad_(False)
     images = torch.randn(2048, 16)
     size = 2048 * 64 * 4
-    peak = peak_bytes(lambda: capture.inputs(model, "2", images, 32, CPU))
+    peak = peak_bytes(lambda: capture.inputs(model, "2", images, 32, CACHE))
     assert size <= peak < 1.2 * size
     joined = peak_bytes(lambda: torch.cat([model[:2](batch) for batch in images.split(32)]))
     assert joined >= 2 * size  # the measure sees such a copy

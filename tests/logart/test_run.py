@@ -21,7 +21,7 @@ from logart.data import ImageSource, Preprocessing, open_images
 from logart.evaluate import Accuracy
 from logart.grid import ScaleMethod
 from logart.network import Network
-from logart.pipeline import LayerReport, Report
+from logart.outcome import LayerReport, Report
 from logart.reconstruct import BlockReport
 from logart.results import NAMES
 from logart.run import RunOptions, check_network, config_columns, layer_table, run
@@ -192,7 +192,7 @@ def test_compensated_rounding_has_nothing_between_float_and_final(
     }  # fmt: skip
     assert row["rounding"] == rounding and float(row["search_seconds"]) == 0
     assert float(row["reconstruction_seconds"]) == round(report.reconstruction_seconds, 3) > 0
-    out = capsys.readouterr().out.splitlines()
+    out = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("captured")]
     assert [line.split(" Acc")[0].rstrip() for line in out[:2]] == ["float", title]
     assert out[-1].startswith("DBS 0.0 s, rounding ")
 

@@ -1,0 +1,151 @@
+"""Where the captured inputs and targets of a block live while it is worked on.
+
+On the computing device they are fastest. Elsewhere, every batch that is asked for comes over to it, in its own type:
+from host memory or disk with the same bits, from half precision rounded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from logart.runtime import NetworkError
+
+_RESERVE = 0.8  # of what is free; the rest is for a batch's activations and gradients
+
+
+class Place(str, Enum):
+    """Where captured tensors live: on the computing device, in host memory, there in half precision, or on disk."""
+
+    DEVICE = "device"
+    CPU = "cpu"
+    HALF = "half"
+    DISK = "disk"
+
+
+# Each falls back to the next; never to half precision by itself, because that changes the codes.
+_NEXT = {Place.DEVICE: Place.CPU, Place.CPU: Place.DISK, Place.HALF: Place.DISK}
+
+
+class Kept:
+    """A tensor [n, ...] that lives elsewhere than where it is computed with.
+
+    Attributes:
+        shape, device: of what indexing by a slice or by indices [B] gives.
+    """
+
+    def __init__(self, held: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._held, self._dtype = held, dtype
+        self.device, self.shape = device, held.shape
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        if isinstance(index, Tensor):
+            index = index.to(self._held.device)
+        return self._held[index].to(self.device, self._dtype, copy=True)
+
+
+Captured = Tensor | Kept
+
+
+@dataclass
+class Cache:
+    """Takes the memory for captured tensors.
+
+    Attributes:
+        device: the computing device.
+        place: where the tensors go; None is decided by `choose`.
+        folder: for `Place.DISK`; None is the system's folder for temporary files.
+    """
+
+    device: torch.device
+    place: Place | None = Place.DEVICE
+    folder: Path | None = None
+
+    def empty(self, count: int, batch: Tensor) -> tuple[Tensor, Captured]:
+        """Memory for `count` images like those of a batch: to write to, and to read from."""
+        shape, place = (count, *batch.shape[1:]), self.place
+        if place is Place.DEVICE or (place is Place.CPU and self.device.type == "cpu"):
+            tensor = torch.empty(shape, dtype=batch.dtype, device=self.device)
+            return tensor, tensor
+        halved = place is Place.HALF and batch.dtype.is_floating_point
+        dtype = torch.float16 if halved else batch.dtype
+        held = _mapped(shape, dtype, self.folder) if place is Place.DISK else torch.empty(shape, dtype=dtype)
+        return held, Kept(held, batch.dtype, self.device)
+
+    def choose(self, needs: Mapping[str, int]) -> str:
+        """Decide on a place where none was given, by what is free; a line that says so.
+
+        Args:
+            needs: bytes of each block's captured tensors.
+
+        Raises:
+            NetworkError: they fit nowhere.
+        """
+        name, need = max(needs.items(), key=lambda item: item[1])
+        told = f"captured inputs and targets: {_mib(need)} in {name}, the most of {len(needs)} blocks; "
+        free = self._free()
+        if self.place is None:
+            fitting = [place for place in _order() if need <= _RESERVE * free[place]]
+            if not fitting:
+                have = ", ".join(f"{place.value} {_mib(free[place])}" for place in _order())
+                raise NetworkError(f"{told}free: {have}; expected fewer calibration images or more room")
+            self.place = fitting[0]
+        half = self.place is Place.HALF
+        told += f"kept on {self.place.value} ({_mib(free[self.place])} free)"
+        return told + ", too little" * (need / (2 if half else 1) > free[self.place])
+
+    def fall_back(self) -> Place | None:
+        """Go on with the next place, which is larger; None if there is none."""
+        self.place = None if self.place is None else _NEXT.get(self.place)
+        if self.place is Place.CPU and self.device.type == "cpu":
+            self.place = Place.DISK
+        return self.place
+
+    def _free(self) -> dict[Place, int]:
+        host = int(psutil.virtual_memory().available)
+        device = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else host
+        disk = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
+        return {Place.DEVICE: device, Place.CPU: host, Place.HALF: host, Place.DISK: disk}
+
+
+def _order() -> list[Place]:
+    return [Place.DEVICE, Place.CPU, Place.DISK]
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """A tensor in a file that has no name any more: it goes with the tensor, or with the process."""
+    elements = math.prod(shape)
+    descriptor, path = tempfile.mkstemp(".capture", ".", folder)
+    try:
+        size = elements * dtype.itemsize
+        # Taken now: a disk that is full when a mapped page is written kills the process.
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+        return torch.from_file(path, shared=True, size=elements, dtype=dtype).reshape(shape)
+    except OSError as error:
+        raise NetworkError(
+            f"captured tensors of {_mib(elements * dtype.itemsize)} do not fit into {folder or tempfile.gettempdir()} "
+            f"({error.strerror})"
+        ) from error
+    finally:
+        os.close(descriptor)
+        os.unlink(path)
