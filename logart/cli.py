@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from logart.runtime import UserError
+from logart.runtime import NothingToDo, UserError
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -49,6 +49,9 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         command(args)
     except UserError as error:
         parser.error(str(error))
+    except NothingToDo as end:
+        print(f"{parser.prog}: {end}", flush=True)
+        return end.code
     except KeyboardInterrupt as error:
         print(f"{parser.prog}: interrupted; {error or 'nothing was recorded'}", file=sys.stderr)
         return 130

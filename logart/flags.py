@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logart.cache import Place
+from logart.claims import SILENT_MINUTES
 from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding, SearchMethod
 from logart.data import DIGITS
@@ -87,6 +88,9 @@ def add_run_flags(parser: FlagParser) -> None:
     parser.flag("--cache", choices=["auto", *(place.value for place in Place)],
                 help="where a block's captured inputs live: on the computing device, in host memory, there in "
                 "half precision (other codes), on disk; auto: the first with room, but half (default auto)")  # fmt: skip
+    parser.flag("--once", nargs="?", const=SILENT_MINUTES, type=finite, metavar="MINUTES",
+                help="do nothing where the results file has this row or another process is at it; one without a sign "
+                f"of life for so many minutes is taken over (without a value: {SILENT_MINUTES:g})")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
 
 
@@ -180,6 +184,8 @@ def run_options(
     args: argparse.Namespace, config: QuantConfig, *, data: str, workers: int, val_batch_size: int, network_flags: str
 ) -> RunOptions:
     """How the run goes about it, from the flags; `data` is what the data flag says."""
+    if args.once is not None and args.once <= 0:
+        raise UserError(f"--once: expected more than 0 minutes, got {args.once:g}")
     return RunOptions(
         device=resolve_device(otherwise(args.device, "auto")),
         results=otherwise(args.results, "results.csv"),
@@ -192,6 +198,7 @@ def run_options(
         network_flags=network_flags,
         save=args.save,
         cache=None if args.cache in (None, "auto") else Place(args.cache),
+        once=args.once,
     )
 
 

@@ -91,6 +91,7 @@ COLUMNS = (
     Column("project_version", "", "version of this project"),
 )
 NAMES = tuple(column.name for column in COLUMNS)
+SETTINGS = NAMES[NAMES.index("track") : NAMES.index("val_images")]  # what decides a run; the others say how it went
 
 
 def columns_markdown() -> str:
@@ -146,6 +147,39 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
             if _is_there(path):
                 _refuse_content(path)
             _write_whole(path, _csv_line(row.get(name) for name in NAMES))
+
+
+@contextmanager
+def locked_results(path: str | Path) -> Iterator[None]:
+    """Keep every other process from appending; UserError as `append_row`, for errors of the body's files too."""
+    path = Path(path)
+    with _named_errors(path):
+        _refuse_place(path)
+        with _locked(path):
+            yield
+
+
+def settings_line(row: Mapping[str, Cell]) -> bytes:
+    """The cells of the columns in `SETTINGS` as the file would hold them; equal for equal settings only."""
+    return _csv_line(row.get(name) for name in SETTINGS)
+
+
+def recorded(path: str | Path, settings: Mapping[str, Cell]) -> str | None:
+    """When a run of these settings was appended, its `utc_time`; None where the file has none.
+
+    Args:
+        path: the CSV file, or where it will be; to be called with `locked_results`.
+        settings: as `append_row` would get them; columns left out are empty.
+
+    Raises:
+        UserError: the file has another header or holds a cut row.
+    """
+    path, line = Path(path), settings_line(settings)
+    if not _is_there(path):
+        return None
+    _refuse_content(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        return next((row["utc_time"] for row in csv.DictReader(file) if settings_line(row) == line), None)
 
 
 def _write_whole(path: Path, line: bytes) -> None:

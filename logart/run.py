@@ -45,6 +45,7 @@ class RunOptions:
         network_flags: the flags that choose the network, for errors about it.
         save: the packed file that gets the network; None saves none.
         cache: where captured inputs live; None decides by what is free.
+        once: do no run whose row is there or being run, see `claims.claimed`: the silent minutes; None does it anyway.
     """
 
     device: torch.device
@@ -57,6 +58,7 @@ class RunOptions:
     network_flags: str = "--arch, --checkpoint"
     save: str | None = None
     cache: Place | None = None
+    once: float | None = None
 
 
 def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: str = "--arch, --checkpoint") -> None:
@@ -134,9 +136,7 @@ def run(
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
     total = time.perf_counter() - started if folder is None else folder.seconds
-    row = dict(columns) | config_columns(config) | stages.columns() | _cost_columns(report, total, options.device)
-    if options.test_with_terms:
-        row["hardware_approx_terms"] = options.test_with_terms
+    row = settings_columns(columns, config, options) | stages.columns() | _cost_columns(report, total, options.device)
     row |= environment()
     settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
     info = {**quantized.packed_info, **run_info(network, source, stages), **settings}  # type: ignore[dict-item]
@@ -333,6 +333,14 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
         row["drop_prob"] = config.drop_prob
     if config.learns and config.recon_metric is ReconMetric.HESSIAN_PERTURB:
         row["temperature"] = config.temperature
+    return row
+
+
+def settings_columns(columns: Mapping[str, Cell], config: QuantConfig, options: RunOptions) -> dict[str, Cell]:
+    """All results columns that are known before the run, and decide it: those of `results.SETTINGS`."""
+    row = dict(columns) | config_columns(config)
+    if options.test_with_terms:
+        row["hardware_approx_terms"] = options.test_with_terms
     return row
 
 

@@ -21,6 +21,14 @@ class UserError(ValueError):
     """
 
 
+class NothingToDo(Exception):
+    """The run ends here, and that is no mistake; the message says why, `code` is the command's exit code."""
+
+    def __init__(self, why: str, code: int = 0) -> None:
+        super().__init__(why)
+        self.code = code
+
+
 class NetworkError(ValueError):
     """The network, as it is, cannot be quantized or evaluated; the message names the layer, block or batch.
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from logart import flags
+from logart.claims import claimed
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
-from logart.run import check_network, check_outputs, run
+from logart.run import check_network, check_outputs, run, settings_columns
 from logart.run_folder import check_folder, identity, opened, stored_flags
 from logart.runtime import UserError, seed_everything
 from logart_cnn.models import load_network
@@ -124,18 +125,19 @@ def command(args: argparse.Namespace) -> None:
         **network_arguments,
     )
     source = open_images(data_path, network.preprocessing, network.num_classes)
-    images, chosen = _calibration_images(args, config, source, names)
-    check_network(network.model, images, network.num_classes, flags=options.network_flags)
     columns = flags.network_columns(args, network, "cnn", source.name)
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
-    who = identity(config, columns, network.model, images, source.val.names, options.device)
-    with opened(args, who, chosen, started) as folder:
-        if not options.quiet:
-            origin = f"{network.arch} ({network.source}) on {source.name}"
-            print(f"{origin}: {describe(config)}, on {options.device}")
-            print(flags.settings_line(config, FIELDS), flush=True)
-        run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
+    with claimed(options.results, settings_columns(columns, config, options), options.once):
+        images, chosen = _calibration_images(args, config, source, names)
+        check_network(network.model, images, network.num_classes, flags=options.network_flags)
+        who = identity(config, columns, network.model, images, source.val.names, options.device)
+        with opened(args, who, chosen, started) as folder:
+            if not options.quiet:
+                origin = f"{network.arch} ({network.source}) on {source.name}"
+                print(f"{origin}: {describe(config)}, on {options.device}")
+                print(flags.settings_line(config, FIELDS), flush=True)
+            run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
     if args.save_calib_list is not None:
         save_names(args.save_calib_list, chosen)
 

@@ -8,11 +8,12 @@ import time
 from typing import Any, get_type_hints
 
 from logart import flags
+from logart.claims import claimed
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
-from logart.run import check_network, check_outputs, run
+from logart.run import check_network, check_outputs, run, settings_columns
 from logart.run_folder import check_folder, identity, opened, stored_flags
 from logart.runtime import UserError, seed_everything
 from logart_vit.models import MODELS, load_network
@@ -143,20 +144,21 @@ def command(args: argparse.Namespace) -> None:
         **network_arguments,
     )
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
-    flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
-    count = max(2, config.images_needed)
-    images, chosen = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
-    check_network(network.model, images, network.num_classes, flags=options.network_flags)
     columns = flags.network_columns(args, network, "vit", source.name)
     columns["config"] = args.config
-    who = identity(config, columns, network.model, images, source.val.names, options.device)
-    with opened(args, who, chosen, started) as folder:
-        if not options.quiet:
-            origin = f"{network.arch} ({network.source}) on {source.name}"
-            print(f"{origin}: {describe(config)}, on {options.device}")
-            mode = next(name for name, value in MODES.items() if value is config.recon_input)
-            print(flags.settings_line(config, FIELDS, optim_mode=mode, **loading), flush=True)
-        run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
+    with claimed(options.results, settings_columns(columns, config, options), options.once):
+        flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
+        count = max(2, config.images_needed)
+        images, chosen = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
+        check_network(network.model, images, network.num_classes, flags=options.network_flags)
+        who = identity(config, columns, network.model, images, source.val.names, options.device)
+        with opened(args, who, chosen, started) as folder:
+            if not options.quiet:
+                origin = f"{network.arch} ({network.source}) on {source.name}"
+                print(f"{origin}: {describe(config)}, on {options.device}")
+                mode = next(name for name, value in MODES.items() if value is config.recon_input)
+                print(flags.settings_line(config, FIELDS, optim_mode=mode, **loading), flush=True)
+            run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import logart.run
+from logart.claims import CLAIMED_ELSEWHERE, claimed
 from logart.cli import key_values
+from logart.results import SETTINGS
 from logart.surgery import quantized_layers
 from logart.weights import file_sha256
 from logart_vit.models import DIGITS_VIT_KWARGS
@@ -197,3 +199,22 @@ def assert_refused(main: Callable[[list[str]], int], argv: list[str], line: str,
     assert err.startswith(line), err
     assert err.endswith("\n") and err.count("\n") == 1 and "\r" not in err
     assert "Acc@" not in out
+
+
+def check_once(main: Callable[[list[str]], int], argv: list[str], other: str, results: Path, capfd: Any) -> None:
+    """`--once` runs what no row is like, the very row that is written; `other` is a flag that makes another row."""
+    argv = [*argv, "--rounding", "nearest", "--results", str(results), "--once"]
+    for count, words in enumerate((argv, [*argv, other], [*argv, "--seed", "1"]), 1):
+        assert main(words) == 0 and len(rows(results)) == count
+    capfd.readouterr()
+    for words in (argv, [*argv, other], [*argv, "--seed", "1", "--quiet"]):
+        assert main(words) == 0 and len(rows(results)) == 3
+        out, err = capfd.readouterr()
+        assert f"{results} has this row already, of 20" in out and "Acc@" not in out and err == ""
+    assert main([word for word in argv if word != "--once"]) == 0 and len(rows(results)) == 4
+    settings = {name: rows(results)[0][name] for name in SETTINGS}
+    with claimed(results, {**settings, "seed": 7}, 10):
+        assert main([*argv, "--seed", "7"]) == CLAIMED_ELSEWHERE and len(rows(results)) == 4
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv[:-1], "--once", "0"])
+    assert stopped.value.code == 2 and "--once: expected more than 0 minutes, got 0\n" in capfd.readouterr().err

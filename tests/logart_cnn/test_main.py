@@ -69,7 +69,7 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     test_before_calibration calib_samples batch_size iters_w rrweight weight calib_lr b_start b_end warmup recon_input
     hardware_approx test_with_hardware_approx first_last_bits seed device workers results quiet calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save""".split()
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once""".split()
 
 
 def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SMALL, SMALL_DEEP, SMALL_KWARGS, SURROUNDINGS, Effect, Files, Outcome, rows
+from small_runs import SMALL, SMALL_DEEP, SMALL_KWARGS, SURROUNDINGS, Effect, Files, Outcome, check_once, rows
 
 import logart.run
 import logart_cnn.main
@@ -189,12 +189,18 @@ def test_a_saved_list_brings_the_same_images_back(
     assert outcome(*files.on_images(), "--seed", "5", "--calib_list", str(chosen))[1:] == first[1:]
 
 
+def test_once_runs_no_row_twice(files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check_once(main, files.unlearned(), "--zero_code", tmp_path / "results.csv", capfd)
+    check_once(main, files.unlearned(), "--test_with_hardware_approx", tmp_path / "others.csv", capfd)
+
+
 TESTED_ALONE = {
     "save": test_save_writes_the_network_with_the_options_it_was_built_with,
     "num_classes": test_num_classes,
     "workers": test_workers_read_the_same_images,
     "device": test_device_decides_where,
     "results": test_results_says_where_the_row_goes,
+    "once": test_once_runs_no_row_twice,
     "quiet": test_quiet_leaves_only_accuracies,
     "calib_list": test_a_saved_list_brings_the_same_images_back,
     "save_calib_list": test_a_saved_list_brings_the_same_images_back,

@@ -60,7 +60,7 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     calib-size calib-batch-size optim-size optim-batch-size optim-metric optim-mode drop-prob val-batch-size num-workers
     hardware_approx test_with_hardware_approx test-before-calibration seed device results quiet first_last_bits
     model-kwargs input-size crop-pct mean std interpolation num-classes
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save""".split()
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
 

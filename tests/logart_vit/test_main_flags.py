@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SURROUNDINGS, VIT_KWARGS, Effect, Outcome, VitFiles, rows
+from small_runs import SURROUNDINGS, VIT_KWARGS, Effect, Outcome, VitFiles, check_once, rows
 
 import logart.run
 import logart_vit.main
@@ -195,6 +195,11 @@ def test_quiet_leaves_only_accuracies(files: VitFiles, tmp_path: Path, capfd: py
     assert quiet_out.splitlines() == [line for line in out.splitlines() if "Acc@1" in line]
 
 
+def test_once_runs_no_row_twice(files: VitFiles, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check_once(main, files.unlearned(), "--zero_code", tmp_path / "results.csv", capfd)
+    check_once(main, files.unlearned(), "--test_with_hardware_approx", tmp_path / "others.csv", capfd)
+
+
 TESTED_ALONE = {
     "save": test_save_writes_the_network_with_the_options_it_was_built_with,
     "optimize": test_optimize_learns,
@@ -203,6 +208,7 @@ TESTED_ALONE = {
     "val_batch_size": test_loaders_are_made_as_asked_and_give_the_same_images,
     "device": test_device_decides_where,
     "results": test_results_says_where_the_row_goes,
+    "once": test_once_runs_no_row_twice,
     "quiet": test_quiet_leaves_only_accuracies,
 }
 
