@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -174,6 +173,7 @@ def test_under_torchrun_each_worker_takes_its_own_gpu(ablation: ModuleType, monk
         assert ablation.worker_device({"DEVICE": asked}) == asked and ablation.worker_device({}) == "auto"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_interrupted_goes_on_and_is_shared_by_three(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     first = start(tmp_path)
@@ -235,4 +235,4 @@ def test_a_wrong_flag_is_one_line(tmp_path: Path) -> None:
     out, _ = process.communicate()
     *_, line = out.splitlines()
     assert process.returncode == 2 and line == "logart-cnn: unrecognized arguments: --nonsense", out
-    assert out.count("[") == 1 + out.count("[1/10]") - 1 and shlex.split(out.splitlines()[1])[0] == "python"
+    assert len(out.splitlines()) == 3 and out.startswith("[1/10] ")  # no other row was tried

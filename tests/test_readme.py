@@ -5,6 +5,7 @@ A command that no rule below covers fails: whoever adds one to the README says h
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -43,6 +44,7 @@ MAINS: dict[str, Callable[[list[str]], int]] = {CNN[2]: main, VIT[2]: vit_main}
 # Run as they stand, after the commands that make what they read.
 TOOLS: dict[str, Callable[[list[str]], int]] = {"logart.inspect": inspect_main, "logart.export": export_main}
 CLASSES = 4
+ABLATION = re.compile(r"scripts/ablation(?:_(cnn|vit))?\.(?:sh|py|slurm)")
 NEEDS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="would install everything into a new .venv")
 
 
@@ -61,6 +63,8 @@ SCRIPT_RUNS = [words for block in SHELL for words in block if words[0] == "bash"
 def test_every_command_has_a_rule() -> None:
     known = ("bash scripts/demo.sh", "bash scripts/test.sh", *(f"python -m {name}" for name in MAINS | TOOLS))
     for words in [words for block in SHELL for words in block] + IN_PROSE:
+        if any(map(ABLATION.fullmatch, words)):
+            continue
         assert shlex.join(words).startswith(known), f"no rule runs {shlex.join(words)!r}; add one to {__file__}"
     assert {language for language, _ in BLOCKS} <= {"bash", "python", "text"}
     assert SHELL[0] == [["bash", "scripts/demo.sh"], ["bash", "scripts/test.sh"]]  # what a newcomer reads first
@@ -91,6 +95,36 @@ def test_the_test_script_lints_checks_types_and_collects(words: list[str]) -> No
     out = script(words, "--collect-only", "-q")  # to run the tests here would run this one again
     assert "All checks passed!" in out and "Success: no issues found" in out
     assert f"tests/{Path(__file__).name}" in out
+
+
+@pytest.mark.parametrize(
+    "words", [w for block in SHELL for w in block if any(map(ABLATION.fullmatch, w))], ids=shlex.join
+)
+def test_the_ablation_s_rows_are_accepted(words: list[str]) -> None:
+    """The rows themselves run in test_ablation.py; here every command they come to is parsed and its settings made."""
+    (at,) = (index for index, word in enumerate(words) if ABLATION.fullmatch(word))
+    assert (ROOT / words[at]).exists()
+    before = [word for word in words[:at] if not re.fullmatch(r"[A-Z_]+=.*", word)]
+    assert before in (["bash"], ["sbatch"], [".venv/bin/torchrun", "--nproc-per-node", "8"])
+    found = ABLATION.fullmatch(words[at])
+    assert found is not None
+    track, *rest = words[at + 1 :] if found[1] is None else [found[1], *words[at + 1 :]]
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "scripts" / "ablation.py")
+    assert spec is not None and spec.loader is not None
+    ablation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablation)
+    environment = dict(word.split("=", 1) for word in words[:at] if re.fullmatch(r"[A-Z_]+=.*", word))
+    made = ablation.sweep(track, rest[0] if rest else DIGITS, rest[1:], environment, "auto")
+    assert len(made) % 10 == 0 and len(made) >= 10
+    for row in made:
+        if track == "cnn":
+            args = build_parser().parse_args(row.words[1:])
+            build_config(args)
+            assert args.arch in models._STOCK or args.arch == "digits_resnet"
+        else:
+            args = build_vit_parser().parse_args(row.words[1:])
+            build_settings(args)
+            assert args.model in MODELS
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +255,7 @@ def test_every_flag_named_exists() -> None:
     parsers = build_parser(), build_vit_parser(), build_inspect_parser(), build_export_parser()
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
-    assert len(named) > 15 and named - known == set()
+    assert len(named) > 15 and named - known == {"--nproc-per-node"}  # torchrun's
 
 
 def test_the_columns_are_those_of_the_results_file() -> None:

@@ -73,7 +73,8 @@ def installs(calls: list[str]) -> list[str]:
 
 
 def test_there_are_scripts_and_each_one_parses() -> None:
-    assert {"_venv.sh", "demo.sh", "test.sh", "test_oldest.sh", "run"} <= {script.name for script in SCRIPTS}
+    expected = {"_venv.sh", "demo.sh", "test.sh", "test_oldest.sh", "ablation_cnn.sh", "ablation_vit.sh", "run"}
+    assert expected <= {script.name for script in SCRIPTS}
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", str(script)], check=True)
         if script.name != "_venv.sh":
@@ -151,6 +152,15 @@ def test_a_dangling_interpreter_is_made_anew(project: Project) -> None:
 
 def test_the_demo_s_failure_is_the_script_s(project: Project) -> None:
     assert project.run("scripts/demo.sh", fail="demo.py").returncode == 3
+
+
+@pytest.mark.parametrize("track", ["cnn", "vit"])
+def test_the_ablation_scripts_make_sure_of_the_environment_and_hand_all_on(project: Project, track: str) -> None:
+    done = project.run(f"scripts/ablation_{track}.sh", "DATA", "a net")
+    assert done.returncode == 0, done.stderr
+    calls = project.calls()
+    assert installs(calls) == ["."] and calls[-1] == f"{project.root}/scripts/ablation.py {track} DATA a net"
+    assert project.run(f"scripts/ablation_{track}.sh", fail="ablation.py").returncode == 3
 
 
 class Demo:
