@@ -126,6 +126,23 @@ def check_results(path: str | Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
 
 
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """Every row of a results file, as text by column name, for those who only look; nothing is locked or made.
+
+    Raises:
+        UserError: there is no such file, or it has another header or a cut row.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise _user_error(f"{str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; expected a CSV file")
+        _refuse_content(path)
+        with open(path, encoding="utf-8", newline="") as file:
+            return [row for row in csv.DictReader(file) if row]
+    except OSError as error:
+        raise _user_error(f"cannot read {str(path)!r}: {error.strerror or error}; pass another path") from None
+
+
 def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
     """Append one run to the results file, made with its header when it is new or empty.
 

@@ -1,0 +1,239 @@
+"""A report to look at: `python -m logart.report results.csv --out report`, `--run` for packed files and runs.
+
+It writes one self-contained page (`report.html`), the same as Markdown (`report.md`), and every plot as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from logart.cli import FlagParser, run_command
+from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figures, markdown, page
+from logart.report_plots import against_bits, against_time, costs, has_costs
+from logart.report_runs import Run, RunLayer, read_run, run_figures
+from logart.report_tables import Group, Row, Section, Table, matching, paper_figures, sections
+from logart.results import read_rows
+from logart.runtime import UserError, write_whole
+
+TITLE = "LogART report"
+HOW_TO_READ = (
+    "Top-1 accuracy in %, mean ± standard deviation over n seeds; below it the distance to the float network in points "
+    "and the seconds of search and rounding. Rows with different settings are never averaged. A click on a column's "
+    "name sorts by it."
+)
+SEVERAL_FILES = "(same settings; given by {})"
+
+
+def results_blocks(rows: Sequence[Row], paper: Sequence[Row]) -> list[Block]:
+    """The tables and plots of a results file.
+
+    Args:
+        rows: as `results.read_rows` gives them.
+        paper: figures to show beside, as `paper_figures` gives them.
+
+    Raises:
+        UserError: as `report_tables.sections`; no rows; matplotlib is missing.
+    """
+    if not rows:
+        raise UserError("results: the file holds no rows; expected at least one run")
+    found, notes = sections(rows)
+    sources = Sources(paper)
+    blocks: list[Block] = [Paragraph(f"{len(rows)} runs. {HOW_TO_READ}"), *map(Paragraph, notes)]
+    for index, section in enumerate(found, 1):
+        blocks += _section(section, f"network{index}", sources)
+    return blocks + sources.blocks()
+
+
+class Sources:
+    """The paper's figures, and which of their sources were shown."""
+
+    def __init__(self, paper: Sequence[Row]) -> None:
+        self.paper = paper
+        self.shown: dict[str, int] = {}
+
+    def notes(self, group: Group) -> tuple[str, ...]:
+        """The lines of a cell that give the paper's figures for it."""
+        found = matching(group, self.paper)
+        return tuple(f"paper {r['Acc@1']} [{self.shown.setdefault(_source(r), len(self.shown) + 1)}]" for r in found)
+
+    def blocks(self) -> list[Block]:
+        """Where the figures come from."""
+        if not self.shown:
+            return []
+        said = "The paper's figures, by number. They are top-1 accuracies on ImageNet's 50,000 validation images; "
+        said += "settings that a source does not state, such as the bits of first and last layer, are not compared."
+        return [Heading(2, "Sources"), Paragraph(said), *(Paragraph(f"[{n}] {text}") for text, n in self.shown.items())]
+
+
+def _source(row: Row) -> str:
+    told = [("LLR on {} images", "calib_samples"), ("{} steps", "iters_w"), ("DBS on {} images", "search_samples")]
+    settings = [text.format(row[name]) for text, name in told if row[name]]
+    return "; ".join([row["source"], *settings])
+
+
+def _section(section: Section, name: str, sources: Sources) -> list[Block]:
+    blocks: list[Block] = [Heading(2, section.title)]
+    known = [group.row["float_Acc@1"] for group in section.groups if group.row["float_Acc@1"]]
+    reference = f"{float(known[0]):.2f} %" if known else "not measured"
+    images = section.row["val_images"]
+    blocks.append(Paragraph(f"Float network: {reference} on {images or 'an unknown number of'} test images."))
+    for index, table in enumerate(section.tables, 1):
+        if table.title:
+            blocks.append(Heading(3, table.title))
+        blocks.append(_grid(section, table, sources))
+        settings = ", ".join(f"{key} {value}" for key, value in table.settings.items() if value)
+        if settings:
+            blocks.append(Details("settings of this table", (Paragraph(settings),)))
+        blocks.append(against_bits(section, table, f"{name}_table{index}_bits"))
+    blocks.append(against_time(section, f"{name}_time"))
+    if has_costs(section):
+        blocks.append(costs(section, f"{name}_costs"))
+    return blocks
+
+
+def _grid(section: Section, table: Table, sources: Sources) -> Grid:
+    head = ["method", *(f"{bits} bits{', LLR' * llr}" for bits, llr in table.columns)]
+    rows = []
+    for method, label in table.labels.items():
+        cells = [_cell(table.cells.get((method, *column), []), sources) for column in table.columns]
+        rows.append((Cell(label), *cells))
+    title = f" ({table.title})" if table.title else ""
+    return Grid(f"{section.title}{title}: top-1 accuracy [%]", tuple(head), tuple(rows))
+
+
+def _cell(groups: Sequence[Group], sources: Sources) -> Cell:
+    if not groups:
+        return Cell("")
+    notes: list[str] = []
+    for index, group in enumerate(groups):
+        told = [f"n {group.n}", f"{group.seconds:.3g} s"]
+        if group.distance is not None:
+            told.insert(1, f"{group.distance:+.2f}".replace("-", "−"))
+        if index:
+            notes.append(accuracy_text(group))
+        if len(groups) > 1:
+            notes.append(SEVERAL_FILES.format(group.row["config"] or group.row["preset"] or "flags"))
+        notes.append(" · ".join(told))
+    return Cell(accuracy_text(groups[0]), (*notes, *sources.notes(groups[0])), groups[0].accuracy)
+
+
+def accuracy_text(group: Group) -> str:
+    """The mean, with the standard deviation where there are several seeds."""
+    spread = "" if group.deviation is None else f" ± {group.deviation:.2f}"
+    return f"{group.accuracy:.2f}{spread}"
+
+
+def run_blocks(run: Run, prefix: str) -> list[Block]:
+    """What is shown of one run."""
+    plots = run_figures(run, prefix)
+    blocks: list[Block] = [Heading(2, f"Run {run.name}")]
+    if not run.floats:
+        blocks.append(Paragraph("A packed file holds no float weights: the histograms are of the codes' levels, and "
+                                "loss curves are not known."))  # fmt: skip
+    if run.row:
+        told = ", ".join(f"{name} {value}" for name, value in run.row.items() if value not in (None, ""))
+        blocks.append(Details("settings and results of this run", (Paragraph(told),)))
+    head = ("layer", "shape", "bits", "block", "channels per number of base-2 levels", "error, nearest",
+            "error, final", "moved", "moved [%]")  # fmt: skip
+    blocks.append(Grid("Layers; error: ‖w − q‖² / ‖w‖²; moved: weights on another level than the nearest",
+                       head, tuple(map(_layer_cells, run.layers))))  # fmt: skip
+    if run.blocks:
+        rows = tuple(
+            (
+                Cell(block.name),
+                *(Cell(f"{error:.4g}", (), error) for error in (block.error_before, block.error_learned)),
+                Cell("kept" if block.kept == "learned" else "undone: it ended worse"),
+            )
+            for block in run.blocks
+        )
+        blocks.append(Grid("Blocks; error of the block's output", ("block", "before LLR", "after LLR", "LLR"), rows))
+    for title, key in (("Base mix", "mix"), ("Weights and levels", "histograms"), ("Loss curves", "losses")):
+        if plots[key]:
+            first, rest = plots[key][:1], plots[key][1:]
+            blocks += [Heading(3, title), *first]
+            blocks += [Details(f"{title}: {len(rest)} more", tuple(rest))] if rest else []
+    if run.skipped:
+        rows = tuple((Cell(name), Cell(reason)) for name, reason in run.skipped)
+        blocks.append(Grid("Left in float", ("module", "reason"), rows))
+    return blocks
+
+
+def _layer_cells(layer: RunLayer) -> tuple[Cell, ...]:
+    weights = 1
+    for size in layer.shape:
+        weights *= size
+    share = None if layer.moved is None else 100 * layer.moved / max(1, weights)
+    return (
+        Cell(layer.name),
+        Cell("×".join(map(str, layer.shape)), (), float(weights)),
+        Cell(str(layer.n_bits), (), float(layer.n_bits)),
+        Cell(layer.block),
+        Cell(", ".join(f"{k}: {count}" for k, count in sorted(layer.base_mix.items()))),
+        *(Cell("" if e is None else f"{e:.4g}", (), e) for e in (layer.error_nearest, layer.error)),
+        Cell("" if layer.moved is None else str(layer.moved), (), None if layer.moved is None else float(layer.moved)),
+        Cell("" if share is None else f"{share:.1f}", (), share),
+    )
+
+
+def report_files(blocks: Sequence[Block]) -> dict[str, bytes]:
+    """The files of a report by name, the page last."""
+    files = {f"{figure.name}.{kind}": getattr(figure, kind) for figure in figures(blocks) for kind in ("png", "svg")}
+    return files | {"report.md": markdown(TITLE, blocks), "report.html": page(TITLE, blocks)}
+
+
+def write_report(files: Mapping[str, bytes], out: str) -> None:
+    """Write the files into a folder, made where it is missing; each whole or not at all.
+
+    Raises:
+        UserError: that is no folder, or cannot be written.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_whole(folder / name, data)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out!r}: {error.strerror or error}; expected a folder") from None
+
+
+def command(args: argparse.Namespace) -> None:
+    """From flags to files."""
+    if args.results is None and not args.run:
+        raise UserError("nothing to report: expected a results file, or --run PATH")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out: {args.out!r} is a file; expected a folder")
+    blocks: list[Block] = []
+    if args.results is not None:
+        try:
+            rows = read_rows(args.results)
+        except UserError as error:
+            raise UserError(str(error).removeprefix("--")) from None  # here it is no flag
+        blocks += results_blocks(rows, paper_figures())
+    for index, path in enumerate(args.run or [], 1):
+        blocks += run_blocks(read_run(path), f"run{index}")
+    write_report(report_files(blocks), args.out)
+    print(f"report: {Path(args.out) / 'report.html'}")
+
+
+def build_parser() -> FlagParser:
+    """The command line."""
+    parser = FlagParser(
+        prog="logart-report",
+        description="Tables and plots of a results file, packed files and run folders, as one HTML page.",
+    )
+    parser.add_argument("results", nargs="?", metavar="RESULTS.csv", help="a results file, as the runs write it")
+    parser.flag("--out", required=True, metavar="DIR", help="write the report there, over any that is there")
+    parser.flag("--run", action="append", metavar="PATH", help="a packed file or a run folder; may be given again")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    return run_command(build_parser(), command, None if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""What a report shows of one run: a packed file, or a run folder with the run's own account beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from logart.inspect import base_mix
+from logart.packed_file import PackedFile, PackedLayer
+from logart.report_page import Figure
+from logart.report_plots import COLOURS, drawing, finished, short
+from logart.runtime import UserError
+from logart.weights import one_line
+
+PACKED, ACCOUNT, FORMAT = "packed.safetensors", "report.json", 1
+BINS, REACH = 60, 1.25  # of a histogram of weights, in units of the codebook's largest magnitude
+A_PAGE = 24  # small multiples in one figure
+
+
+@dataclass(frozen=True)
+class RunLayer:
+    """What became of a layer; errors and `moved` are None where nobody said.
+
+    Attributes:
+        histogram: counts in equal bins on ±`reach` of its codebook's largest magnitude.
+        levels: of the most common base mix, in the same unit; empty where they are not known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    n_bits: int
+    block: str
+    base_mix: dict[int, int]
+    error_nearest: float | None
+    error: float | None
+    moved: int | None
+    histogram: list[int]
+    reach: float
+    levels: list[float]
+
+
+@dataclass(frozen=True)
+class RunBlock:
+    """What LLR did to a block."""
+
+    name: str
+    error_before: float
+    error_learned: float
+    kept: str
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to show; `floats`: whether the histograms are of the float weights, and not of their codes' levels."""
+
+    name: str
+    row: dict[str, Any]
+    layers: list[RunLayer]
+    blocks: list[RunBlock]
+    skipped: list[tuple[str, str]]
+    floats: bool
+
+
+def read_run(path: str) -> Run:
+    """Read a packed file or a run folder.
+
+    Raises:
+        UserError: it is neither, or damaged.
+    """
+    place = Path(path)
+    name = place.name or str(place)
+    try:
+        if not place.is_dir():
+            return _packed_run(name, PackedFile.read(place))
+        text = _account_text(place)
+        file = PackedFile.read(place / PACKED)
+        account = json.loads(text, parse_constant=_refuse)
+        if not isinstance(account, dict) or account.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}")
+        return _account_run(name, account, file)
+    except UserError as error:
+        raise UserError(f"--run: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{one_line(error):.80}"
+        raise UserError(f"--run: {place / ACCOUNT} is not a run's report ({reason}); expected a run folder") from None
+
+
+def _account_text(place: Path) -> str:
+    try:
+        return (place / ACCOUNT).read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{place} has no readable {ACCOUNT} ({error.strerror}); expected a run folder "
+                        "or a packed file") from None  # fmt: skip
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _packed_run(name: str, file: PackedFile) -> Run:
+    told = file.info.get("layers")
+    layers = []
+    for layer_name, layer in file.layers.items():
+        info = told.get(layer_name) if isinstance(told, dict) else None
+        known = info if isinstance(info, dict) else {}
+        moved = known.get("moved")
+        layers.append(
+            RunLayer(
+                layer_name,
+                tuple(layer.shape),
+                layer.n_bits,
+                str(known.get("block", "")),
+                base_mix(layer),
+                _error(known.get("error_nearest")),
+                _error(known.get("error")),
+                moved if type(moved) is int and moved >= 0 else None,
+                *code_histogram(layer),
+                common_levels(layer),
+            )
+        )
+    return Run(name, {}, layers, [], [], False)
+
+
+def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run:
+    layers = [
+        RunLayer(
+            str(entry["name"]),
+            tuple(int(size) for size in entry["shape"]),
+            int(entry["n_bits"]),
+            str(entry["block"]),
+            {int(k): int(count) for k, count in entry["base_mix"].items()},
+            _error(entry["error_nearest"]),
+            _error(entry["error"]),
+            int(entry["moved"]),
+            _counts(entry["histogram"]),
+            REACH,
+            common_levels(file.layers[entry["name"]]),
+        )
+        for entry in account["layers"]
+    ]
+    blocks = [
+        RunBlock(
+            str(entry["name"]),
+            _finite(entry["error_before"]),
+            _finite(entry["error_learned"]),
+            str(entry["kept"]),
+            [_finite(loss) for loss in entry["losses"]],
+        )
+        for entry in account["blocks"]
+    ]
+    skipped = [(str(layer), str(reason)) for layer, reason in account["skipped"]]
+    return Run(name, dict(account["row"].items()), layers, blocks, skipped, True)
+
+
+def _counts(values: Any) -> list[int]:
+    counts = [int(count) for count in values]
+    if len(counts) != BINS or min(counts) < 0:
+        raise ValueError(f"a histogram without {BINS} counts")
+    return counts
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} is no finite number")
+    return float(value)
+
+
+def _error(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def common_levels(layer: PackedLayer) -> list[float]:
+    """The levels of the layer's most common base mix, over the largest magnitude among them."""
+    mix = base_mix(layer)
+    first = 0
+    if mix:
+        common = max(mix, key=lambda k: mix[k])
+        first = layer.spec.columns["n_base2"].tolist().index(common)
+    levels = layer.spec.select(slice(first, first + 1)).codebook(layer.n_bits, torch.float64).levels[0]
+    top = float(levels.abs().max())
+    return sorted({level / top for level in levels.tolist()}) if top > 0 else [0.0]
+
+
+def code_histogram(layer: PackedLayer) -> tuple[list[int], float]:
+    """Counts of the layer's weights, as levels over the largest magnitude of their codebook, and the histogram's reach.
+
+    One bin more than for float weights, and half a bin wider, so that no level falls on a border between bins.
+    """
+    levels = layer.spec.codebook(layer.n_bits, torch.float64).levels
+    top = levels.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    reach = REACH * (BINS + 1) / BINS
+    counts = np.zeros(BINS + 1, dtype=np.int64)
+    codes = layer.unpacked().reshape(layer.spec.channels, -1)
+    for channel, row in enumerate(codes):
+        uses = np.bincount(row.numpy(), minlength=levels.shape[1])
+        relative = (levels[channel] / top[channel]).numpy()
+        counts += np.histogram(relative, BINS + 1, (-reach, reach), weights=uses)[0].astype(np.int64)
+    return counts.tolist(), reach
+
+
+def run_figures(run: Run, prefix: str) -> dict[str, list[Figure]]:
+    """The run's plots, by what they show."""
+    found: dict[str, list[Figure]] = {"histograms": [], "mix": [], "losses": []}
+    for start in range(0, len(run.layers), A_PAGE):
+        part = run.layers[start : start + A_PAGE]
+        found["histograms"].append(_histograms(run, part, f"{prefix}_weights_{start // A_PAGE + 1}"))
+    mixed = [layer for layer in run.layers if layer.base_mix]
+    if mixed:
+        found["mix"].append(_mixes(run, mixed, f"{prefix}_base_mix"))
+    curves = [block for block in run.blocks if block.losses]
+    for start in range(0, len(curves), A_PAGE):
+        part_ = curves[start : start + A_PAGE]
+        found["losses"].append(_losses(run, part_, f"{prefix}_losses_{start // A_PAGE + 1}"))
+    return found
+
+
+def _multiples(count: int) -> tuple[int, int]:
+    columns = min(4, count)
+    return -(-count // columns), columns
+
+
+def _histograms(run: Run, layers: Sequence[RunLayer], name: str) -> Figure:
+    rows, columns = _multiples(len(layers))
+    what = "weights" if run.floats else "codes' levels (the file holds no float weights)"
+    with drawing(max(6.0, 2.5 * columns), 1.7 * rows + 0.9, rows, columns) as (canvas, axes):
+        for axis in axes.flat[len(layers) :]:
+            axis.set_visible(False)
+        for axis, layer in zip(axes.flat, layers, strict=False):
+            edges = np.linspace(-layer.reach, layer.reach, len(layer.histogram) + 1)
+            share = 100 * np.array(layer.histogram, float) / max(1, sum(layer.histogram))
+            axis.stairs(share, edges, fill=True, color=COLOURS[5])
+            axis.vlines(layer.levels, 0, max(1e-9, share.max()), color=COLOURS[1], linewidth=0.5, alpha=0.8)
+            axis.set_title(f"{short(layer.name)} ({layer.n_bits} bits)", fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.set(xlim=(-1.3, 1.3), ylim=(0, None))
+            axis.grid(False)
+        canvas.supxlabel("value / largest level of its codebook; lines: levels of the most common base mix", fontsize=9)
+        canvas.supylabel(f"share of the {what.split(' (')[0]} [%]", fontsize=9)
+        alt = f"Per layer, the histogram of the {what}, with the levels of its most common base mix as lines."
+        return finished(canvas, name, f"{short(run.name)}: {what} per layer", alt)
+
+
+def _mixes(run: Run, layers: Sequence[RunLayer], name: str) -> Figure:
+    from matplotlib import colormaps
+
+    most = max(max(layer.base_mix) for layer in layers)
+    with drawing(7.5, 1.7 + 0.2 * len(layers)) as (canvas, axes):
+        axis = axes[0, 0]
+        seen: set[int] = set()
+        for place, layer in enumerate(layers):
+            total, left = sum(layer.base_mix.values()), 0.0
+            for k, count in sorted(layer.base_mix.items()):
+                colour = colormaps["cividis"](k / max(1, most))
+                label = f"_{k}" if k in seen else str(k)
+                axis.barh(place, 100 * count / total, 0.8, left, color=colour, edgecolor="white", linewidth=0.5,
+                          label=label)  # fmt: skip
+                seen.add(k)
+                left += 100 * count / total
+        axis.set_yticks(range(len(layers)), [short(layer.name) for layer in layers], fontsize=8)
+        axis.set(xlim=(0, 100), ylim=(len(layers) - 0.5, -0.5), xlabel="channels [%]")
+        axis.grid(False)
+        handles, labels = axis.get_legend_handles_labels()
+        pairs = sorted(zip(labels, handles, strict=True), key=lambda pair: int(pair[0]))
+        pairs = pairs[:: max(1, len(pairs) // 16)]
+        canvas.legend([h for _, h in pairs], [text for text, _ in pairs], loc="outside right upper",
+                      title="levels of\nbase 2")  # fmt: skip
+        alt = "Per layer, the share of channels by how many of their magnitudes are base 2 (the others are base √2)."
+        return finished(canvas, name, f"{short(run.name)}: base mix over the channels", alt)
+
+
+def _losses(run: Run, blocks: Sequence[RunBlock], name: str) -> Figure:
+    rows, columns = _multiples(len(blocks))
+    with drawing(max(6.0, 2.5 * columns), 1.7 * rows + 0.9, rows, columns) as (canvas, axes):
+        for axis in axes.flat[len(blocks) :]:
+            axis.set_visible(False)
+        for axis, block in zip(axes.flat, blocks, strict=False):
+            axis.plot(np.linspace(0, 100, len(block.losses)), block.losses, color=COLOURS[0], linewidth=1,
+                      marker="." if len(block.losses) == 1 else "")  # fmt: skip
+            if min(block.losses) > 0:
+                axis.set_yscale("log")
+            undone = " (undone)" if block.kept != "learned" else ""
+            axis.set_title(f"{short(block.name)}{undone}", fontsize=8)
+            axis.tick_params(labelsize=7, which="both")
+        canvas.supxlabel("LLR steps done [%]", fontsize=9)
+        canvas.supylabel("loss", fontsize=9)
+        alt = "Per block, the loss of learnable rounding over its steps."
+        return finished(canvas, name, f"{short(run.name)}: loss of LLR per block", alt)
