@@ -83,7 +83,7 @@ def _section(section: Section, name: str, sources: Sources) -> list[Block]:
     for index, table in enumerate(section.tables, 1):
         if table.title:
             blocks.append(Heading(3, table.title))
-        blocks.append(_grid(section, table, sources))
+        blocks.append(_grid(table, sources))
         settings = ", ".join(f"{key} {value}" for key, value in table.settings.items() if value)
         if settings:
             blocks.append(Details("settings of this table", (Paragraph(settings),)))
@@ -94,14 +94,13 @@ def _section(section: Section, name: str, sources: Sources) -> list[Block]:
     return blocks
 
 
-def _grid(section: Section, table: Table, sources: Sources) -> Grid:
+def _grid(table: Table, sources: Sources) -> Grid:
     head = ["method", *(f"{bits} bits{', LLR' * llr}" for bits, llr in table.columns)]
     rows = []
     for method, label in table.labels.items():
         cells = [_cell(table.cells.get((method, *column), []), sources) for column in table.columns]
         rows.append((Cell(label), *cells))
-    title = f" ({table.title})" if table.title else ""
-    return Grid(f"{section.title}{title}: top-1 accuracy [%]", tuple(head), tuple(rows))
+    return Grid("Top-1 accuracy [%]", tuple(head), tuple(rows))
 
 
 def _cell(groups: Sequence[Group], sources: Sources) -> Cell:

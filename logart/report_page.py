@@ -86,9 +86,10 @@ th button{all:unset;box-sizing:border-box;width:100%;padding:.35em .6em;cursor:p
 th button:focus-visible{outline:2px solid #0072b2}
 th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
 small{display:block;color:var(--soft);font-size:.8em}
-figure{margin:1em 0;padding:.5rem;background:#fff;border:1px solid var(--line);border-radius:.4rem}
+figure{margin:1em 0;padding:.5rem;overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:.4rem}
 figure img{display:block;max-width:100%;height:auto;margin:auto}
 details{margin:.8em 0}summary{cursor:pointer;color:var(--soft)}
+@media screen and (max-width:40rem){figure img{max-width:none;width:38rem}}
 @media print{body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}figure,tr{break-inside:avoid}
  th,td{padding:.15em .3em;white-space:normal}h2,h3{break-after:avoid}}
 """

@@ -7,6 +7,7 @@ its own. Every plot stands on a white plate, so that it reads the same in the li
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -94,16 +95,18 @@ def against_bits(section: Section, table: Table, name: str) -> Figure:
             for method, label in table.labels.items():
                 groups = [g for (m, _, stage), found in table.cells.items() if (m, stage) == (method, llr)
                           for g in found[:1]]  # fmt: skip
+                if not groups:
+                    continue
                 groups.sort(key=lambda group: group.bits)
-                axis.errorbar([g.bits for g in groups], [g.accuracy for g in groups],
-                              [g.deviation or 0.0 for g in groups], capsize=2, label=short(label), **style[label])  # fmt: skip
+                points = [(g.bits, g.accuracy, g.deviation or 0.0) for g in groups]
+                axis.errorbar(*zip(*points, strict=True), capsize=2, label=short(label), **style[label])
             _float_line(axis, section)
             axis.set(title="with LLR" if llr else "without LLR", xlabel="bits per weight", ylabel="top-1 accuracy [%]")
             axis.set_xticks(sorted({bits for bits, _ in table.columns}))
             axis.margins(x=0.15)
         _legend(canvas, axes)
         alt = f"Top-1 accuracy against bits per weight, one line per method: {_said(table.labels.values())}."
-        more = f"\n{short(table.title)}" if table.title else ""
+        more = "\n" + textwrap.fill(printable(table.title), 78, max_lines=3, placeholder=" …") if table.title else ""
         return finished(canvas, name, f"{short(section.title)}: accuracy against bits{more}", alt)
 
 
@@ -124,7 +127,7 @@ def against_time(section: Section, name: str) -> Figure:
                               label=short(label), **look)  # fmt: skip
             _float_line(axis, section)
             axis.set(title=f"{bits} bits", xlabel="search and rounding [s]", ylabel="top-1 accuracy [%]")
-            axis.set_xscale("log")
+            _log_axis(axis)
             axis.margins(0.1)
         _legend(canvas, axes)
         title = f"{short(section.title)}: accuracy against time (filled: with LLR)"
@@ -149,7 +152,8 @@ def costs(section: Section, name: str) -> Figure:
                     axis.plot(max(SHORTEST, value), place, label=f"{bits} bits", **look)
             axis.set_yticks(range(len(values)), [short(label) for label in values])
             axis.set(xlabel=unit, ylim=(len(values) - 0.4, -0.6))
-            axis.set_xscale("log" if unit.endswith("[s]") else "linear")
+            if unit.endswith("[s]"):
+                _log_axis(axis)
             axis.margins(x=0.08)
         _legend(canvas, axes)
         alt = "Per method, one mark per bit width: seconds of the search, and peak memory of the run in MiB."
@@ -167,6 +171,12 @@ def _costs(groups: Sequence[Group], figure: str) -> dict[str, list[tuple[int, fl
         label = method_label(group.measures[0].method) + (", LLR" if group.llr else "")
         found.setdefault(label, []).append((group.bits, getattr(group, figure)))
     return found
+
+
+def _log_axis(axis: Axes) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")  # the usual one writes mathematics, which names must not be
+    axis.xaxis.set_minor_formatter("")
 
 
 def _float_line(axis: Axes, section: Section) -> None:

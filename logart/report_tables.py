@@ -192,6 +192,8 @@ def sections(rows: Sequence[Row]) -> tuple[list[Section], list[str]]:
     for members in groups.values():
         group = Group(tuple(members))
         networks.setdefault(_network(group.row), []).append(group)
+    for members in networks.values():
+        members.sort(key=lambda group: _place(group.measures[0].method))
     return [Section(members[0].row, _tables(members), members) for members in networks.values()], notes
 
 
@@ -235,9 +237,7 @@ def _newest(measures: Iterable[Measure]) -> tuple[list[Measure], list[str]]:
     if repeated:
         notes.append(f"{repeated} row(s) repeat the settings and seed of a newer one; the newest counts.")
     if differing:
-        notes.append(
-            f"{differing} accuracies before LLR differ between rows of the same settings and seed; one counts."
-        )
+        notes.append(f"{differing} accuracies before LLR differ at the same settings and seed; one of them counts.")
     return list(kept.values()), notes
 
 
