@@ -57,7 +57,7 @@ class Sources:
     def notes(self, group: Group) -> tuple[str, ...]:
         """The lines of a cell that give the paper's figures for it."""
         found = matching(group, self.paper)
-        return tuple(f"paper {r['Acc@1']} [{self.shown.setdefault(_source(r), len(self.shown) + 1)}]" for r in found)
+        return tuple(f"paper {r['Acc@1']} [{self.shown.setdefault(r['source'], len(self.shown) + 1)}]" for r in found)
 
     def blocks(self) -> list[Block]:
         """Where the figures come from."""
@@ -65,13 +65,14 @@ class Sources:
             return []
         said = "The paper's figures, by number. They are top-1 accuracies on ImageNet's 50,000 validation images; "
         said += "settings that a source does not state, such as the bits of first and last layer, are not compared."
-        return [Heading(2, "Sources"), Paragraph(said), *(Paragraph(f"[{n}] {text}") for text, n in self.shown.items())]
+        lines = (Paragraph("; ".join([f"[{n}] {text}", *self._settings(text)])) for text, n in self.shown.items())
+        return [Heading(2, "Sources"), Paragraph(said), *lines]
 
-
-def _source(row: Row) -> str:
-    told = [("LLR on {} images", "calib_samples"), ("{} steps", "iters_w"), ("DBS on {} images", "search_samples")]
-    settings = [text.format(row[name]) for text, name in told if row[name]]
-    return "; ".join([row["source"], *settings])
+    def _settings(self, source: str) -> list[str]:
+        told = (("DBS on {} images", "search_samples"), ("LLR on {} images", "calib_samples"), ("{} steps", "iters_w"))
+        rows = [row for row in self.paper if row["source"] == source]
+        seen = [(text, sorted({row[name] for row in rows if row[name]})) for text, name in told]
+        return [text.format(" or ".join(values)) for text, values in seen if values]
 
 
 def _section(section: Section, name: str, sources: Sources) -> list[Block]:

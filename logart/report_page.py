@@ -91,6 +91,7 @@ figure img{display:block;max-width:100%;height:auto;margin:auto}
 details{margin:.8em 0}summary{cursor:pointer;color:var(--soft)}
 @media screen and (max-width:40rem){figure img{max-width:none;width:38rem}}
 @media print{body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}figure,tr{break-inside:avoid}
+ details::details-content{content-visibility:visible;block-size:auto}
  th,td{padding:.15em .3em;white-space:normal}h2,h3{break-after:avoid}}
 """
 SCRIPT = """

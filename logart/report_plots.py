@@ -18,6 +18,7 @@ from logart.runtime import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure as Canvas
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -127,7 +128,8 @@ def against_time(section: Section, name: str) -> Figure:
                               label=short(label), **look)  # fmt: skip
             _float_line(axis, section)
             axis.set(title=f"{bits} bits", xlabel="search and rounding [s]", ylabel="top-1 accuracy [%]")
-            _log_axis(axis)
+            axis.set_xscale("log")
+            plain_numbers(axis.xaxis)
             axis.margins(0.1)
         _legend(canvas, axes)
         title = f"{short(section.title)}: accuracy against time (filled: with LLR)"
@@ -153,7 +155,8 @@ def costs(section: Section, name: str) -> Figure:
             axis.set_yticks(range(len(values)), [short(label) for label in values])
             axis.set(xlabel=unit, ylim=(len(values) - 0.4, -0.6))
             if unit.endswith("[s]"):
-                _log_axis(axis)
+                axis.set_xscale("log")
+                plain_numbers(axis.xaxis)
             axis.margins(x=0.08)
         _legend(canvas, axes)
         alt = "Per method, one mark per bit width: seconds of the search, and peak memory of the run in MiB."
@@ -173,10 +176,12 @@ def _costs(groups: Sequence[Group], figure: str) -> dict[str, list[tuple[int, fl
     return found
 
 
-def _log_axis(axis: Axes) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")  # the usual one writes mathematics, which names must not be
-    axis.xaxis.set_minor_formatter("")
+def plain_numbers(axis: Axis) -> None:
+    """Give a logarithmic axis plain numbers: the usual ones are mathematics, which no text here is."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def _float_line(axis: Axes, section: Section) -> None:

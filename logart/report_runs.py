@@ -15,7 +15,7 @@ import torch
 from logart.inspect import base_mix
 from logart.packed_file import PackedFile, PackedLayer
 from logart.report_page import Figure
-from logart.report_plots import COLOURS, drawing, finished, short
+from logart.report_plots import COLOURS, drawing, finished, plain_numbers, short
 from logart.runtime import UserError
 from logart.weights import one_line
 
@@ -237,7 +237,13 @@ def _histograms(run: Run, layers: Sequence[RunLayer], name: str) -> Figure:
             edges = np.linspace(-layer.reach, layer.reach, len(layer.histogram) + 1)
             share = 100 * np.array(layer.histogram, float) / max(1, sum(layer.histogram))
             axis.stairs(share, edges, fill=True, color=COLOURS[5])
-            axis.vlines(layer.levels, 0, max(1e-9, share.max()), color=COLOURS[1], linewidth=0.5, alpha=0.8)
+            axis.vlines(
+                layer.levels,
+                0,
+                max(1e-9, share.max()),
+                color=COLOURS[1],
+                linewidth=0.5 if len(layer.levels) <= 32 else 0.15,
+            )
             axis.set_title(f"{short(layer.name)} ({layer.n_bits} bits)", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.set(xlim=(-1.3, 1.3), ylim=(0, None))
@@ -286,6 +292,7 @@ def _losses(run: Run, blocks: Sequence[RunBlock], name: str) -> Figure:
                       marker="." if len(block.losses) == 1 else "")  # fmt: skip
             if min(block.losses) > 0:
                 axis.set_yscale("log")
+                plain_numbers(axis.yaxis)
             undone = " (undone)" if block.kept != "learned" else ""
             axis.set_title(f"{short(block.name)}{undone}", fontsize=8)
             axis.tick_params(labelsize=7, which="both")

@@ -21,13 +21,12 @@ from logart.runtime import UserError
 Row = dict[str, str]
 NETWORK = ("track", "arch", "checkpoint_sha256", "network_options", "data", "val_images")
 GRID = (
-    "first_last_bits channel_wise scale_search asymmetric zero_code hardware_approx hardware_approx_terms "
-    "calib_augment device"
+    "first_last_bits channel_wise scale_search asymmetric zero_code hardware_approx hardware_approx_terms device"
 ).split()
-SEARCH = ("search_samples", "search_batch_size")
-CALIBRATION = ("calib_samples", "batch_size")
+SEARCH = ("search_samples", "search_batch_size", "calib_augment")
+CALIBRATION = ("calib_samples", "batch_size", "calib_augment")
 LLR = (
-    "calib_samples batch_size iters_w lr rrweight b_start b_end warmup recon_input recon_metric drop_prob temperature"
+    "calib_samples batch_size calib_augment iters_w lr rrweight b_start b_end warmup recon_input recon_metric drop_prob temperature"
 ).split()
 DEFAULTS = ("preset", "config")
 PAPER_KEYS = (
@@ -71,7 +70,8 @@ class Measure:
         """Which row of a table it is in: grid, search, what the search and a closed form saw."""
         row, closed = self.row, self.row["rounding"] in (Rounding.COMPENSATED.value, Rounding.BOTH.value)
         first = (row["scale_method"], row["search_method"], "compensated" if closed else "")
-        return (*first, *_values(row, SEARCH), *(_values(row, CALIBRATION) if closed else ("", "")))
+        saw = _values(row, SEARCH) if row["search_samples"] else ("",) * len(SEARCH)
+        return (*first, *saw, *(_values(row, CALIBRATION) if closed else ("",) * len(CALIBRATION)))
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -192,9 +192,9 @@ def sections(rows: Sequence[Row]) -> tuple[list[Section], list[str]]:
     for members in groups.values():
         group = Group(tuple(members))
         networks.setdefault(_network(group.row), []).append(group)
-    for members in networks.values():
-        members.sort(key=lambda group: _place(group.measures[0].method))
-    return [Section(members[0].row, _tables(members), members) for members in networks.values()], notes
+    for found in networks.values():
+        found.sort(key=lambda group: _place(group.measures[0].method))
+    return [Section(found[0].row, _tables(found), found) for found in networks.values()], notes
 
 
 def _check(row: Row, index: int) -> None:

@@ -27,6 +27,8 @@ from logart.export import main as export_main
 from logart.grid import ScaleMethod
 from logart.inspect import build_parser as build_inspect_parser
 from logart.inspect import main as inspect_main
+from logart.report import build_parser as build_report_parser
+from logart.report import main as report_main
 from logart.results import columns_markdown
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
@@ -42,7 +44,11 @@ PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 CNN, VIT = ["python", "-m", "logart_cnn.main"], ["python", "-m", "logart_vit.main"]
 MAINS: dict[str, Callable[[list[str]], int]] = {CNN[2]: main, VIT[2]: vit_main}
 # Run as they stand, after the commands that make what they read.
-TOOLS: dict[str, Callable[[list[str]], int]] = {"logart.inspect": inspect_main, "logart.export": export_main}
+TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "logart.inspect": inspect_main,
+    "logart.export": export_main,
+    "logart.report": report_main,
+}
 CLASSES = 4
 ABLATION = re.compile(r"scripts/ablation(?:_(cnn|vit))?\.(?:sh|py|slurm)")
 NEEDS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="would install everything into a new .venv")
@@ -206,6 +212,7 @@ def test_the_commands_of_a_block_run_one_after_the_other(
     for words in block:
         program, argv = words[2], words[3:]
         if program in TOOLS:
+            argv = [str(results) if word == results.name else word for word in argv]
             assert TOOLS[program](argv) == 0, shlex.join(words)
             continue
         command = SHRINK[program](argv, image_folder, workplace)
@@ -252,7 +259,8 @@ def test_the_python_saves_and_loads(
 
 
 def test_every_flag_named_exists() -> None:
-    parsers = build_parser(), build_vit_parser(), build_inspect_parser(), build_export_parser()
+    builders = build_parser, build_vit_parser, build_inspect_parser, build_export_parser, build_report_parser
+    parsers = [build() for build in builders]
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 15 and named - known == {"--nproc-per-node"}  # torchrun's

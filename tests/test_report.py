@@ -1,0 +1,362 @@
+"""The report, against plain computations by pandas from the same file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_runs import assert_refused
+from torch import nn
+
+import logart.report
+import logart.report_runs
+from logart import QuantConfig, quantize_model, save_packed
+from logart.inspect import base_mix
+from logart.packed_file import PackedFile
+from logart.report import main, report_files, results_blocks
+from logart.report_page import Figure
+from logart.report_runs import BINS, code_histogram, common_levels, read_run
+from logart.report_tables import PAPER_KEYS, paper_figures, sections
+from logart.results import NAMES, read_rows
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {
+    "utc_time": "2026-01-01T00:00:00Z", "track": "cnn", "arch": "net", "checkpoint": "net.pth",
+    "checkpoint_sha256": "ab", "data": "pictures", "bits": "4", "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
+    "scale_search": "none", "asymmetric": "False", "zero_code": "False", "search_method": "tensor_wise",
+    "rounding": "learned", "calib_samples": "64", "batch_size": "8", "iters_w": "10", "lr": "0.01",
+    "hardware_approx": "False", "seed": "0", "val_images": "100", "Acc@1": "80", "float_Acc@1": "90",
+    "search_Acc@1": "70", "search_seconds": "1", "reconstruction_seconds": "2", "peak_memory_mb": "100",
+    "device": "cpu",
+}  # fmt: skip
+NEAREST = {"rounding": "nearest", "search_Acc@1": ""} | dict.fromkeys(["calib_samples", "batch_size", "lr"], "")
+
+
+def row(**changes: Any) -> dict[str, str]:
+    return dict.fromkeys(NAMES, "") | SETTINGS | {name.replace("_at_", "@"): str(v) for name, v in changes.items()}
+
+
+def write_csv(path: Path, *rows: dict[str, str], **changes: Any) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, NAMES, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows or [row(**changes)])
+    return path
+
+
+class Page(HTMLParser):
+    """The tables of a page as rows of cells, each the list of its lines; its images, scripts and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[list[str]]]] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.in_cell = False
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append([""])
+            self.in_cell = True
+        elif tag == "small":
+            self.tables[-1][-1][-1].append("")
+        elif tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.in_cell:
+            self.tables[-1][-1][-1][-1] += data
+
+    def cell(self, table: int, name: str, column: str) -> list[str]:
+        head, *rows = self.tables[table]
+        return next(r for r in rows if r[0][0] == name)[[h[0] for h in head].index(column)]
+
+
+def page_of(*rows: dict[str, str], paper: list[dict[str, str]] | None = None) -> Page:
+    """The page of some rows, without plots, which take most of the time."""
+    blank = Figure("blank", "", "", b"", b"")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("against_bits", "against_time", "costs"):
+            patch.setattr(logart.report, name, lambda *_: blank)
+        return Page(report_files(results_blocks(rows, paper or []))["report.html"].decode())
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    assert main([str(ROOT / "results.csv"), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_shipped_results_are_the_tables_that_pandas_computes(shipped: Path) -> None:
+    page = Page((shipped / "report.html").read_text("utf-8"))
+    frame = pd.read_csv(ROOT / "results.csv")
+    rows = frame[(frame.arch == "cifar_resnet20") & (frame.rounding == "learned") & (frame.lr == 0.01)]
+    methods = {
+        "base 2": ("log_2", None), "base √2": ("log_sqrt2", None), "linear_mse": ("linear_mse", None),
+        "dynamic, TW": ("dynamic", "tensor_wise"), "dynamic, LW": ("dynamic", "layer_wise"),
+        "dynamic, BW": ("dynamic", "block_wise"),
+    }  # fmt: skip
+    assert [r[0][0] for r in page.tables[0][1:]] == [*("base 2", "base √2"), *[*methods][3:], "linear_mse"]
+    for label, (grid, search) in methods.items():
+        for bits in (3, 4):
+            same = rows[(rows.scale_method == grid) & (rows.bits == bits)]
+            same = same[same.search_method.isna() if search is None else same.search_method == search]
+            for column, suffix, seconds in (
+                ("search_Acc@1", "", same.search_seconds),
+                ("Acc@1", ", LLR", same.search_seconds + same.reconstruction_seconds),
+            ):
+                values = same[column]
+                spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+                away = f"{(values - same['float_Acc@1']).mean():+.2f}".replace("-", "−")
+                seen = page.cell(0, label, f"{bits} bits{suffix}")
+                assert seen == [f"{values.mean():.2f}{spread}", f"n {len(values)} · {away} · {seconds.mean():.3g} s"]
+
+
+def test_the_page_is_whole_and_asks_nothing_of_a_network(shipped: Path) -> None:
+    html = (shipped / "report.html").read_text("utf-8")
+    page = Page(html)
+    names = {path.stem for path in shipped.glob("*.svg")}
+    assert len(page.images) == len(names) >= 9 and names == {path.stem for path in shipped.glob("*.png")}
+    assert all(str(image["src"]).startswith("data:image/svg+xml;base64,") and image["alt"] for image in page.images)
+    assert page.tags["script"] == 1 and page.tags["link"] == 1
+    assert not re.search(r'(src|href)="(?!data:)', html) and "@import" not in html and "url(" not in html
+    told = (shipped / "report.md").read_text("utf-8")
+    assert {name for name in re.findall(r"\]\((\w+)\.svg\)", told)} == names
+    assert "87.73 ± 0.08" in told and "87.73 ± 0.08" in html
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "r.csv", row(), row(bits=3))
+    for name in ("one", "two"):
+        assert main([str(path), "--out", str(tmp_path / name)]) == 0
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 2 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("lr", "0.5"), ("calib_samples", "65"), ("iters_w", "11"), ("scale_search", "grid"), ("zero_code", "True"),
+     ("asymmetric", "True"), ("hardware_approx", "True"), ("recon_metric", "mae"), ("search_samples", "9"),
+     ("first_last_bits", "8"), ("network_options", "a=1"), ("device", "gpu"), ("calib_augment", "True"), ("checkpoint_sha256", "cd"),
+     ("preset", "best"), ("config", "mine.py"), ("val_images", "99"), ("scale_method", "log_2"), ("bits", "3")],
+)  # fmt: skip
+def test_rows_of_different_settings_are_never_averaged(name: str, value: str) -> None:
+    other = row(**{name: value, "seed": 1, "Acc@1": 60, "search_Acc@1": 70})
+    page = page_of(row(), other)
+    lines = [line for table in page.tables for r in table[1:] for cell in r[1:] for line in cell]
+    assert {"80.00", "60.00"} <= set(lines)
+    assert all(line.startswith("70.00 ± 0.00") for line in lines if "±" in line)  # before LLR they are the same run
+    assert page_of(row(), row(seed=1, Acc_at_1=60)).cell(0, "dynamic, TW", "4 bits, LLR")[0] == "70.00 ± 14.14"
+
+
+def test_a_learned_run_gives_both_cells_and_the_newest_of_equal_seeds_counts() -> None:
+    newer = row(utc_time="2026-02-01T00:00:00Z", Acc_at_1=82)
+    for rows in ((row(), newer), (newer, row())):
+        page = page_of(*rows)
+        assert page.cell(0, "dynamic, TW", "4 bits") == ["70.00", "n 1 · −20.00 · 1 s"]
+        assert page.cell(0, "dynamic, TW", "4 bits, LLR") == ["82.00", "n 1 · −8.00 · 3 s"]
+        assert "1 row(s) repeat the settings and seed of a newer one" in page.text
+    alone = page_of(row(**NEAREST, Acc_at_1=71), row())
+    assert alone.cell(0, "dynamic, TW", "4 bits")[0] == "71.00"  # a run of its own goes before one on its way
+    assert "1 accuracies before LLR differ" in alone.text and "repeat" not in alone.text
+
+
+def test_settings_that_only_llr_has_part_no_tables() -> None:
+    plain = row(**NEAREST, scale_method="log_2", search_method="", calib_augment="")
+    page = page_of(row(calib_augment="False"), plain, row(calib_augment="False", bits=3, config="3bit.py"))
+    assert [[r[0][0] for r in table] for table in page.tables] == [["method", "base 2", "dynamic, TW"]]
+    assert [cell[0] for cell in page.tables[0][0]] == ["method", "4 bits", "4 bits, LLR", "3 bits", "3 bits, LLR"]
+    twice = page_of(row(config="a.py"), row(config="b.py", Acc_at_1=60)).cell(0, "dynamic, TW", "4 bits, LLR")
+    assert twice[0] == "80.00" and "60.00" in twice and any("b.py" in line for line in twice)
+
+
+def test_the_papers_figures_stand_beside_their_cells() -> None:
+    figures = paper_figures()
+    assert figures and all(f["source"] and 0 < float(f["Acc@1"]) < 100 for f in figures)
+    keys = [tuple(f[k] for k in (*PAPER_KEYS, "rounding", "source")) for f in figures]
+    assert len(set(keys)) == len(keys)
+    readme = {f["Acc@1"] for f in figures if f["arch"] == "resnet18" and "README" in f["source"]}
+    assert len(readme) == 10 and {"31.53", "69.24"} <= readme
+    page = page_of(row(arch="resnet18"), paper=figures)
+    assert page.cell(0, "dynamic, TW", "4 bits")[2:] == ["paper 57.10 [1]"]
+    assert page.cell(0, "dynamic, TW", "4 bits, LLR")[2:] == ["paper 69.24 [1]"]
+    assert "logart-lab/logart" in page.text and "Sources" in page.text
+    for other in ({"arch": "net"}, {"arch": "resnet18", "bits": 3}, {"arch": "resnet18", "zero_code": "True"}):
+        assert "Sources" not in page_of(row(**other), paper=figures).text
+    assert "Sources" not in page_of(row(arch="resnet18"), paper=[]).text
+
+
+HOSTILE = '</td><script>alert(1)</script><img src=x onerror=alert(2)>"\'|`$\\frac{_\x1b\u202e\udcff'
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    names = ["arch", "data", "device", "scale_method", "search_method", "config", "lr", "rounding"]
+    files = report_files(results_blocks([row(**{name: HOSTILE}) for name in names], []))
+    page = Page(files["report.html"].decode())
+    assert page.tags["script"] == 1 and page.tags["img"] == len(page.images)
+    assert all(str(image["src"]).startswith("data:") for image in page.images)
+    assert not any(name.startswith("on") for name in page.attributes)
+    assert "<script>alert(1)</script>" in page.text and "\x1b" not in page.text and "\u202e" not in page.text
+    told = files["report.md"].decode()
+    assert "<script" not in told and "<img" not in told and "\\|" in told
+    assert all(b"<script" not in data for name, data in files.items() if name.endswith(".svg"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)).eval()
+    quantized, _ = quantize_model(model, QuantConfig(n_bits=3, rounding="nearest"), torch.randn(4, 1, 8, 8))  # type: ignore[arg-type]
+    path = tmp_path_factory.mktemp("packed") / "net.safetensors"
+    save_packed(quantized, path)
+    return path
+
+
+def run_folder(folder: Path, packed: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "packed.safetensors").write_bytes(packed.read_bytes())
+    file = PackedFile.read(packed)
+    layers = [
+        {"name": name, "shape": list(layer.shape), "n_bits": layer.n_bits, "block": name, "error_nearest": 0.25,
+         "base_mix": {str(k): n for k, n in base_mix(layer).items()}, "error": 0.5, "moved": 9,
+         "histogram": [0] * 29 + [7, 5] + [0] * 29}
+        for name, layer in file.layers.items()
+    ]  # fmt: skip
+    blocks = [
+        {"name": name, "error_before": 1.5, "error_learned": after, "kept": kept, "losses": [3.0, 2.0, 1.0],
+         "capture_seconds": 0.1, "learning_seconds": 0.2}
+        for name, after, kept in (("good", 1.25, "learned"), ("bad", 2.5, "before"))
+    ]  # fmt: skip
+    account = {"format": 1, "row": {"arch": "net", "bits": 3}, "layers": layers, "skipped": [["odd", "its type"]],
+               "folded": [], "blocks": blocks, "search_seconds": 0.1, "reconstruction_seconds": 0.2}  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(account | changes))
+    return folder
+
+
+def test_a_packed_files_histogram_counts_every_code(packed: Path) -> None:
+    for layer in PackedFile.read(packed).layers.values():
+        counts, reach = code_histogram(layer)
+        books = layer.spec.codebook(layer.n_bits).levels.abs().amax(1)
+        rows = layer.weight().reshape(len(books), -1).double() / books[:, None]
+        expected, _ = np.histogram(rows.numpy(), len(counts), (-reach, reach))
+        assert counts == expected.tolist() and sum(counts) == layer.shape.numel()
+        levels = common_levels(layer)
+        assert len(levels) == 8 and levels == [-level for level in levels[::-1]] and levels[-1] == 1
+        mix = base_mix(layer)
+        k = max(mix, key=lambda key: mix[key])
+        assert sum(round(2 * np.log2(b / a)) == 2 for a, b in zip(levels[4:], levels[5:], strict=False)) >= k - 1
+
+
+def test_a_packed_file_and_a_run_folder_are_shown(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "run", packed)
+    out = tmp_path / "deep" / "out"
+    assert main(["--run", str(packed), "--run", str(folder), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
+    page = Page((out / "report.html").read_text("utf-8"))
+    first, second, blocks, skipped = page.tables
+    info = PackedFile.read(packed).info["layers"]
+    for line, (name, layer) in zip(first[1:], PackedFile.read(packed).layers.items(), strict=True):
+        shown = [cell[0] for cell in line]
+        assert shown[:4] == [name, "×".join(map(str, layer.shape)), "3", info[name]["block"]]
+        assert shown[4] == ", ".join(f"{k}: {n}" for k, n in base_mix(layer).items())
+        assert shown[5:] == [f"{info[name]['error_nearest']:.4g}", f"{info[name]['error']:.4g}", "0", "0.0"]
+    assert [cell[0] for cell in second[1]][5:] == ["0.25", "0.5", "9", "25.0"]  # 9 of 36 weights
+    assert [[cell[0] for cell in line] for line in blocks[1:]] == [
+        ["good", "1.5", "1.25", "kept"], ["bad", "1.5", "2.5", "undone: it ended worse"]
+    ]  # fmt: skip
+    assert [cell[0] for cell in skipped[1]] == ["odd", "its type"]
+    assert "holds no float weights" in page.text and len(page.images) == 2 + 3
+    assert read_run(str(folder)).floats and not read_run(str(packed)).floats
+    assert len(read_run(str(folder)).layers[0].histogram) == BINS
+
+
+def test_many_layers_and_an_8_bit_grid_stay_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logart.report_runs, "A_PAGE", 4)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(4, 4) for _ in range(5))).eval()
+    quantized, _ = quantize_model(model, QuantConfig(n_bits=8, rounding="nearest"), torch.randn(4, 1, 2, 2))  # type: ignore[arg-type]
+    path = tmp_path / "deep.safetensors"
+    save_packed(quantized, path)
+    assert main(["--run", str(path), "--out", str(tmp_path / "out")]) == 0
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert len(Page(html).tables[0]) == 6
+    assert "<summary>Weights and levels: 1 more</summary>" in html
+    assert {f.name for f in (tmp_path / "out").glob("*.png")} == {
+        "run1_weights_1.png", "run1_weights_2.png", "run1_base_mix.png"
+    }  # fmt: skip
+
+
+def test_wrong_calls_take_one_line_and_write_nothing(
+    packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = write_csv(tmp_path / "good.csv")
+    (tmp_path / "header.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    none = tmp_path / "none.csv"
+    none.write_text(good.read_text().splitlines()[0] + "\n")
+    (tmp_path / "cut.csv").write_text(good.read_text()[:-9])
+    words = write_csv(tmp_path / "words.csv", Acc_at_1="fine")
+    (tmp_path / "folder").mkdir()
+    bad_json = run_folder(tmp_path / "bad", packed)
+    (bad_json / "report.json").write_text("[NaN]")
+    short = run_folder(tmp_path / "short", packed, layers=[{"name": "0"}])
+    other = run_folder(tmp_path / "other", packed, format=2)
+    out = tmp_path / "out"
+    for argv, line in (
+        ([], "nothing to report: expected a results file, or --run PATH"),
+        ([tmp_path / "absent.csv"], f"results: '{tmp_path / 'absent.csv'}' is not there"),
+        ([tmp_path / "folder"], f"results: '{tmp_path / 'folder'}' is a folder"),
+        ([tmp_path / "header.csv"], f"results: '{tmp_path / 'header.csv'}' has another header"),
+        ([tmp_path / "cut.csv"], f"results: '{tmp_path / 'cut.csv'}' has a cut row"),
+        ([tmp_path / "empty.csv"], "results: the file holds no rows"),
+        ([none], "results: the file holds no rows"),
+        ([words], "results: row 1 has Acc@1 'fine'; expected a number"),
+        (["--run", tmp_path / "absent"], f"--run: {tmp_path / 'absent'}: does not exist"),
+        (["--run", good], f"--run: {good}: is no safetensors file"),
+        (["--run", tmp_path / "folder"], f"--run: {tmp_path / 'folder'} has no readable report.json"),
+        (["--run", bad_json], f"--run: {bad_json / 'report.json'} is not a run's report"),
+        (["--run", short], f"--run: {short / 'report.json'} is not a run's report"),
+        (["--run", other], f"--run: {other / 'report.json'} is not a run's report (expected format 1)"),
+        ([good, "--run", tmp_path / "absent"], "--run:"),
+    ):
+        assert_refused(main, [*map(str, argv), "--out", str(out)], f"logart-report: {line}", capfd)
+        assert not out.exists()
+    assert_refused(main, [str(good), "--out", str(words)], f"logart-report: --out: '{words}' is a file", capfd)
+    assert_refused(main, [str(good), "--out", str(words / "x")], "logart-report: --out: cannot write", capfd)
+    assert_refused(main, [str(good)], "logart-report: the following arguments are required", capfd)
+
+
+def test_matplotlib_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"needs the extra \[report\] .*install logart\[report\]"):
+        results_blocks([row()], [])
+
+
+def test_sections_keep_the_order_of_the_file() -> None:
+    found, notes = sections(read_rows(ROOT / "results.csv"))
+    assert [s.row["arch"] for s in found] == [*dict.fromkeys(pd.read_csv(ROOT / "results.csv").arch)] and notes == []
