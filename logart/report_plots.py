@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ def against_bits(section: Section, table: Table, name: str) -> Figure:
             axis.set(title="with LLR" if llr else "without LLR", xlabel="bits per weight", ylabel="top-1 accuracy [%]")
             axis.set_xticks(sorted({bits for bits, _ in table.columns}))
             axis.margins(x=0.15)
-        _legend(canvas, axes)
+        _legend(canvas, axes, style)
         alt = f"Top-1 accuracy against bits per weight, one line per method: {_said(table.labels.values())}."
         more = "\n" + textwrap.fill(printable(table.title), 78, max_lines=3, placeholder=" …") if table.title else ""
         return finished(canvas, name, f"{short(section.title)}: accuracy against bits{more}", alt)
@@ -131,7 +131,7 @@ def against_time(section: Section, name: str) -> Figure:
             axis.set_xscale("log")
             plain_numbers(axis.xaxis)
             axis.margins(0.1)
-        _legend(canvas, axes)
+        _legend(canvas, axes, style)
         title = f"{short(section.title)}: accuracy against time (filled: with LLR)"
         alt = "Top-1 accuracy against seconds of search and rounding on a logarithmic axis, one panel per bit width."
         return finished(canvas, name, title, alt)
@@ -158,7 +158,7 @@ def costs(section: Section, name: str) -> Figure:
                 axis.set_xscale("log")
                 plain_numbers(axis.xaxis)
             axis.margins(x=0.08)
-        _legend(canvas, axes)
+        _legend(canvas, axes, style)
         alt = "Per method, one mark per bit width: seconds of the search, and peak memory of the run in MiB."
         return finished(canvas, name, f"{short(section.title)}: search time and memory per method", alt)
 
@@ -178,10 +178,13 @@ def _costs(groups: Sequence[Group], figure: str) -> dict[str, list[tuple[int, fl
 
 def plain_numbers(axis: Axis) -> None:
     """Give a logarithmic axis plain numbers: the usual ones are mathematics, which no text here is."""
-    from matplotlib.ticker import LogFormatter
 
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter())
+    def between(value: float, _: float | None = None) -> str:
+        low, high = axis.get_view_interval()  # less than two decades hold too few powers of ten to read by
+        return f"{value:g}" if high < 30 * low and f"{value:e}"[0] in "235" else ""
+
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(between)
 
 
 def _float_line(axis: Axes, section: Section) -> None:
@@ -190,12 +193,14 @@ def _float_line(axis: Axes, section: Section) -> None:
         axis.axhline(known[0], color="#5b6470", linewidth=1, linestyle=(0, (1, 1.5)), label="float", zorder=1)
 
 
-def _legend(canvas: Canvas, axes: Any) -> None:
+def _legend(canvas: Canvas, axes: Any, style: Mapping[str, Any]) -> None:
     """One legend below all panels, each label once."""
     found: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    places = {short(label): place for place, label in enumerate(style)}
+    found = dict(sorted(found.items(), key=lambda item: places.get(item[0], -1)))
     longest = max(map(len, found), default=0)
     columns = max(1, int(canvas.get_figwidth() / (0.55 + 0.075 * longest)))
     canvas.legend([*found.values()], [*found], loc="outside lower center", ncols=min(columns, len(found)))

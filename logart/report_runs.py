@@ -136,7 +136,7 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run
             tuple(int(size) for size in entry["shape"]),
             int(entry["n_bits"]),
             str(entry["block"]),
-            {int(k): int(count) for k, count in entry["base_mix"].items()},
+            _mix(entry["base_mix"]),
             _error(entry["error_nearest"]),
             _error(entry["error"]),
             int(entry["moved"]),
@@ -158,6 +158,13 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run
     ]
     skipped = [(str(layer), str(reason)) for layer, reason in account["skipped"]]
     return Run(name, dict(account["row"].items()), layers, blocks, skipped, True)
+
+
+def _mix(values: Mapping[str, Any]) -> dict[int, int]:
+    mix = {int(k): int(count) for k, count in values.items()}
+    if any(k < 0 or count < 1 for k, count in mix.items()):
+        raise ValueError("a base mix without channels")
+    return mix
 
 
 def _counts(values: Any) -> list[int]:

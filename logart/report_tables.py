@@ -8,14 +8,13 @@ what the search itself saw parts rows.
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
 from logart.config import Rounding, SearchMethod
-from logart.grid import ScaleMethod
+from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod
 from logart.runtime import UserError
 
 Row = dict[str, str]
@@ -26,7 +25,8 @@ GRID = (
 SEARCH = ("search_samples", "search_batch_size", "calib_augment")
 CALIBRATION = ("calib_samples", "batch_size", "calib_augment")
 LLR = (
-    "calib_samples batch_size calib_augment iters_w lr rrweight b_start b_end warmup recon_input recon_metric drop_prob temperature"
+    "calib_samples batch_size calib_augment iters_w lr rrweight b_start b_end warmup recon_input recon_metric "
+    "drop_prob temperature"
 ).split()
 DEFAULTS = ("preset", "config")
 PAPER_KEYS = (
@@ -43,8 +43,11 @@ SEARCH_NAMES = {
     SearchMethod.BLOCK_WISE.value: "BW",
 }
 _ORDER = [*GRID_NAMES, ScaleMethod.LINEAR_MINMAX.value, ScaleMethod.LINEAR_MSE.value]
-_NUMBERS = ("bits", "Acc@1", "float_Acc@1", "search_Acc@1", "search_seconds", "reconstruction_seconds",
-            "peak_memory_mb")  # fmt: skip
+_RANGES = {
+    "bits": (MIN_BITS, MAX_BITS),
+    **dict.fromkeys(("Acc@1", "float_Acc@1", "search_Acc@1"), (0, 100)),
+    **dict.fromkeys(("search_seconds", "reconstruction_seconds", "peak_memory_mb"), (0, 1e9)),
+}
 
 
 @dataclass(frozen=True)
@@ -198,13 +201,14 @@ def sections(rows: Sequence[Row]) -> tuple[list[Section], list[str]]:
 
 
 def _check(row: Row, index: int) -> None:
-    for name in _NUMBERS:
+    for name, (low, high) in _RANGES.items():
         try:
             value = number(row[name])
-            if value is not None and not math.isfinite(value):
+            if value is not None and not low <= value <= high:  # nan is in no range
                 raise ValueError
         except ValueError:
-            raise UserError(f"results: row {index + 1} has {name} {row[name][:40]!r}; expected a number") from None
+            seen = f"row {index + 1} has {name} {row[name][:40]!r}"
+            raise UserError(f"results: {seen}; expected a number from {low:g} to {high:g}") from None
     for name in ("bits", "Acc@1"):
         if not row[name]:
             raise UserError(f"results: row {index + 1} has no {name}; expected a number")

@@ -31,7 +31,8 @@ from logart.results import NAMES, read_rows
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "utc_time": "2026-01-01T00:00:00Z", "track": "cnn", "arch": "net", "checkpoint": "net.pth",
-    "checkpoint_sha256": "ab", "data": "pictures", "bits": "4", "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
+    "checkpoint_sha256": "ab", "data": "pictures", "bits": "4", "first_last_bits": "same", "channel_wise": "True",
+    "scale_method": "dynamic",
     "scale_search": "none", "asymmetric": "False", "zero_code": "False", "search_method": "tensor_wise",
     "rounding": "learned", "calib_samples": "64", "batch_size": "8", "iters_w": "10", "lr": "0.01",
     "hardware_approx": "False", "seed": "0", "val_images": "100", "Acc@1": "80", "float_Acc@1": "90",
@@ -160,7 +161,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     "name, value",
     [("lr", "0.5"), ("calib_samples", "65"), ("iters_w", "11"), ("scale_search", "grid"), ("zero_code", "True"),
      ("asymmetric", "True"), ("hardware_approx", "True"), ("recon_metric", "mae"), ("search_samples", "9"),
-     ("first_last_bits", "8"), ("network_options", "a=1"), ("device", "gpu"), ("calib_augment", "True"), ("checkpoint_sha256", "cd"),
+     ("first_last_bits", "8"), ("network_options", "a=1"), ("device", "gpu"), ("calib_augment", "True"),
+     ("checkpoint_sha256", "cd"),
      ("preset", "best"), ("config", "mine.py"), ("val_images", "99"), ("scale_method", "log_2"), ("bits", "3")],
 )  # fmt: skip
 def test_rows_of_different_settings_are_never_averaged(name: str, value: str) -> None:
@@ -322,6 +324,8 @@ def test_wrong_calls_take_one_line_and_write_nothing(
     (tmp_path / "cut.csv").write_text(good.read_text()[:-9])
     words = write_csv(tmp_path / "words.csv", Acc_at_1="fine")
     (tmp_path / "folder").mkdir()
+    wide = write_csv(tmp_path / "wide.csv", bits="1e300")
+    nan = write_csv(tmp_path / "nan.csv", search_Acc_at_1="nan")
     bad_json = run_folder(tmp_path / "bad", packed)
     (bad_json / "report.json").write_text("[NaN]")
     short = run_folder(tmp_path / "short", packed, layers=[{"name": "0"}])
@@ -335,7 +339,9 @@ def test_wrong_calls_take_one_line_and_write_nothing(
         ([tmp_path / "cut.csv"], f"results: '{tmp_path / 'cut.csv'}' has a cut row"),
         ([tmp_path / "empty.csv"], "results: the file holds no rows"),
         ([none], "results: the file holds no rows"),
-        ([words], "results: row 1 has Acc@1 'fine'; expected a number"),
+        ([words], "results: row 1 has Acc@1 'fine'; expected a number from 0 to 100"),
+        ([wide], "results: row 1 has bits '1e300'; expected a number from 2 to 8"),
+        ([nan], "results: row 1 has search_Acc@1 'nan'; expected"),
         (["--run", tmp_path / "absent"], f"--run: {tmp_path / 'absent'}: does not exist"),
         (["--run", good], f"--run: {good}: is no safetensors file"),
         (["--run", tmp_path / "folder"], f"--run: {tmp_path / 'folder'} has no readable report.json"),

@@ -235,6 +235,17 @@ def test_the_oldest_releases_are_tested_in_an_environment_of_their_own(project: 
     assert project.run("scripts/test_oldest.sh", fail="pytest").returncode == 3
 
 
+def test_the_browser_is_tested_in_an_environment_of_its_own(project: Project) -> None:
+    done = project.run("scripts/test_browser.sh", "-k", "two words", fail="playwright install")
+    assert done.returncode == 0, done.stderr
+    venv, _, install, browser, tests = project.calls()
+    assert venv == f"-m venv --clear {project.root}/.venv-browser"
+    assert install.endswith(" -e .[test,report] playwright")
+    assert browser == "-m playwright install chromium" and "trying an installed one" in done.stderr
+    assert tests == "-m pytest -q -m browser tests/test_report_browser.py -k two words"
+    assert project.run("scripts/test_browser.sh", fail="pytest").returncode == 3
+
+
 def test_the_oldest_releases_named_are_the_floors_of_the_project() -> None:
     floors = re.findall(r'"(timm|torch|torchvision)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     script = (ROOT / "scripts" / "test_oldest.sh").read_text()
