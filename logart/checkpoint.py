@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from logart import surgery
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.packed_file import PackedFile, PackedFileError, PackedLayer
+from logart.packed_file import PackedFile, PackedFileError
+from logart.packed_layer import PackedLayer
 from logart.runtime import UserError
 from logart.weights import COUNTER, one_line
 

@@ -39,7 +39,8 @@ from logart.hardware import (
 )
 from logart.hardware_readme import readme
 from logart.network import INTERPOLATIONS
-from logart.packed_file import DTYPES, PackedFile, PackedFileError, PackedLayer
+from logart.packed_file import PackedFile, PackedFileError
+from logart.packed_layer import DTYPES, PackedLayer
 from logart.runtime import UserError
 from logart.weights import file_sha256, one_line
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from logart.cli import FlagParser, run_command
-from logart.packed_file import PackedFile, PackedLayer
+from logart.packed_file import PackedFile
+from logart.packed_layer import PackedLayer
 from logart.runtime import UserError
 
 

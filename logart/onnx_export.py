@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from logart.checkpoint import SizeTable, load_packed, to_packed
 from logart.grid import Spacing
-from logart.packed_file import PackedLayer
+from logart.packed_layer import PackedLayer
 from logart.runtime import UserError, write_whole
 from logart.spec import CodebookSpec
 from logart.surgery import quantized_layers

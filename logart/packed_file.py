@@ -1,22 +1,29 @@
 """The packed file: one safetensors file that holds a quantized network, and nothing that could be run.
 
-Tensors, all of them uint8 but the last:
+Few tensors, because every name costs bytes that small networks feel; all are one-dimensional:
 
-    codes:LAYER      [bytes]         the codes of a layer's weight, row by row (`packing`)
-    codebook:LAYER   [C, width]      the integers of its codebooks (`spec`)
-    NAME             as it is        every parameter and buffer that is not quantized, by its name in the network
+    codes        uint8   the codes of the layers' weights (`packing`), layer after layer, each begun on a byte
+    codebooks    uint8   the integers of their codebooks, row by row (`spec`), layer after layer
+    DTYPE        itself  every parameter and buffer of that type (`float32`, say) that is not quantized, end to end
+    description  uint8   JSON, ASCII, compressed by zlib
 
-One metadata entry, `logart`, is JSON: the format's name and version, a list of the layers (name, kind, shape, bits;
-dtype, terms of √2 and columns of the codebook where they are not the usual ones) and `info`, what is known of the
-network and its run. Reading checks all of it before anything is built on it: a file that is damaged, hostile or of
-another kind raises one `PackedFileError`, and no size it claims is believed before bytes stand behind it.
+The description is an object of `layers`, a list in the order of codes and codebooks (name, kind, shape, bits; dtype,
+number of codebooks, terms of √2 and columns of the codebook where they are not the usual ones), `rest`, shapes by name
+by DTYPE in the order of the elements, and `info`, what is known of the network and its run. One metadata entry,
+`logart`, is JSON too: the format's name and version.
+
+Reading checks all of it before anything is built on it: a file that is damaged, hostile or of another kind raises one
+`PackedFileError`, and no size it claims is believed before bytes stand behind it. Equal networks give equal bytes as
+long as zlib, which has several makers, packs equal texts alike.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +32,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from logart.grid import MAX_BITS, MIN_BITS
-from logart.packing import packed_bytes, unpack
+from logart.packed_layer import Flat, PackedLayer
 from logart.runtime import UserError, write_whole
-from logart.spec import LOG_COLUMNS, CodebookSpec, expand
 from logart.weights import one_line
 
-FORMAT, VERSION = "logart-packed", 1
+FORMAT, VERSION = "logart-packed", 2
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-_USUAL = {"dtype": "float32", "terms": 0, "columns": list(LOG_COLUMNS[:3])}  # what an entry need not say
 _METADATA = "logart"
-_CODES, _CODEBOOK = "codes:", "codebook:"
 _MAX_HEADER = 2**25
+_MAX_TEXT = 2**22  # of a description; a few bytes can expand to any size
+_MAX_TENSORS = 2**16
 
 
 class PackedFileError(UserError):
@@ -45,40 +50,6 @@ class PackedFileError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else "�" for c in message))  # it may quote the file
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """A quantized layer as the file holds it.
-
-    Attributes:
-        kind: the class of the float layer, one of `KINDS`.
-        shape: the weight's.
-        n_bits: of a code.
-        dtype: of the weight.
-        codes: [bytes] uint8.
-        spec: of the codebooks, which share the weight's rows evenly, in order.
-    """
-
-    kind: str
-    shape: torch.Size
-    n_bits: int
-    dtype: torch.dtype
-    codes: Tensor
-    spec: CodebookSpec
-
-    def unpacked(self) -> Tensor:
-        """The codes [*shape] uint8."""
-        return unpack(self.codes, self.n_bits, self.shape.numel()).reshape(self.shape)
-
-    def weight(self) -> Tensor:
-        """The weight that the codes stand for."""
-        return expand(self.codes, self.spec, self.shape, self.n_bits, self.dtype)
-
-    @property
-    def n_bytes(self) -> tuple[int, int]:
-        """Of the codes and of the codebooks."""
-        return self.codes.numel(), self.spec.to_bytes().numel()
 
 
 @dataclass(frozen=True)
@@ -99,35 +70,31 @@ class PackedFile:
         """The file's content.
 
         Raises:
-            ValueError: a name that the format keeps for itself, or info that JSON cannot say.
+            ValueError: info that JSON cannot say, or more than is read.
         """
-        tensors = {}
-        for name, tensor in self.rest.items():
-            if name.startswith((_CODES, _CODEBOOK)):
-                raise ValueError(f"a parameter cannot be called {name}")
-            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        entries = []
-        for name, layer in self.layers.items():
-            tensors[_CODES + name] = layer.codes.cpu()
-            tensors[_CODEBOOK + name] = layer.spec.to_bytes()
-            entry = {
-                "name": name,
-                "kind": layer.kind,
-                "shape": list(layer.shape),
-                "bits": layer.n_bits,
-                "dtype": str(layer.dtype).removeprefix("torch."),
-                "terms": layer.spec.terms,
-                "columns": list(layer.spec.columns),
-            }
-            entries.append({key: value for key, value in entry.items() if _USUAL.get(key) != value})
-        content = {"format": FORMAT, "version": VERSION, "layers": entries, "info": self.info}
+        rest = _by_type(self.rest)
+        tensors = {
+            "codes": _joined(layer.codes for layer in self.layers.values()),
+            "codebooks": _joined(layer.spec.to_bytes() for layer in self.layers.values()),
+            **{dtype: _joined(named.values(), getattr(torch, dtype)) for dtype, named in rest.items()},
+        }
+        content = {
+            "layers": [{"name": name, **layer.entry()} for name, layer in self.layers.items()],
+            "rest": {dtype: {name: list(t.shape) for name, t in named.items()} for dtype, named in rest.items()},
+            "info": self.info,
+        }
         try:
             text = json.dumps(content, allow_nan=False, separators=(",", ":"))  # ASCII: names may be no UTF-8
         except (TypeError, ValueError) as error:
             raise ValueError(f"the file's info must be JSON: {one_line(error)}") from error
-        # One entry, not several: safetensors writes them in no particular order, and equal networks give equal files.
-        data: bytes = safetensors.torch.save(tensors, metadata={_METADATA: text})
-        _metadata(data[: 8 + _header_length(data[:8])])  # what is written can be read
+        most = {"layers": _MAX_TENSORS, "tensors": _MAX_TENSORS, "characters": _MAX_TEXT}
+        for what, count in zip(most, (len(self.layers), len(self.rest), len(text)), strict=True):
+            if count > most[what]:
+                raise ValueError(f"the file would describe {count} {what}; at most {most[what]} are read")
+        tensors["description"] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+        # One entry, not several: safetensors writes them in no particular order.
+        version = json.dumps({"format": FORMAT, "version": VERSION}, separators=(",", ":"))
+        data: bytes = safetensors.torch.save(tensors, metadata={_METADATA: version})
         return data
 
     def write(self, path: str | Path) -> int:
@@ -151,32 +118,30 @@ class PackedFile:
         try:
             if not path.is_file():
                 raise PackedFileError("is a folder" if path.is_dir() else "does not exist")
-            content, data = _read(path)
-            tensors = _tensors(data)
-            layers = _layers(content["layers"], tensors)
+            tensors = _tensors(_read(path))
+            content = _description(tensors.pop("description", None))
+            layers = _layers(content["layers"], tensors.pop("codes", None), tensors.pop("codebooks", None))
+            rest = _rest(content["rest"], tensors)
         except (PackedFileError, OSError, MemoryError) as error:
             raise PackedFileError(f"{path}: {one_line(error)}; expected a packed network (.safetensors)") from None
-        return cls(layers, tensors, content["info"])
+        return cls(layers, rest, content["info"])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The metadata and all bytes of a file; what is none of ours, or larger than it says, is not read whole."""
+def _read(path: Path) -> bytes:
+    """All bytes of a file; what is none of ours, or larger than it says, is not read whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        length = _header_length(start)
+        length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
             raise PackedFileError("is no safetensors file, or cut short")
         head = start + file.read(length)
-        content = _metadata(head)
-        ends = [entry["data_offsets"][1] for entry in _json(head[8:], "header").values() if _has_offsets(entry)]
+        header = _json(head[8:], "header")
+        _check_version(header.get("__metadata__"))
+        ends = [entry["data_offsets"][1] for entry in header.values() if _has_offsets(entry)]
         if size != len(head) + max(ends, default=0):
             raise PackedFileError("is damaged: its size is not what its header says")
-        return content, head + file.read()
-
-
-def _header_length(start: bytes) -> int:
-    return int.from_bytes(start, "little")
+        return head + file.read()
 
 
 def _has_offsets(entry: Any) -> bool:
@@ -184,12 +149,7 @@ def _has_offsets(entry: Any) -> bool:
     return isinstance(offsets, list) and len(offsets) == 2 and all(type(place) is int for place in offsets)
 
 
-def _metadata(head: bytes) -> dict[str, Any]:
-    """The checked outer form of the JSON; ours is read here because safetensors lets a name appear twice."""
-    if len(head) > _MAX_HEADER:
-        raise PackedFileError("has a header larger than is read")
-    header = _json(head[8:], "header")
-    metadata = header.get("__metadata__")
+def _check_version(metadata: Any) -> None:
     text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise PackedFileError("is a safetensors file, but not one that LogART packed")
@@ -199,8 +159,23 @@ def _metadata(head: bytes) -> dict[str, Any]:
         raise PackedFileError(f"has metadata of another kind (format {content.get('format')!r:.40})")
     if version > VERSION:
         raise PackedFileError(f"has format version {version}, and this LogART reads up to {VERSION}; update it")
-    if not isinstance(content.get("layers"), list) or not isinstance(content.get("info"), dict):
-        raise PackedFileError("lacks its list of layers or its info")
+    if version < VERSION:
+        raise PackedFileError(f"has format version {version}, and this LogART reads {VERSION} alone; save it again")
+
+
+def _description(packed: Tensor | None) -> dict[str, Any]:
+    """The checked outer form of the description."""
+    try:
+        flat = Flat(packed, torch.uint8)
+        unzip = zlib.decompressobj()
+        text = unzip.decompress(flat.take(flat.left).numpy().tobytes(), _MAX_TEXT)
+    except (ValueError, zlib.error) as error:
+        raise PackedFileError(f"has a damaged description ({one_line(error):.80})") from None
+    if not unzip.eof or unzip.unused_data:
+        raise PackedFileError(f"has a damaged description, or one of more than {_MAX_TEXT} characters")
+    content = _json(text, "description")
+    if [type(content.get(name)) for name in ("layers", "rest", "info")] != [list, dict, dict]:
+        raise PackedFileError("lacks its list of layers, its other tensors or its info")
     return content
 
 
@@ -234,52 +209,70 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
         raise PackedFileError(f"is damaged ({one_line(error):.120})") from None
 
 
-def _layers(entries: list[Any], tensors: dict[str, Tensor]) -> dict[str, PackedLayer]:
-    """The layers of the list, each checked; their tensors are taken out of `tensors`."""
+def _layers(entries: list[Any], codes: Tensor | None, codebooks: Tensor | None) -> dict[str, PackedLayer]:
+    """The layers of the list, each checked."""
     layers: dict[str, PackedLayer] = {}
+    _check_count(len(entries))
+    with _naming("codes or codebooks"):
+        parts = [Flat(tensor, torch.uint8) for tensor in (codes, codebooks)]
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or name in layers:
             raise PackedFileError(f"lists a layer without a name, or twice ({name!r:.80})")
-        try:
-            layers[name] = _layer(
-                {**_USUAL, **entry}, tensors.pop(_CODES + name, None), tensors.pop(_CODEBOOK + name, None)
-            )
-        except ValueError as error:
-            raise PackedFileError(f"has a damaged layer {name:.80} ({one_line(error):.160})") from None
-    stray = [name for name in tensors if name.startswith((_CODES, _CODEBOOK))]
-    if stray:
-        raise PackedFileError(f"holds {stray[0]:.80}, which no layer in its list claims")
+        with _naming(f"layer {name:.80}"):
+            layers[name] = PackedLayer.from_entry(entry, *parts)
+    if any(part.left for part in parts):
+        raise PackedFileError("holds codes or codebooks that no layer in its list claims")
     return layers
 
 
-def _layer(entry: Mapping[str, Any], codes: Tensor | None, codebook: Tensor | None) -> PackedLayer:
-    if codes is None or codebook is None:
-        raise ValueError("its tensors are missing")
-    kind, shape, n_bits = entry.get("kind"), entry.get("shape"), entry.get("bits")
-    dtype, terms, columns = entry.get("dtype"), entry.get("terms"), entry.get("columns")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind {kind!r:.40}")
-    if not isinstance(shape, list) or len(shape) != KINDS[kind] or not all(_positive(size) for size in shape):
-        raise ValueError(f"shape {shape!r:.40}")
-    if type(n_bits) is not int or not MIN_BITS <= n_bits <= MAX_BITS:
-        raise ValueError(f"bits {n_bits!r:.40}")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r:.40}")
-    if type(terms) is not int or terms not in (0, 2, 3, 4):
-        raise ValueError(f"terms {terms!r:.40}")
-    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        raise ValueError(f"columns {columns!r:.40}")
-    count = math.prod(shape)
-    if codes.dtype != torch.uint8 or codes.shape != (packed_bytes(count, n_bits),):
-        raise ValueError(f"{count} codes of {n_bits} bits cannot be {codes.dtype} {list(codes.shape)}")
-    if count * n_bits % 8 and int(codes[-1]) >> count * n_bits % 8:
-        raise ValueError("bits after the last code")
-    spec = CodebookSpec.from_bytes(codebook, columns, terms, n_bits, DTYPES[dtype])
-    if not spec.channels or shape[0] % spec.channels:
-        raise ValueError(f"{spec.channels} codebooks for {shape[0]} rows")
-    return PackedLayer(kind, torch.Size(shape), n_bits, DTYPES[dtype], codes, spec)
+def _rest(shapes: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are not quantized, by their own names; they are cut out of `tensors`, one of each type."""
+    rest: dict[str, Tensor] = {}
+    _check_count(sum(len(named) for named in shapes.values() if isinstance(named, dict)))
+    for dtype, named in shapes.items():
+        with _naming(f"list of {dtype:.40}"):
+            tensor = tensors.pop(dtype, None)
+            if tensor is None or str(tensor.dtype) != f"torch.{dtype}" or not isinstance(named, dict):
+                raise ValueError("there are none")
+            flat = Flat(tensor, tensor.dtype)
+        for name, shape in named.items():
+            with _naming(f"tensor {name:.80}"):
+                if name in rest or not _is_shape(shape):
+                    raise ValueError(f"shape {shape!r:.40}")
+                rest[name] = flat.take(math.prod(shape)).reshape(shape)
+        if flat.left:
+            raise PackedFileError(f"holds {flat.left} elements of {dtype:.40} without a name")
+    if tensors:
+        raise PackedFileError(f"holds {next(iter(tensors)):.80}, which its description does not list")
+    return rest
 
 
-def _positive(size: Any) -> bool:
-    return type(size) is int and 0 < size < 2**40
+def _is_shape(shape: Any) -> bool:
+    sized = isinstance(shape, list) and len(shape) <= 16 and all(type(size) is int and size >= 0 for size in shape)
+    return sized and math.prod(max(1, size) for size in shape) < 2**40
+
+
+def _check_count(count: int) -> None:
+    if count > _MAX_TENSORS:
+        raise PackedFileError(f"lists {count} layers or tensors; at most {_MAX_TENSORS} are read")
+
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise PackedFileError(f"has a damaged {part} ({one_line(error):.160})") from None
+
+
+def _joined(tensors: Iterable[Tensor], dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=dtype), *(tensor.detach().cpu().reshape(-1) for tensor in tensors)])
+
+
+def _by_type(rest: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by name by their type, as the file calls it."""
+    types: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in rest.items():
+        types.setdefault(str(tensor.dtype).removeprefix("torch."), {})[name] = tensor
+    return types

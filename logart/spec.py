@@ -97,7 +97,7 @@ class CodebookSpec:
     def to_bytes(self) -> Tensor:
         """[C, width] uint8, the columns side by side."""
         parts = [
-            np.ascontiguousarray(column.cpu().numpy().astype(_DTYPES.get(name, np.uint8))).view(np.uint8)
+            np.ascontiguousarray(column.cpu().numpy().astype(_stored(name))).view(np.uint8)
             for name, column in self.columns.items()
         ]
         return torch.from_numpy(np.concatenate([part.reshape(self.channels, -1) for part in parts], axis=1))
@@ -111,16 +111,12 @@ class CodebookSpec:
         Raises:
             ValueError: columns, a width or a value that no codebook of `n_bits` bits and weights of `dtype` has.
         """
-        if tuple(columns) != LINEAR_COLUMNS and (
-            tuple(columns[:3]) != LOG_COLUMNS[:3] or columns[3:] not in ([], ["free"], ["scale"], ["free", "scale"])
-        ):
-            raise ValueError(f"unknown columns {columns}")
-        dtypes = [_DTYPES.get(name, np.dtype(np.uint8)) for name in columns]
-        width = sum(stored.itemsize for stored in dtypes)
+        width = row_bytes(columns)
         if data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] != width:
             raise ValueError(f"expected {width} bytes a channel, got {data.dtype} {list(data.shape)}")
         raw, values, start = data.cpu().numpy(), {}, 0
-        for name, stored in zip(columns, dtypes, strict=True):
+        for name in columns:
+            stored = _stored(name)
             part = np.ascontiguousarray(raw[:, start : start + stored.itemsize]).view(stored)[:, 0]
             values[name] = torch.from_numpy(part.astype(np.float64 if name == "step" else np.int64))
             start += stored.itemsize
@@ -150,6 +146,19 @@ class CodebookSpec:
                 raise ValueError(
                     f"channel {channel}: {name} {c[name][channel].item()} is out of range at {n_bits} bits"
                 )
+
+
+def row_bytes(columns: list[str]) -> int:
+    """How many bytes a channel of these columns takes; ValueError where no codebook has them."""
+    if tuple(columns) != LINEAR_COLUMNS and (
+        tuple(columns[:3]) != LOG_COLUMNS[:3] or columns[3:] not in ([], ["free"], ["scale"], ["free", "scale"])
+    ):
+        raise ValueError(f"unknown columns {columns!r:.80}")
+    return sum(_stored(name).itemsize for name in columns)
+
+
+def _stored(column: str) -> np.dtype[Any]:
+    return _DTYPES.get(column, np.dtype(np.uint8))
 
 
 def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:

@@ -202,6 +202,18 @@ def test_size_is_codes_and_little_else(n_bits: int, tmp_path: Path) -> None:
     assert f"{size} B" in str(table).splitlines()[-1] and "quantized weights" in str(table)
 
 
+@pytest.mark.parametrize("arch", ["digits_resnet", "digits_vit", "cifar_resnet20"])
+def test_small_networks_pay_little_for_names_and_settings(arch: str, tmp_path: Path) -> None:
+    model, images, info = named(arch)
+    quantized = nearest(model, images, n_bits=4)
+    table = save_packed(quantized, tmp_path / "a.safetensors", {**quantized.packed_info, **info})  # type: ignore[dict-item]
+    assert sum(part[2] for part in table.parts) == (tmp_path / "a.safetensors").stat().st_size
+    assert 0 < table.parts[-1][2] < 1800
+    if arch == "cifar_resnet20":
+        formula = sum(part[2] for part in table.parts[:-1])
+        assert sum(part[2] for part in table.parts) < 1.02 * formula
+
+
 # ---------------------------------------------------------------- what does not fit
 
 
