@@ -9,6 +9,7 @@ import argparse
 import ast
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -40,13 +41,22 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse and run; a user's mistake becomes one line and exit code 2, ours keeps its traceback."""
+    """Parse and run; a user's mistake becomes one line and exit code 2, ours keeps its traceback.
+
+    Where the reader of stdout has gone (`| head`), the command ends without a word, with the code that a shell gives
+    for it.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks √, or a file name that is not UTF-8, must not end a run of hours.
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     try:
         command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + 13  # SIGPIPE
     except UserError as error:
         parser.error(str(error))
     except NothingToDo as end:
@@ -56,6 +66,16 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         print(f"{parser.prog}: interrupted; {error or 'nothing was recorded'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether it was stdout's pipe that broke; what is left to print goes nowhere then, as Python flushes at exit."""
+    try:
+        print(flush=True)  # what could not be written before may be forgotten, and would break nothing
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def finite(text: str) -> float:

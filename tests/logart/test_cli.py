@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -198,3 +200,25 @@ def test_words_that_are_no_pairs_are_refused(pair: str) -> None:
 def test_a_key_given_twice_is_refused() -> None:
     with pytest.raises(UserError, match="^--model_kwargs: a is given twice$"):
         key_values(["a=1", "b=1", "a=1"], "--model_kwargs")
+
+
+@pytest.mark.parametrize(("command", "unbuffered"), [("print('x' * 300)", ""), ("print('x' * 10**6)", "1")])
+def test_a_reader_that_goes_away_ends_the_command_without_a_word(command: str, unbuffered: str) -> None:
+    code = (
+        "import sys; from logart.cli import FlagParser, run_command;"
+        f"sys.exit(run_command(FlagParser(), lambda args: {command}, []))"
+    )
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, env=env)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_no_matter_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(args: argparse.Namespace) -> None:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        run_command(FlagParser(), command, [])
