@@ -7,7 +7,6 @@ bit of it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 from logart import surgery
 from logart.checkpoint import load_packed
-from logart.data import Preprocessing
 from logart.grid import ROOT2_TEXT
 from logart.hardware import (
     ACTIVATION_BITS,
@@ -38,14 +36,13 @@ from logart.hardware import (
     signed_powers,
 )
 from logart.hardware_readme import readme
-from logart.network import INTERPOLATIONS
+from logart.image_info import preprocessing_of
 from logart.packed_file import PackedFile, PackedFileError
 from logart.packed_layer import DTYPES, PackedLayer
 from logart.runtime import UserError
 from logart.weights import file_sha256, one_line
 
 FORMAT, VERSION = "logart-hardware", 1
-_MAX_PIXELS = 2**26
 _LINES_AT_ONCE = 2**18
 CHOICES = ", ".join(f"{terms} ({text})" for terms, text in ROOT2_TEXT.items())
 
@@ -352,21 +349,3 @@ def _write_hex(path: Path, values: Array, bits: int) -> None:
         for start in range(0, flat.size, _LINES_AT_ONCE):
             part = flat[start : start + _LINES_AT_ONCE].tolist()
             file.write("".join(f"{value & mask:0{digits}x}\n" for value in part))
-
-
-def preprocessing_of(info: dict[str, Any]) -> Preprocessing | None:
-    """What the file says of its images, where it says that in full."""
-    try:
-        p = info["preprocessing"]
-        size, mean, std = (tuple(p[name]) for name in ("input_size", "mean", "std"))
-        whole = len(size) == 3 and all(type(s) is int and s > 0 for s in size) and math.prod(size) <= _MAX_PIXELS
-        numbers = all(math.isfinite(v) for v in mean) and all(0 < v < math.inf for v in std)
-        fit = (
-            len(mean) == len(std) == size[0]
-            and 0 < p["crop_pct"] <= 1
-            and math.prod(size) <= _MAX_PIXELS * p["crop_pct"] ** 2
-            and p["interpolation"] in INTERPOLATIONS
-        )
-        return Preprocessing(size, p["crop_pct"], p["interpolation"], mean, std) if whole and numbers and fit else None
-    except (KeyError, TypeError, OverflowError):
-        return None

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from logart.checkpoint import SizeTable, load_packed, to_packed
 from logart.grid import Spacing
+from logart.image_info import input_size_of
 from logart.packed_layer import PackedLayer
 from logart.runtime import UserError, write_whole
 from logart.spec import CodebookSpec
@@ -49,7 +49,6 @@ else:
 
 OPSET = 18  # the first with BitwiseAnd
 METADATA = "logart"  # the property that holds the packed file's info, as JSON
-_MAX_PIXELS = 2**25  # of an image; a size that a file claims is not believed beyond
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -77,7 +76,13 @@ def export_onnx(source: str | Path, out: str | Path, *, model: nn.Module | None 
     for name, layer in packed.layers.items():
         if layer.dtype is not torch.float32:
             raise UserError(f"--onnx: {source}: layer {name} has weights of {layer.dtype}; expected torch.float32")
-    size = _input_size(packed.info, source)
+    try:
+        size = input_size_of(packed.info)
+    except ValueError as error:
+        raise UserError(
+            f"--onnx: {source} {error}; expected a file that a run saved with --save, or "
+            'info={"preprocessing": {"input_size": [channels, height, width]}} given to save_packed'
+        ) from None
     try:
         traced = _trace(network, size)
     except Exception as error:  # whatever the network's forward or the exporter raises
@@ -103,21 +108,6 @@ def check_target(out: str | Path) -> None:
         raise UserError(f"--onnx: {str(out)!r}; expected a file that ends in .onnx, in a folder that exists")
 
 
-def _input_size(info: Mapping[str, Any], source: str | Path) -> list[int]:
-    preprocessing = info.get("preprocessing")
-    size = preprocessing.get("input_size") if isinstance(preprocessing, dict) else None
-    if size is None:
-        raise UserError(
-            f"--onnx: {source} does not say how large its images are; expected a file that a run saved with --save, or "
-            'info={"preprocessing": {"input_size": [channels, height, width]}} given to save_packed'
-        )
-    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n < 2**20 for n in size)) or (
-        math.prod(size) > _MAX_PIXELS
-    ):
-        raise UserError(f"--onnx: {source} has the input_size {size!r:.80}; expected [channels, height, width]")
-    return size
-
-
 class _Opened(nn.Module):
     """A network whose quantized weights are arguments, in the order of its layers."""
 
@@ -137,7 +127,7 @@ def _weight_name(layer: str) -> str:
 
 
 @torch.no_grad()
-def _trace(network: nn.Module, size: list[int]) -> Any:
+def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
     """The network as an ONNX model whose quantized weights are inputs."""
     layers = quantized_layers(network)
     weights = [layer.weight for layer in layers.values()]
@@ -290,7 +280,7 @@ def _shifted(graph: _Graph, packed: str, place: np.ndarray, shift: np.ndarray, d
 
 
 @torch.no_grad()
-def _compare(data: bytes, network: nn.Module, size: list[int], source: str | Path) -> None:
+def _compare(data: bytes, network: nn.Module, size: tuple[int, ...], source: str | Path) -> None:
     """Raise UserError unless onnxruntime's logits of some noise are torch's, in a batch of another size than traced."""
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
     expected = network(images.clone())  # some networks normalise in place
