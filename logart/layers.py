@@ -71,6 +71,7 @@ class QuantizedLayer(nn.Module):
         shape: the weight's.
         packed_codes, spec: in a loaded network the packed codes [bytes] uint8 and what their codebooks are made of, in
             place of codes and levels.
+        like: [0]; its type is what the user moved a loaded network to, as torch moves every buffer.
     """
 
     float_weight: nn.Parameter | None
@@ -84,6 +85,7 @@ class QuantizedLayer(nn.Module):
     soft: SoftRounding | None
     soft_weight: Tensor
     packed_codes: Tensor | None
+    like: Tensor | None
     spec: CodebookSpec | None
     spacing: Spacing
     n_codebooks: int
@@ -103,7 +105,8 @@ class QuantizedLayer(nn.Module):
         layer.register_parameter("float_weight", weight)
         for name in ("codes", "levels", "packed_codes", *_STORED):
             layer.register_buffer(name, None)
-        layer.register_buffer("expanded", None, persistent=False)
+        for name in ("expanded", "like"):
+            layer.register_buffer(name, None, persistent=False)
         layer.register_module("soft", None)
         layer.spacing, layer.n_bits, layer.n_codebooks = Spacing.LOG, n_bits, n_codebooks
         assert weight is not None
@@ -117,8 +120,8 @@ class QuantizedLayer(nn.Module):
             return self.soft_weight
         if self.expanded is not None:
             return self.expanded
-        if self.packed_codes is not None and self.spec is not None:
-            return expand(self.packed_codes, self.spec, self.shape, self.n_bits, self.dtype)
+        if self.packed_codes is not None:
+            return self._expand()
         assert self.float_weight is not None
         return self.float_weight
 
@@ -216,8 +219,15 @@ class QuantizedLayer(nn.Module):
         """Take packed codes in place of the float weight; expand them once, here, or whenever the weight is read."""
         self.drop_float()
         self.spacing, self.packed_codes, self.spec = spec.spacing, codes, spec
+        if self.like is None:
+            self.like = torch.empty(0, dtype=self.dtype)
         if expanded:
-            self.expanded = expand(codes, spec, self.shape, self.n_bits, self.dtype)
+            self.expanded = self._expand()
+
+    def _expand(self) -> Tensor:
+        """The weight that the packed codes stand for, cast to the type that the network was moved to since."""
+        assert self.packed_codes is not None and self.spec is not None and self.like is not None
+        return expand(self.packed_codes, self.spec, self.shape, self.n_bits, self.dtype).to(self.like.dtype)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override,misc]

@@ -20,7 +20,7 @@ from logart.layers import QuantizedLayer, hardware_approximation
 from logart.network import network_recipe
 from logart.packed_file import PackedFile, PackedFileError
 from logart.search import ScaleSearch
-from logart.surgery import quantized_layers
+from logart.surgery import fold_batch_norms, quantized_layers
 
 NAMED: dict[str, tuple[str, str, dict[str, object], tuple[int, ...]]] = {
     "digits_resnet": ("cnn", "digits_resnet", {}, (1, 8, 8)),
@@ -163,6 +163,29 @@ def test_float64_networks_keep_their_type(tmp_path: Path) -> None:
     assert loaded(images).dtype == torch.float64 and torch.equal(loaded(images), quantized(images))
     with pytest.raises(PackedFileError, match=r"layer first is \[6, 2, 3, 3\] torch.float32 in the network"):
         load_packed(tmp_path / "a.safetensors", trained(Odd()))
+
+
+@pytest.mark.parametrize("dequantize", ["once", "on-the-fly"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_loaded_network_goes_to_another_type_as_a_float_one_does(
+    dequantize: str, dtype: torch.dtype, digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    quantized, images = digits
+    save_packed(quantized, tmp_path / "a.safetensors", RECIPE)
+    loaded = load_packed(tmp_path / "a.safetensors", dequantize=dequantize)
+    plain = named("digits_resnet")[0]
+    fold_batch_norms(plain, images)
+    weights = {name: layer.weight for name, layer in quantized_layers(loaded).items()}
+    plain.load_state_dict({**plain.state_dict(), **{f"{name}.weight": w for name, w in weights.items()}})
+    biases = {name: tensor for name, tensor in loaded.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict(biases, strict=False)
+    assert torch.equal(plain(images), loaded(images))
+    assert torch.equal(plain.to(dtype)(images.to(dtype)), loaded.to(dtype)(images.to(dtype)))
+    for name, layer in quantized_layers(loaded).items():
+        assert torch.equal(layer.weight, weights[name].to(dtype)) and layer.weight.dtype == dtype
+    with hardware_approximation(loaded, 2):
+        assert loaded(images.to(dtype)).dtype == dtype
+    assert torch.equal(plain(images.to(dtype)), loaded(images.to(dtype)))
 
 
 def test_a_reloaded_network_holds_no_float_weight_and_on_the_fly_no_expanded_one(
