@@ -6,14 +6,18 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from logart.cli import FlagParser, run_command
 from logart.packed_file import PackedFile
 from logart.packed_layer import PackedLayer
 from logart.runtime import UserError
+
+_AT_ONCE = 2**16  # levels, or weights
 
 
 def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
@@ -48,21 +52,19 @@ def base_mix(layer: PackedLayer) -> dict[int, int]:
     return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))
 
 
-def describe_codebooks(layer: PackedLayer) -> list[dict[str, Any]]:
+def describe_codebooks(layer: PackedLayer) -> Iterator[dict[str, Any]]:
     """Each codebook of a layer: its integers, its levels in the order of the codes, and how often each is used."""
     n_levels = 2**layer.n_bits
     codes = layer.unpacked().reshape(layer.spec.channels, -1)
-    books = []
-    for channel, row in enumerate(codes):
-        spec = layer.spec.select(slice(channel, channel + 1))
-        books.append(
-            {name: column.item() for name, column in spec.columns.items()}
-            | {
-                "levels": spec.codebook(layer.n_bits, layer.dtype).levels[0].tolist(),
-                "uses": row.long().bincount(minlength=n_levels).tolist(),
-            }
-        )
-    return books
+    size = max(1, _AT_ONCE // max(n_levels, codes.shape[1]))
+    for start in range(0, len(codes), size):
+        spec, rows = layer.spec.select(slice(start, start + size)), codes[start : start + size].long()
+        levels = spec.codebook(layer.n_bits, layer.dtype).levels.tolist()
+        places = rows + n_levels * torch.arange(len(rows))[:, None]
+        uses = places.reshape(-1).bincount(minlength=n_levels * len(rows)).reshape(len(rows), n_levels).tolist()
+        integers = zip(*(column.tolist() for column in spec.columns.values()), strict=True)
+        for values, row_levels, row_uses in zip(integers, levels, uses, strict=True):
+            yield dict(zip(spec.columns, values, strict=True)) | {"levels": row_levels, "uses": row_uses}
 
 
 def describe(file: PackedFile) -> dict[str, Any]:
@@ -92,14 +94,12 @@ def layer_lines(layers: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def codebook_lines(books: Sequence[dict[str, Any]]) -> list[str]:
+def codebook_lines(books: Iterable[dict[str, Any]]) -> Iterator[str]:
     """One layer's codebooks, a channel a line: its integers, then code by code the level and how often it is used."""
-    lines = []
     for channel, book in enumerate(books):
         integers = " ".join(f"{name} {value:g}" for name, value in book.items() if name not in ("levels", "uses"))
         levels = " ".join(f"{level:.6g}({uses})" for level, uses in zip(book["levels"], book["uses"], strict=True))
-        lines.append(f"{channel}: {integers}: {levels}")
-    return lines
+        yield f"{channel}: {integers}: {levels}"
 
 
 def command(args: argparse.Namespace) -> None:
@@ -108,9 +108,7 @@ def command(args: argparse.Namespace) -> None:
     if args.layer is not None and args.layer not in file.layers:
         raise UserError(f"--layer: {args.layer!r} is none of its layers; expected one of {', '.join(file.layers):.300}")
     if args.layer is not None:
-        books = describe_codebooks(file.layers[args.layer])
-        lines = [f"{args.layer}: each codebook's integers, then level(uses) by code", *codebook_lines(books)]
-        print(json.dumps(books) if args.json else _shown(lines))
+        _print_layer(args.layer, describe_codebooks(file.layers[args.layer]), as_json=args.json)
         return
     content = describe(file)
     if args.json:
@@ -125,6 +123,18 @@ def command(args: argparse.Namespace) -> None:
     lines += ["", *layer_lines(content["layers"]), ""]
     lines.append(f"{len(content['rest'])} other tensors: {rest} bytes; the whole file: {size} bytes")
     print(_shown(lines))
+
+
+def _print_layer(name: str, books: Iterator[dict[str, Any]], *, as_json: bool) -> None:
+    """One codebook after another: a layer may have tens of thousands, of hundreds of levels each."""
+    if not as_json:
+        print(_shown([f"{name}: each codebook's integers, then level(uses) by code"]))
+        for line in codebook_lines(books):
+            print(line)
+        return
+    for index, book in enumerate(books):
+        print(", " if index else "[", json.dumps(book), sep="", end="")
+    print("]")
 
 
 def _shown(lines: Sequence[str]) -> str:

@@ -1,15 +1,18 @@
 """The command that shows a packed file."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import logart.inspect
 from logart import QuantConfig, quantize_model, save_packed
 from logart.inspect import main
 from logart.packed_file import PackedFile
+from logart.spec import CodebookSpec
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,26 @@ def test_wrong_calls_get_one_line(
         code = error.code  # type: ignore[assignment]
     captured = capsys.readouterr()
     assert code == 2 and captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+
+
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+def test_codebooks_are_made_and_printed_some_at_a_time(
+    json_flag: tuple[str, ...], packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = shown(capsys, packed, "--layer", "0", *json_flag)
+    made, printed_before = [], []
+    original = CodebookSpec.codebook
+
+    def counting(spec: CodebookSpec, *args: object) -> object:
+        made.append(spec.channels)
+        printed_before.append(sum(out.count("{") + out.count("top_half_step") for out in written))
+        return original(spec, *args)  # type: ignore[arg-type]
+
+    written: list[str] = []
+    write = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (written.append(text), write(text))[1])
+    monkeypatch.setattr(CodebookSpec, "codebook", counting)
+    monkeypatch.setattr(logart.inspect, "_AT_ONCE", 18)  # two rows of nine weights
+    assert shown(capsys, packed, "--layer", "0", *json_flag) == expected
+    assert made == [2, 2]
+    assert printed_before[0] == 0 < printed_before[1]  # the first two were out before the next were made
