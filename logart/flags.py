@@ -87,7 +87,7 @@ def add_run_flags(parser: FlagParser) -> None:
                 "block; its flags need not be repeated")  # fmt: skip
     parser.flag("--cache", choices=["auto", *(place.value for place in Place)],
                 help="where a block's captured inputs live: on the computing device, in host memory, there in "
-                "half precision (other codes), on disk; auto: the first with room, but half (default auto)")  # fmt: skip
+                "half precision (other codes), on disk; auto: the first with room, not half (default)")  # fmt: skip
     parser.flag("--once", nargs="?", const=SILENT_MINUTES, type=finite, metavar="MINUTES",
                 help="do nothing where the results file has this row or another process is at it; one without a sign "
                 f"of life for so many minutes is taken over (without a value: {SILENT_MINUTES:g})")  # fmt: skip

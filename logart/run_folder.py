@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -199,12 +199,11 @@ def opened(
         return
     flag, path = ("--resume", Path(args.resume)) if args.resume is not None else ("--run_dir", Path(args.run_dir))
     _make(flag, path)
-    lock = FileLock(path / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{flag}: another process is running in {path}; expected a folder of this run's own") from None
-    with lock:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(path / "lock").acquire(timeout=0))
+        except Timeout:
+            raise UserError(f"{flag}: another process is running in {path}; expected one of this run's own") from None
         folder = RunFolder(path, started)
         if flag == "--resume":
             _take_over(folder, json.loads(json.dumps(dict(who))))
@@ -227,7 +226,8 @@ def check_folder(args: argparse.Namespace) -> None:
     if args.run_dir is None:
         return
     path = Path(args.run_dir)
-    if path.is_dir() and any(path.iterdir()):
+    begun = {"lock", "blocks", "calibration.txt"}  # by a run that was stopped before it was one
+    if path.is_dir() and any(entry.name not in begun and entry.suffix != ".partial" for entry in path.iterdir()):
         hint = "go on with --resume, or pass a new one" if (path / RUN).exists() else "pass a new or empty one"
         raise UserError(f"--run_dir: the folder {path} is not empty; {hint}")
     if path.exists() and not path.is_dir():

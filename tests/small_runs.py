@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,3 +219,32 @@ def check_once(main: Callable[[list[str]], int], argv: list[str], other: str, re
     with pytest.raises(SystemExit) as stopped:
         main([*argv[:-1], "--once", "0"])
     assert stopped.value.code == 2 and "--once: expected more than 0 minutes, got 0\n" in capfd.readouterr().err
+
+
+def check_run_folder(main: Callable[[list[str]], int], argv: list[str], folder: Path) -> None:
+    """A run that is resumed behind its first learned block gives the same file, byte for byte, and the same row."""
+    run, again, results = folder / "run", folder / "again", folder / "results.csv"
+    assert main([*argv, "--quiet", "--results", str(results), "--run_dir", str(run)]) == 0
+    shutil.copytree(run, again)
+    for path in [again / "report.json", again / "packed.safetensors", *sorted(again.glob("blocks/LLR-*"))[1:]]:
+        path.unlink()
+    assert main(["--resume", str(again), "--quiet", "--results", str(results)]) == 0
+    assert (again / "packed.safetensors").read_bytes() == (run / "packed.safetensors").read_bytes()
+    first, second = ({k: v for k, v in row.items() if k not in SURROUNDINGS} for row in rows(results))
+    assert first == second
+
+
+def check_cache(argv: list[str], outcome: Callable[..., Outcome]) -> None:
+    """Host memory and disk hold what the device does; half precision rounds it."""
+    device = outcome(*argv, "--cache", "device")
+    for place in ("auto", "cpu", "disk"):
+        assert outcome(*argv, "--cache", place)[1:] == device[1:]
+    half = outcome(*argv, "--cache", "half")
+    assert half.losses != device.losses
+    for seen, expected in zip(half.losses, device.losses, strict=True):
+        assert seen == pytest.approx(expected, rel=0.05)
+
+
+def quiet_main(main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """A command as the target of another process."""
+    raise SystemExit(main(argv))

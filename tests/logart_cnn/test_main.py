@@ -69,7 +69,7 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     test_before_calibration calib_samples batch_size iters_w rrweight weight calib_lr b_start b_end warmup recon_input
     hardware_approx test_with_hardware_approx first_last_bits seed device workers results quiet calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once""".split()
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache""".split()
 
 
 def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
@@ -86,7 +86,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         called.update(arch=arch, checkpoint=checkpoint, kwargs=kwargs)
         return load_network(arch, files.digits)
 
-    def run(*args: Any) -> None:
+    def run(*args: Any, **_: Any) -> None:
         called["run"] = args
 
     monkeypatch.setattr(logart_cnn.main, "load_network", load)
@@ -170,7 +170,7 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
     flags: str, files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(logart_cnn.main, "run", lambda *args: called.extend(args))
+    monkeypatch.setattr(logart_cnn.main, "run", lambda *args, **_: called.extend(args))
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
     _, _, images, settings, _, columns, _ = called

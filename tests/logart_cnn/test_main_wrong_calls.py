@@ -72,6 +72,7 @@ ON_IMAGES = (
     "--input_size 32 --workers 0 --iters_w 1 --calib_samples 4 --batch_size 2 "
 )
 BAD_FLAGS = [
+    ("--cache tape", "--cache: invalid choice: 'tape'"),
     ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
     ("digits", "unrecognized arguments: digits"),
     ("--iters 3", "unrecognized arguments: --iters 3"),  # no abbreviations
@@ -118,6 +119,7 @@ BAD_FLAGS = [
     ("--device=", "--device: no device ''"),
 ]
 IDLE_FLAGS = [
+    ("--cache cpu --iters_w 0", "--cache has no effect here: no stage of this run captures anything"),
     ("--search_method layer_wise --scale_method log_2", "--search_method has no effect here: --scale_method log_2"),
     ("--search_samples 32 --scale_method linear_mse", "--search_samples has no effect here: --scale_method linear_mse"),
     *((f"--{flag} --iters_w 0", f"--{flag.split()[0]} has no effect here: --iters_w 0 learns nothing") for flag in (
@@ -204,6 +206,13 @@ BAD_DATA = [
      "--arch, --checkpoint: the network cannot run on images of 3×8×8 ("),
 ]  # fmt: skip
 BAD_PLACES = [
+    ("--run_dir {folder}", "--run_dir: the folder {folder} is not empty; pass a new or empty one"),
+    ("--run_dir {header}", "--run_dir: {header} is a file; expected a folder"),
+    ("--run_dir {folder}/lost/run", "--run_dir: no folder {folder}/lost; make it or pass another path"),
+    ("--run_dir new --resume {folder}", "--run_dir: new and --resume {folder} were both given; expected one of them"),
+    ("--resume {folder}", "--resume: {folder} holds no run (run.json is missing); expected a --run_dir"),
+    ("--resume {folder}/lost", "--resume: {folder}/lost holds no run (run.json is missing)"),
+    ("--resume {header}", "--resume: cannot read {header}/run.json ("),
     ("--results {folder}/lost/results.csv", "--results: no folder '{folder}/lost'"),
     ("--results {folder}", "--results: '{folder}' is a folder"),
     ("--results=", "--results: '.' is a folder"),

@@ -60,7 +60,7 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     calib-size calib-batch-size optim-size optim-batch-size optim-metric optim-mode drop-prob val-batch-size num-workers
     hardware_approx test_with_hardware_approx test-before-calibration seed device results quiet first_last_bits
     model-kwargs input-size crop-pct mean std interpolation num-classes
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once""".split()
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
 
@@ -78,7 +78,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
         called.update(model=model, checkpoint=checkpoint, kwargs=kwargs)
         return load_network(model, files.digits)
 
-    def run(*args: Any) -> None:
+    def run(*args: Any, **_: Any) -> None:
         called["run"] = args
 
     monkeypatch.setattr(logart_vit.main, "load_network", load)
@@ -232,7 +232,7 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
     flags: str, files: VitFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(logart_vit.main, "run", lambda *args: called.extend(args))
+    monkeypatch.setattr(logart_vit.main, "run", lambda *args, **_: called.extend(args))
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
     _, _, images, config, _, columns, _ = called

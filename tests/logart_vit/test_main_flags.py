@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SURROUNDINGS, VIT_KWARGS, Effect, Outcome, VitFiles, check_once, rows
+from small_runs import (
+    SURROUNDINGS,
+    VIT_KWARGS,
+    Effect,
+    Outcome,
+    VitFiles,
+    check_cache,
+    check_once,
+    check_run_folder,
+    rows,
+)
 
 import logart.run
 import logart_vit.main
@@ -154,7 +164,7 @@ def test_device_decides_where(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     seen: list[torch.device] = []
-    monkeypatch.setattr(logart_vit.main, "run", lambda *args: seen.append(args[4].device))
+    monkeypatch.setattr(logart_vit.main, "run", lambda *args, **_: seen.append(args[4].device))
     argv = files.on_images()
     for device in ("auto", "cuda:0", "cpu"):
         assert main([*argv, "--device", device]) == 0
@@ -200,7 +210,19 @@ def test_once_runs_no_row_twice(files: VitFiles, tmp_path: Path, capfd: pytest.C
     check_once(main, files.unlearned(), "--test_with_hardware_approx", tmp_path / "others.csv", capfd)
 
 
+def test_a_run_folder_of_a_network_with_options(files: VitFiles, tmp_path: Path) -> None:
+    """The built-in networks are in tests/test_run_folder.py."""
+    check_run_folder(main, files.on_images(), tmp_path)
+
+
+def test_a_cache_in_half_precision_gives_other_losses(files: VitFiles, outcome: Callable[..., Outcome]) -> None:
+    check_cache(files.on_images(), outcome)
+
+
 TESTED_ALONE = {
+    "run_dir": test_a_run_folder_of_a_network_with_options,
+    "resume": test_a_run_folder_of_a_network_with_options,
+    "cache": test_a_cache_in_half_precision_gives_other_losses,
     "save": test_save_writes_the_network_with_the_options_it_was_built_with,
     "optimize": test_optimize_learns,
     "num_classes": test_num_classes,

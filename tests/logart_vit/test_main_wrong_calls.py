@@ -85,6 +85,7 @@ ON_IMAGES = (
 )
 LOST = f"{VIT_KWARGS} pretrained_cfg_overlay={{{{'file':'lost.pth','custom_load':False}}}}"  # nothing is downloaded
 BAD_FLAGS = [
+    ("--cache tape", "--cache: invalid choice: 'tape'"),
     ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
     ("digits", "unrecognized arguments: digits"),
     ("--optim 3", "unrecognized arguments: --optim 3"),  # no abbreviations
@@ -133,6 +134,7 @@ BAD_FLAGS = [
 ]
 UNOPTIMIZED = "without --optimize nothing is learned"
 IDLE_FLAGS = [
+    ("--cache cpu", "--cache has no effect here: no stage of this run captures anything"),
     *((f"--{flag}", f"--{flag.split()[0]} has no effect here: {UNOPTIMIZED}") for flag in (
         "iters_w 5", "iters_w 0", "optim_size 8", "optim_batch_size 8", "optim_metric mse", "temperature 2",
         "optim_mode qdrop", "drop_prob 0.5", "lr 0.1", "rrweight 1", "b_start 9", "b_end 3", "warmup 0.1",
@@ -233,6 +235,13 @@ BAD_DATA = [
     (ON_IMAGES + "--dataset {images} --search_method block_wise --calib_size 9", "--calib_size: 9 images asked for"),
 ]
 BAD_PLACES = [
+    ("--run_dir {folder}", "--run_dir: the folder {folder} is not empty; pass a new or empty one"),
+    ("--run_dir {header}", "--run_dir: {header} is a file; expected a folder"),
+    ("--run_dir {folder}/lost/run", "--run_dir: no folder {folder}/lost; make it or pass another path"),
+    ("--run_dir new --resume {folder}", "--run_dir: new and --resume {folder} were both given; expected one of them"),
+    ("--resume {folder}", "--resume: {folder} holds no run (run.json is missing); expected a --run_dir"),
+    ("--resume {folder}/lost", "--resume: {folder}/lost holds no run (run.json is missing)"),
+    ("--resume {header}", "--resume: cannot read {header}/run.json ("),
     ("--results {folder}/lost/results.csv", "--results: no folder '{folder}/lost'"),
     ("--results {folder}", "--results: '{folder}' is a folder"),
     ("--results=", "--results: '.' is a folder"),
