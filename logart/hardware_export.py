@@ -18,11 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import Conv2dSame, get_same_padding
 from torch import Tensor, nn
 
-from logart import surgery
-from logart.checkpoint import load_packed
 from logart.grid import ROOT2_TEXT
 from logart.hardware import (
     ACTIVATION_BITS,
@@ -30,14 +27,13 @@ from logart.hardware import (
     Cost,
     ExactRoot2Error,
     FixedPoint,
-    Geometry,
     HardwareLevels,
-    IntegerLayer,
     signed_powers,
 )
 from logart.hardware_readme import readme
-from logart.image_info import preprocessing_of
-from logart.packed_file import PackedFile, PackedFileError
+from logart.hardware_run import LayerRun, run_layers
+from logart.integer_layer import IntegerLayer
+from logart.packed_file import PackedFile
 from logart.packed_layer import DTYPES, PackedLayer
 from logart.runtime import UserError
 from logart.weights import file_sha256, one_line
@@ -60,15 +56,6 @@ class _Layer:
     @property
     def codes(self) -> Array:
         return self.packed.unpacked().numpy()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a layer did for some images: its input, how often its weights were used for one, and how."""
-
-    input: Array
-    positions: int
-    geometry: Geometry | None
 
 
 def export_hardware(
@@ -174,7 +161,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _write(
     path: Path, file: PackedFile, layers: list[_Layer], images: Tensor | None, model: nn.Module | None, folder: Path
 ) -> dict[str, Any]:
-    runs, why = _run(path, file, layers, images, model)
+    runs, why = run_layers(path, file, {layer.name: layer.packed for layer in layers}, images, model)
     entries, costs = [], []
     for layer in layers:
         run = runs.get(layer.name)
@@ -201,65 +188,8 @@ def _write(
     return manifest
 
 
-def _run(
-    path: Path, file: PackedFile, layers: list[_Layer], images: Tensor | None, model: nn.Module | None
-) -> tuple[dict[str, _Run], str | None]:
-    """What each layer does in the network with the exported levels, or why nothing is known of it."""
-    try:
-        network = load_packed(path, model)
-    except PackedFileError as error:
-        if model is not None:
-            raise
-        if images is not None:
-            raise UserError(f"--inputs: golden vectors need the network; {one_line(error)}") from error
-        return {}, one_line(error)
-    if images is None:
-        preprocessing = preprocessing_of(file.info)
-        if preprocessing is None:
-            return {}, "the file does not say which images the network takes"
-        images = torch.zeros(1, *preprocessing.input_size)
-    quantized = surgery.quantized_layers(network)
-    runs: dict[str, _Run] = {}
-
-    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        geometry = _geometry(module, args[0]) if isinstance(module, nn.Conv2d) else None
-        channels = output.shape[-1] if geometry is None else output.shape[1]
-        runs[name] = _Run(
-            args[0].to(torch.float64, copy=True).numpy(), output.numel() // channels // len(images), geometry
-        )
-
-    handles = []
-    try:
-        for layer in layers:
-            module = quantized[layer.name]
-            module.hold_packed(layer.packed.codes, layer.packed.spec, expanded=True)
-            handles.append(module.register_forward_hook(lambda m, a, o, name=layer.name: record(name, m, a, o)))
-        with torch.no_grad():
-            network(images.to(layers[0].packed.dtype, copy=True))  # some networks normalise in place
-    except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's answers to a size that is wrong
-        raise UserError(f"--inputs: the network does not take {list(images.shape)} ({one_line(error):.160})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return runs, None
-
-
-def _geometry(module: nn.Conv2d, x: Tensor) -> Geometry:
-    """Of a convolution on an input of this size, its padding as numbers."""
-    kernel, stride, dilation = ((int(a), int(b)) for a, b in (module.kernel_size, module.stride, module.dilation))
-    if isinstance(module, Conv2dSame):
-        total = [get_same_padding(x.shape[2 + i], kernel[i], stride[i], dilation[i]) for i in (0, 1)]
-    elif isinstance(module.padding, str):
-        total = [d * (k - 1) if module.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-    else:
-        total = [2 * int(p) for p in module.padding]
-    top, left = (t // 2 for t in total)
-    padding = ((top, total[0] - top), (left, total[1] - left))
-    return Geometry(kernel, stride, padding, dilation, module.groups, module.padding_mode)
-
-
 def _write_layer(
-    layer: _Layer, run: _Run | None, bias: Tensor | None, golden: bool, folder: Path
+    layer: _Layer, run: LayerRun | None, bias: Tensor | None, golden: bool, folder: Path
 ) -> tuple[dict[str, Any], Cost | None]:
     """The files of a layer; its entry in the manifest and what it costs, None where the network did not run."""
     folder.mkdir(parents=True)
@@ -294,7 +224,7 @@ def _write_layer(
     return entry, cost
 
 
-def _write_golden(layer: _Layer, run: _Run, bias: Tensor | None, folder: Path) -> dict[str, Any]:
+def _write_golden(layer: _Layer, run: LayerRun, bias: Tensor | None, folder: Path) -> dict[str, Any]:
     """Integer inputs, bias and outputs of a layer; their formats."""
     if not np.isfinite(run.input).all():
         raise UserError(f"--inputs: the input of layer {layer.name!r:.80} becomes NaN or infinite")

@@ -41,7 +41,9 @@ from logart.weights import one_line
 try:
     import onnx
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, helper
+
+    from logart.onnx_graph import Graph, Tables, smallest_type
 except ImportError as error:
     _MISSING = str(error)
 else:
@@ -151,69 +153,13 @@ def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
     return onnx.load_from_string(file.getvalue())
 
 
-class _Graph:
-    """ONNX nodes, in the order they run, and constants; what adds one gives the name of its result."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        self._known: dict[tuple[Any, ...], str] = {}
-
-    def constant(self, values: Any, dtype: Any, name: str | None = None) -> str:
-        """Equal constants without a name are one."""
-        array = np.asarray(values, dtype)
-        key = (name, array.dtype.str, array.shape, array.tobytes())
-        if key not in self._known:
-            self._known[key] = name or f"constant/{len(self._known)}"
-            self.constants.append(numpy_helper.from_array(array, self._known[key]))
-        return self._known[key]
-
-    def node(self, operator: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        output = name or f"expand/{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
-        return output
-
-    def cast(self, value: str, dtype: int) -> str:
-        return self.node("Cast", value, to=dtype)
-
-    def reshape(self, value: str, shape: Any, name: str | None = None) -> str:
-        return self.node("Reshape", value, self.constant(shape, np.int64), name=name)
-
-
-class _Tables:
-    """The unit levels of all channels of all layers, each row once."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, dict[bytes, int]] = {}
-
-    def places(self, units: Tensor, n_bits: int) -> np.ndarray:
-        """The places [C] in the table of `n_bits` of rows [C, 2^n] float64."""
-        table = self._rows.setdefault(n_bits, {})
-        return np.array([table.setdefault(row.tobytes(), len(table)) for row in units.numpy()], np.uint32)
-
-    def add_to(self, graph: _Graph) -> dict[int, str]:
-        """The tables [R, 2^n] float64 by bit width; constants are the distinct values, and their places."""
-        names = {}
-        for n_bits, table in self._rows.items():
-            rows = np.frombuffer(b"".join(table), np.float64).reshape(-1, 2**n_bits)
-            values, index = np.unique(rows, return_inverse=True)
-            places = graph.constant(index.reshape(rows.shape), _smallest_type(len(values)), f"rows.{n_bits}bit")
-            every = graph.constant(values, np.float64, f"values.{n_bits}bit")
-            names[n_bits] = graph.node("Gather", every, graph.cast(places, TensorProto.INT32))
-        return names
-
-
-def _smallest_type(count: int) -> type:
-    return next(t for t in (np.uint8, np.uint16, np.int32) if count <= np.iinfo(t).max + 1)
-
-
 def _with_expansion(traced: Any, layers: Mapping[str, PackedLayer]) -> Any:
     """The traced model with its weights made from packed codes in place of given."""
-    tables, channels = _Tables(), {}
+    tables, channels = Tables(), {}
     for name, layer in layers.items():
         units, factor = unit_levels(layer.spec, layer.n_bits)
         channels[name] = (tables.places(units, layer.n_bits), factor)
-    graph = _Graph()
+    graph = Graph()
     table_names = tables.add_to(graph)
     for name, layer in layers.items():
         output = _weight_name(name)
@@ -243,18 +189,18 @@ def unit_levels(spec: CodebookSpec, n_bits: int) -> tuple[Tensor, Tensor]:
     return units, factor if codebook.scale is None else factor * codebook.scale
 
 
-def _levels(graph: _Graph, weight: str, table: str, places: np.ndarray, factor: Tensor) -> str:
+def _levels(graph: Graph, weight: str, table: str, places: np.ndarray, factor: Tensor) -> str:
     """Nodes for the levels [C, 2^n] float32."""
     exact = torch.equal(factor.float().double(), factor)
     stored = graph.constant(factor[:, None], np.float32 if exact else np.float64, f"{weight}.factor")
-    row = graph.constant(places, _smallest_type(int(places.max()) + 1), f"{weight}.row")
+    row = graph.constant(places, smallest_type(int(places.max()) + 1), f"{weight}.row")
     units = graph.node("Gather", table, graph.cast(row, TensorProto.INT32))
     levels = graph.node("Mul", units, graph.cast(stored, TensorProto.DOUBLE))
     limits = [graph.constant(limit, np.float64) for limit in (-_LARGEST, _LARGEST)]
     return graph.cast(graph.node("Clip", levels, *limits), TensorProto.FLOAT)
 
 
-def _unpacked(graph: _Graph, weight: str, layer: PackedLayer) -> str:
+def _unpacked(graph: Graph, weight: str, layer: PackedLayer) -> str:
     """Nodes for the codes [C, K] uint8: each is cut out of the two bytes that it may straddle."""
     n_bits, count = layer.n_bits, layer.shape.numel()
     packed = np.pad(layer.codes.numpy(), (0, -len(layer.codes) % n_bits)).reshape(-1, n_bits)
@@ -274,7 +220,7 @@ def _unpacked(graph: _Graph, weight: str, layer: PackedLayer) -> str:
     return graph.reshape(codes, [layer.spec.channels, count // layer.spec.channels])
 
 
-def _shifted(graph: _Graph, packed: str, place: np.ndarray, shift: np.ndarray, direction: str) -> str:
+def _shifted(graph: Graph, packed: str, place: np.ndarray, shift: np.ndarray, direction: str) -> str:
     chosen = graph.node("Gather", packed, graph.constant(place, np.int64), axis=1)
     return graph.node("BitShift", chosen, graph.constant(shift, np.uint8), direction=direction)
 

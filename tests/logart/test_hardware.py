@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import logart.hardware
+import logart.integer_layer
 from logart.grid import ROOT2_TEXT, ScaleMethod, linear_codebook, log_codebook, mixed_codebook
 from logart.hardware import (
     Cost,
     ExactRoot2Error,
     FixedPoint,
-    Geometry,
     HardwareLevels,
-    IntegerLayer,
     signed_powers,
 )
+from logart.integer_layer import Geometry, IntegerLayer
 from logart.search import ScaleSearch, choose_codebook
 from logart.spec import CodebookSpec
 
@@ -361,7 +360,7 @@ def test_images_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = IntegerLayer.plan(levels, codes, FixedPoint(16, 8), geometry=geometry)
     x = np.random.default_rng(0).integers(-999, 999, (5, 2, 8, 7))
     whole = layer.run(x)
-    monkeypatch.setattr(logart.hardware, "_ELEMENTS_AT_ONCE", 2 * whole.size // 5 // 4 * 12)  # two images
+    monkeypatch.setattr(logart.integer_layer, "_ELEMENTS_AT_ONCE", 2 * whole.size // 5 // 4 * 12)  # two images
     assert np.array_equal(layer.run(x), whole)
 
 
