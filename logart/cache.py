@@ -32,6 +32,9 @@ class Place(str, Enum):
     HALF = "half"
     DISK = "disk"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 # Each falls back to the next; never to half precision by itself, because that changes the codes.
 _NEXT = {Place.DEVICE: Place.CPU, Place.CPU: Place.DISK, Place.HALF: Place.DISK}
@@ -100,11 +103,11 @@ class Cache:
         if self.place is None:
             fitting = [place for place in _order() if need <= _RESERVE * free[place]]
             if not fitting:
-                have = ", ".join(f"{place.value} {_mib(free[place])}" for place in _order())
+                have = ", ".join(f"{place} {_mib(free[place])}" for place in _order())
                 raise NetworkError(f"{told}free: {have}; expected fewer calibration images or more room")
             self.place = fitting[0]
         half = self.place is Place.HALF
-        told += f"kept on {self.place.value} ({_mib(free[self.place])} free)"
+        told += f"kept on {self.place} ({_mib(free[self.place])} free)"
         return told + ", too little" * (need / (2 if half else 1) > free[self.place])
 
     def fall_back(self) -> Place | None:

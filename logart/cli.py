@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from logart.runtime import NothingToDo, UserError
+from logart.runtime import Interrupted, NothingToDo, UserError
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -63,7 +63,8 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         print(f"{parser.prog}: {end}", flush=True)
         return end.code
     except KeyboardInterrupt as error:
-        print(f"{parser.prog}: interrupted; {error or 'nothing was recorded'}", file=sys.stderr)
+        how = error if isinstance(error, Interrupted) else "nothing was recorded"
+        print(f"{parser.prog}: interrupted; {how}", file=sys.stderr)
         return 130
     return 0
 

@@ -34,7 +34,7 @@ from logart.layers import QuantizedLayer
 from logart.outcome import Report
 from logart.packed_file import PackedFileError
 from logart.results import Cell, environment
-from logart.runtime import UserError, write_whole
+from logart.runtime import Interrupted, UserError, write_whole
 from logart.state import Done, Keeper, load_state, save_state
 
 FORMAT = 1
@@ -52,10 +52,6 @@ FREE_FLAGS = (
     "run_dir",
     "resume",
 )
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run that can go on; the message says how."""
 
 
 @dataclass

@@ -44,6 +44,10 @@ class NonFiniteError(NetworkError):
         self.image = image
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run that can go on; the message says how."""
+
+
 def seed_everything(seed: int) -> None:
     """Seed every source of randomness and ask for deterministic kernels, so that equal runs give equal codes."""
     random.seed(seed)

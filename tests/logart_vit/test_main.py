@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_results
+from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_results, told
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -267,7 +267,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     files: VitFiles, on_digits: list[str], outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = outcome(*on_digits, *"--optimize --iters_w 2 --optim_size 8".split()).row
-    lines = capsys.readouterr().out.splitlines()
+    lines = told(capsys)
     assert lines[0] == (
         "digits_vit (digits.pth) on digits: 4 bits, dynamic (tensor_wise DBS), a codebook per channel, "
         "LLR 2 steps a block (hessian_perturb, mixed 0.5 input, lr 0.1, λ 0.1), seed 0, on cpu"
@@ -306,7 +306,7 @@ def test_without_optimize_the_run_ends_after_dbs(
     on_digits: list[str], outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = outcome(*on_digits)
-    assert [line.split(" Acc")[0].rstrip() for line in capsys.readouterr().out.splitlines()[2:4]] == [
+    assert [line.split(" Acc")[0].rstrip() for line in told(capsys)[2:4]] == [
         "float", "after DBS"
     ]  # fmt: skip
     assert ran.losses == [] and {ran.row[name] for name in LLR_COLUMNS} == {""}
@@ -333,7 +333,7 @@ def test_compensated_rounding_from_flags_to_a_row(
 ) -> None:
     argv = [*files.unlearned(), *"--rounding compensated --optim_size 6".split()]
     first = outcome(*argv)
-    lines = capsys.readouterr().out.splitlines()
+    lines = told(capsys)
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:4]] == ["float", "after compensated rounding"]
     assert "compensated rounding, 6 images" in lines[0] and "DBS" not in lines[0] and "LLR" not in lines[0]
     empty = {*LLR_COLUMNS, "search_method", "search_Acc@1", "search_Acc@5"} - {"calib_samples", "batch_size"}
@@ -446,7 +446,8 @@ def test_passes_over_the_calibration_images(
 ) -> None:
     """A block takes one pass in float for input and target together and one quantized one.
 
-    The importance takes one in float64 in all and two a block, over its first images.
+    Two images show how much memory is needed. The importance takes one in float64 in all and two a block, over its
+    first images.
     """
     monkeypatch.setattr(logart.pipeline, "IMPORTANCE_IMAGES", 5)
     argv = [*files.on_images(), "--optim_size", "7", "--results", str(tmp_path / "results.csv"), *flags.split()]
@@ -456,7 +457,7 @@ def test_passes_over_the_calibration_images(
         return of_each | ({"float64": times * of_importance} if times * of_importance else {})
 
     of_llr = [("patch_embed", block(3)), ("blocks.0", block(2)), ("blocks.1", block(2)), ("head", block(0))]
-    assert passes[1:-1] == [("searched", {}), *of_llr] and passes[-1][1] == {}
+    assert passes[1:-1] == [("searched", {"float": 2}), *of_llr] and passes[-1][1] == {}
 
 
 @pytest.mark.parametrize("model", ["vit", "swin"])

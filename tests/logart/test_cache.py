@@ -1,0 +1,172 @@
+"""Where captured tensors live, the room they need, and what happens where it runs out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import small_resnet
+from torch import nn
+
+import logart.cache
+import logart.pipeline
+from logart import QuantConfig, capture, quantize_model
+from logart.cache import Cache, Kept, Place
+from logart.runtime import NetworkError, NonFiniteError
+from logart.surgery import quantized_layers
+
+CPU = torch.device("cpu")
+ELSEWHERE = [Place.HALF, Place.DISK]
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_what_was_written_is_read(place: Place, tmp_path: Path) -> None:
+    values = torch.randn(7, 3, 2)
+    memory, kept = Cache(CPU, place, tmp_path).empty(7, values)
+    memory.copy_(values)
+    assert isinstance(kept, Kept) and len(kept) == 7 and kept.shape == values.shape
+    expected = values.half().float() if place is Place.HALF else values
+    chosen = torch.tensor([5, 0, 5])
+    for index in (slice(2, 6), chosen):
+        read = kept[index]
+        assert read.dtype == torch.float32 and torch.equal(read, expected[index])
+        read.zero_()  # is a copy
+        assert torch.equal(kept[index], expected[index])
+    assert list(tmp_path.iterdir()) == []  # nothing is left to clean up
+
+
+def test_on_the_device_nothing_is_copied() -> None:
+    for place in (Place.DEVICE, Place.CPU):
+        memory, kept = Cache(CPU, place).empty(4, torch.zeros(2, 3))
+        assert kept is memory
+
+
+def test_integers_are_not_halved() -> None:
+    memory, kept = Cache(CPU, Place.HALF).empty(2, torch.tensor([[70001]]))
+    memory.fill_(70001)
+    assert kept[:].tolist() == [[70001], [70001]]
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NetworkError, match=r"of 0\.0 MiB do not fit into .* \(No space left on device\)"):
+        Cache(CPU, Place.DISK, tmp_path).empty(4, torch.zeros(2, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("free", "place"),
+    [({"device": 200, "cpu": 0, "disk": 0}, "device"), ({"device": 120, "cpu": 126, "disk": 999}, "cpu"),
+     ({"device": 120, "cpu": 124, "disk": 126}, "disk")],
+)  # fmt: skip
+def test_auto_takes_the_first_with_room_to_spare(
+    free: dict[str, int], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = {Place(name): count * 2**20 for name, count in free.items()}
+    monkeypatch.setattr(Cache, "_free", lambda self: room)
+    cache = Cache(torch.device("cuda"), None)
+    told = cache.choose({"small": 5 * 2**20, "large": 100 * 2**20})
+    assert cache.place == Place(place)
+    assert told == (f"captured inputs and targets: 100.0 MiB in large, the most of 2 blocks; kept on {place} "
+                    f"({free[place]:.1f} MiB free)")  # fmt: skip
+
+
+def test_no_room_anywhere_is_refused_but_what_was_asked_for_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "_free", lambda self: dict.fromkeys(Place, 2**20))
+    with pytest.raises(NetworkError, match=r"5\.0 MiB in a, .*; free: device 1\.0 MiB, cpu 1\.0 MiB, disk 1\.0 MiB"):
+        Cache(CPU, None).choose({"a": 5 * 2**20})
+    cache = Cache(CPU, Place.CPU)
+    assert cache.choose({"a": 5 * 2**20}).endswith("kept on cpu (1.0 MiB free), too little")
+    assert cache.place is Place.CPU
+
+
+def test_the_need_is_what_capturing_takes() -> None:
+    model, images = small_resnet(n_images=6)
+    sizes = capture.bytes_per_image(model, ["blocks.0", "blocks.1"], images[:2])
+    for name, (given, left) in sizes.items():
+        entered, gave = capture.inputs_and_outputs(model, name, images, 4, Cache(CPU))
+        assert (given * 6, left * 6) == (entered[:].nbytes, gave[:].nbytes)
+
+
+CONFIGS = {
+    "LW": {"search_method": "layer_wise", "search_samples": 6, "rounding": "nearest"},
+    "BW": {"search_method": "block_wise", "search_samples": 6, "rounding": "nearest"},
+    "compensated": {"rounding": "compensated", "calib_samples": 6},
+    "LLR, mixed": {"calib_samples": 6, "iters": 5, "batch_size": 3, "lr": 0.1, "recon_input": "mixed"},
+    "both, perturbed": {"rounding": "both", "calib_samples": 6, "iters": 5, "recon_metric": "hessian_perturb"},
+}
+
+
+def codes_of(config: dict[str, Any], cache: Cache, **arguments: Any) -> list[list[int]]:
+    model, images = small_resnet(n_images=6)
+    quantized, report = quantize_model(
+        model, QuantConfig(n_bits=3, **config), images, block_types=("ResidualBlock",), cache=cache, **arguments
+    )
+    codes = [layer.codes.flatten().tolist() for layer in quantized_layers(quantized).values()]  # type: ignore[union-attr]
+    return codes + [[float(loss) for loss in block.losses] for block in report.blocks]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_disk_gives_the_codes_of_the_device(name: str, tmp_path: Path) -> None:
+    expected = codes_of(CONFIGS[name], Cache(CPU))
+    assert codes_of(CONFIGS[name], Cache(CPU, Place.DISK, tmp_path)) == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_gpu_that_runs_out_falls_back_a_step(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In the middle of a block, when its layers hold something new already: it begins the block again."""
+    expected = codes_of(CONFIGS[name], Cache(CPU))
+    where = {"LW": "search_unit", "BW": "search_unit", "compensated": "compensate_unit"}.get(name, "learn_rounding")
+    original, cache, seen = getattr(logart.pipeline, where), Cache(CPU, Place.DEVICE, tmp_path), []
+
+    def running_out(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        seen.append(cache.place)
+        if len(seen) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    monkeypatch.setattr(logart.pipeline, where, running_out)
+    assert codes_of(CONFIGS[name], cache) == expected
+    assert seen[:4] == [Place.DEVICE, Place.DEVICE, Place.DISK, Place.DISK]
+    assert "out of memory on cpu: captured tensors go from device to disk" in capsys.readouterr().err
+
+
+def test_out_of_memory_with_nowhere_to_go_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def running_out(*args: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(logart.pipeline, "compensate_unit", running_out)
+    with pytest.raises(NetworkError, match="out of memory on cpu"):
+        codes_of(CONFIGS["compensated"], Cache(CPU, Place.DISK, tmp_path))
+
+
+class Divides(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.flatten(1).abs().sum(1)[:, None, None, None]
+
+
+def test_an_image_that_gives_nan_is_named_with_its_block() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), Divides(), nn.Conv2d(2, 2, 1), nn.Flatten()).eval()
+    images = torch.rand(9, 1, 2, 2) + 0.1
+    images[5] = 0
+    for settings in ({"rounding": "compensated"}, {"iters": 2}, {"rounding": "nearest", "search_method": "layer_wise"}):
+        config = QuantConfig(calib_samples=9, search_samples=9, batch_size=4, **settings)  # type: ignore[arg-type]
+        with pytest.raises(NonFiniteError, match="block 2: the activations of calibration image 5 are not finite") as e:
+            quantize_model(model, config, images)
+        assert e.value.image == 5
+
+
+def test_what_half_precision_cannot_hold_is_named() -> None:
+    model, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.ones(3, 2)
+    x[1, 0] = 1e5
+    with pytest.raises(NonFiniteError, match="block 1: .* image 1 are too large for half precision; expected another"):
+        capture.inputs(model, "1", x, 2, Cache(CPU, Place.HALF))
