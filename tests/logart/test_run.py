@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import told
 from torch import Tensor, nn
 
 import logart.run
@@ -295,7 +296,7 @@ def test_config_columns_of_compensated_rounding() -> None:
 
 def test_what_is_printed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs(test_before_calibration=True)
-    out = capsys.readouterr().out.splitlines()
+    out = told(capsys)
     (row,) = runs.rows()
     for line, (title, prefix) in zip(
         out, (("float", "float_"), ("after DBS", "search_"), ("after LLR", "")), strict=False
