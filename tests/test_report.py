@@ -120,7 +120,8 @@ def test_the_shipped_results_are_the_tables_that_pandas_computes(shipped: Path) 
         "dynamic, TW": ("dynamic", "tensor_wise"), "dynamic, LW": ("dynamic", "layer_wise"),
         "dynamic, BW": ("dynamic", "block_wise"),
     }  # fmt: skip
-    assert [r[0][0] for r in page.tables[0][1:]] == [*("base 2", "base √2"), *[*methods][3:], "linear_mse"]
+    closed = "dynamic, compensated, calib_samples 256"
+    assert [r[0][0] for r in page.tables[0][1:]] == ["base 2", "base √2", *[*methods][3:], "linear_mse", closed]
     for label, (grid, search) in methods.items():
         for bits in (3, 4):
             same = rows[(rows.scale_method == grid) & (rows.bits == bits)]
@@ -193,6 +194,13 @@ def test_settings_that_only_llr_has_part_no_tables() -> None:
     assert [cell[0] for cell in page.tables[0][0]] == ["method", "4 bits", "4 bits, LLR", "3 bits", "3 bits, LLR"]
     twice = page_of(row(config="a.py"), row(config="b.py", Acc_at_1=60)).cell(0, "dynamic, TW", "4 bits, LLR")
     assert twice[0] == "80.00" and "60.00" in twice and any("b.py" in line for line in twice)
+
+
+def test_a_closed_form_that_saw_other_images_says_so() -> None:
+    closed = {"rounding": "compensated", "search_method": "", "search_Acc@1": "", "lr": "", "iters_w": "0"}
+    for count, label in (("32", "dynamic, compensated, calib_samples 32"), ("64", "dynamic, compensated")):
+        (section,), _ = sections([row(), row(**closed | {"calib_samples": count})])
+        assert sorted(section.tables[0].labels.values()) == sorted(["dynamic, TW", label])
 
 
 def test_the_papers_figures_stand_beside_their_cells() -> None:
