@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +42,14 @@ def test_what_contributing_names_exists() -> None:
     assert len(named) > 15
     missing = {name for name in named if not any((folder / name).exists() for folder in (ROOT, ROOT / "tests"))}
     assert missing == set()
+
+
+def test_the_picture_is_drawn_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes depend on matplotlib's release; what is written in it does not."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    picture = importlib.import_module("picture")
+    assert picture.main(["--out", str(tmp_path / "grids.svg")]) == 0
+    drawn, shipped = (path.read_text("utf-8") for path in (tmp_path / "grids.svg", ROOT / "docs" / "grids.svg"))
+    for text in ("base 2", "base √2", "dynamic", "and its 16 levels on 4-bit grids", "are powers of 2"):
+        assert text in drawn and text in shipped
+    assert "docs/grids.svg" in (ROOT / "README.md").read_text("utf-8")

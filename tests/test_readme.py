@@ -32,6 +32,7 @@ from logart.report import main as report_main
 from logart.results import columns_markdown
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
+from logart_vit import models as vit_models
 from logart_vit.main import build_parser as build_vit_parser
 from logart_vit.main import build_settings
 from logart_vit.main import main as vit_main
@@ -256,6 +257,33 @@ def test_the_python_saves_and_loads(
     assert capsys.readouterr().out.splitlines()[-1].split()[3] == str((tmp_path / "mine.safetensors").stat().st_size)
     images = torch.randn(3, 1, 8, 8)
     assert torch.equal(names["same"](images), names["quantized"](images))
+
+
+OPTIONS = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|.*\|$", README.partition("## What it does")[0], re.MULTILINE)
+
+
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_the_options_by_purpose_act_together_on_both_tracks(flags: str) -> None:
+    assert len(OPTIONS) == 7
+    assert build_config(build_parser().parse_args(shlex.split(flags))) != build_config(
+        build_parser().parse_args([])
+    ) or "--run_dir" in flags
+    build_settings(build_vit_parser().parse_args(shlex.split(flags)))
+
+
+def test_every_name_of_the_code_exists() -> None:
+    """Of what a new architecture needs: constants, and the files that they are in."""
+    section = README.partition("## How to add an architecture")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(_?[A-Z_]{4,})`", section)) - {"NAME"}
+    assert len(named) >= 7
+    assert all(hasattr(models, name) or hasattr(vit_models, name) for name in named)
+    assert all((ROOT / path).exists() for path in re.findall(r"`([\w/]+\.py)`", section))
+
+
+def test_the_places_are_those_of_the_cache_flag() -> None:
+    (flag,) = (action for action in build_parser()._actions if "--cache" in action.option_strings)
+    section = README.partition("## Long runs")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(flag.choices or ())
 
 
 def test_every_flag_named_exists() -> None:

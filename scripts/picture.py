@@ -1,0 +1,69 @@
+"""Draw the README's picture, docs/grids.svg: weights of one channel and the 16 levels that each 4-bit grid gives it.
+
+    python scripts/picture.py [--out PATH.svg]
+
+The channel is one of the built-in CNN's, the levels are those that it is quantized with (needs the extra [report]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from logart.grid import ScaleMethod
+from logart.report_plots import COLOURS, INK, drawing, finished
+from logart.runtime import write_whole
+from logart.search import choose_codebook
+from logart_cnn.models import load_network
+
+PICTURE = Path(__file__).parents[1] / "docs" / "grids.svg"
+BITS = 4
+LAYER, CHANNEL = "blocks.4.conv1", 10
+GRIDS = {"base 2": ScaleMethod.LOG_2, "base √2": ScaleMethod.LOG_SQRT2, "dynamic": ScaleMethod.DYNAMIC}
+
+
+def weights() -> Tensor:
+    """[1, K], the channel's."""
+    layer = load_network("digits_resnet").model.get_submodule(LAYER)
+    return layer.get_parameter("weight").detach().flatten(1)[CHANNEL : CHANNEL + 1]
+
+
+def picture() -> bytes:
+    """The SVG."""
+    w = weights()
+    reach = 1.15 * float(w.abs().max())
+    with drawing(7.5, 3.6, len(GRIDS)) as (canvas, axes):
+        for axis, (name, method), colour in zip(axes[:, 0], GRIDS.items(), COLOURS, strict=False):
+            codebook = choose_codebook(w, method, BITS)
+            axis.hist(w[0].numpy(), bins=60, range=(-reach, reach), color="#c3cad2")
+            levels = codebook.levels[0].tolist()
+            axis.vlines(levels, 0, 1, color=colour, linewidth=1.1, transform=axis.get_xaxis_transform())
+            axis.set(xlim=(-reach, reach), yticks=[], ylabel=name)
+            axis.yaxis.label.set(rotation=0, ha="right", va="center", color=colour, size=11)
+            axis.grid(False)
+            axis.spines["left"].set_visible(False)
+            if axis is not axes[-1, 0]:
+                axis.tick_params(labelbottom=False)
+        assert codebook.n_base2 is not None
+        k = int(codebook.n_base2[0])
+        axes[-1, 0].set_xlabel(
+            f"weight; of each sign's {2 ** (BITS - 1)} dynamic levels, {k} are powers of 2, the others, outside, of √2",
+            color=INK,
+        )
+        title = f"One channel's weights (grey: histogram) and its {2**BITS} levels on {BITS}-bit grids"
+        return finished(canvas, "grids", title, title).svg
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=PICTURE, help="the SVG file (default docs/grids.svg)")
+    write_whole(parser.parse_args(argv).out, picture())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
