@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from logart.cache import Cache, Place
 from logart.checkpoint import SizeTable, can_be_loaded, save_packed
-from logart.config import QuantConfig, ReconInput, ReconMetric
+from logart.config import QuantConfig
 from logart.data import ImageSource, validation_batches
 from logart.evaluate import Accuracy, accuracy
-from logart.grid import ROOT2_TEXT, Spacing
+from logart.grid import ROOT2_TEXT
 from logart.layers import hardware_approximation
 from logart.network import Network
 from logart.outcome import Report
 from logart.pipeline import quantize_model
 from logart.results import Cell, append_row, check_results, environment
+from logart.run_columns import config_columns, cost_columns, settings_columns
 from logart.run_folder import PACKED, RunFolder
-from logart.runtime import NetworkError, NonFiniteError, UserError, peak_memory_mb, progress_bar
+from logart.runtime import NetworkError, NonFiniteError, UserError, progress_bar
 from logart.weights import one_line
 
 
@@ -136,19 +137,15 @@ def run(
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
     total = time.perf_counter() - started if folder is None else folder.seconds
-    row = settings_columns(columns, config, options) | stages.columns() | _cost_columns(report, total, options.device)
+    row = (
+        settings_columns(columns, config, options.test_with_terms)
+        | stages.columns()
+        | cost_columns(report, total, options.device)
+    )
     row |= environment()
     settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
     info = {**quantized.packed_info, **run_info(network, source, stages), **settings}  # type: ignore[dict-item]
-    problems = _keep(folder, quantized, info, report, row)
-    sizes = None
-    with _going_on(problems):
-        append_row(options.results, row)
-        if folder is not None:
-            folder.finish(report, row, options.results)
-    if options.save is not None:
-        with _going_on(problems):
-            sizes = _save(quantized, options.save, info)
+    sizes, problems = _write(quantized, info, report, row, options, folder)
     if not options.quiet:
         print(layer_table(report))
         if sizes is not None:
@@ -159,35 +156,46 @@ def run(
             + f"; row appended to {options.results}" * (not problems)
         )
     if problems:
-        kept = f"; the run is kept in {folder.path}" if folder is not None else ""
-        raise UserError("; ".join(map(str, problems)) + kept)
+        kept = "" if folder is None else f"; the run is kept in {folder.path}"
+        raise UserError("; ".join(problems) + kept)
     return report
 
 
+def _write(
+    quantized: nn.Module,
+    info: dict[str, Any],
+    report: Report,
+    row: Mapping[str, Cell],
+    options: RunOptions,
+    folder: RunFolder | None,
+) -> tuple[SizeTable | None, list[str]]:
+    """Write all that a run leaves, the run's folder first; the packed file's sizes, and what could not be written."""
+    problems: list[str] = []
+    sizes = None
+    if folder is not None:
+        with _going_on(problems, f"--run_dir: cannot write to {folder.path}"):
+            folder.finish(report, row, None)
+        with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
+            save_packed(quantized, folder.path / PACKED, info)
+    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
+        append_row(options.results, row)
+        if folder is not None:
+            folder.finish(report, row, options.results)
+    if options.save is not None:
+        with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
+            sizes = save_packed(quantized, options.save, info)
+    return sizes, problems
+
+
 @contextmanager
-def _going_on(problems: list[UserError | OSError]) -> Iterator[None]:
-    """Collect what cannot be written; the rest still is."""
+def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Collect what cannot be written, for an error of these kinds; the rest still is."""
     try:
         yield
-    except (UserError, OSError) as error:
-        problems.append(error)
-
-
-def _keep(
-    folder: RunFolder | None, quantized: nn.Module, info: dict[str, Any], report: Report, row: Mapping[str, Cell]
-) -> list[UserError | OSError]:
-    """Write the packed network and the report into the run's folder; what went wrong."""
-    problems: list[UserError | OSError] = []
-    if folder is not None:
-        for write in (
-            lambda: folder.finish(report, row, None),
-            lambda: save_packed(quantized, folder.path / PACKED, info),
-        ):
-            try:
-                write()
-            except (OSError, ValueError) as error:
-                problems.append(UserError(f"--run_dir: cannot write to {folder.path} ({one_line(error)})"))
-    return problems
+    except UserError as error:
+        problems.append(str(error))
+    except kinds as error:
+        problems.append(f"{what} ({one_line(error)})")
 
 
 def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None) -> None:
@@ -216,15 +224,6 @@ def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, c
             raise ValueError("a packed file could not be loaded with these")
     except (TypeError, ValueError) as error:
         raise UserError(f"--model-kwargs: {one_line(error)}; with --save, expected numbers, texts and lists") from error
-
-
-def _save(quantized: nn.Module, path: str, info: dict[str, Any]) -> SizeTable:
-    try:
-        return save_packed(quantized, path, info)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--save: {path!r} cannot be written ({one_line(error)}); the accuracies are recorded"
-        ) from error
 
 
 def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:
@@ -294,69 +293,6 @@ def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
         raise UserError(f"{flags}: {one_line(error)}{name}") from error
     except NetworkError as error:
         raise UserError(f"{flags}: {one_line(error)}") from error
-
-
-def config_columns(config: QuantConfig) -> dict[str, Cell]:
-    """The results columns that the settings decide; settings that did not act stay empty."""
-    log = config.scale_method.spacing is Spacing.LOG
-    row: dict[str, Cell] = {
-        "bits": config.n_bits,
-        "first_last_bits": config.first_last_bits or "same",
-        "channel_wise": str(config.channel_wise),
-        "scale_method": config.scale_method.value,
-        "scale_search": config.scale_search.value if log else "none",
-        "asymmetric": str(config.asymmetric and log),
-        "zero_code": str(config.zero_code and log),
-        "hardware_approx": str(bool(config.hardware_terms)),
-        "hardware_approx_terms": config.hardware_terms or None,
-        "rounding": config.acting_rounding.value,
-        "iters_w": config.iters * config.learns,
-        "seed": config.seed,
-    }
-    if config.searches and not config.compensates:
-        row["search_method"] = config.search_method.value
-    if config.searches_data:
-        row |= {"search_samples": config.search_samples, "search_batch_size": config.search_batch_size}
-    if config.learns or config.compensates:
-        row |= {"calib_samples": config.calib_samples, "batch_size": config.batch_size}
-    if config.learns:
-        row |= {
-            "lr": config.lr,
-            "rrweight": config.rrweight,
-            "b_start": config.b_start,
-            "b_end": config.b_end,
-            "warmup": config.warmup,
-            "recon_input": config.recon_input.value,
-            "recon_metric": config.recon_metric.value + "+kl" * config.head_kl,
-        }
-    if config.learns and config.recon_input is ReconInput.MIXED:
-        row["drop_prob"] = config.drop_prob
-    if config.learns and config.recon_metric is ReconMetric.HESSIAN_PERTURB:
-        row["temperature"] = config.temperature
-    return row
-
-
-def settings_columns(columns: Mapping[str, Cell], config: QuantConfig, options: RunOptions) -> dict[str, Cell]:
-    """All results columns that are known before the run, and decide it: those of `results.SETTINGS`."""
-    row = dict(columns) | config_columns(config)
-    if options.test_with_terms:
-        row["hardware_approx_terms"] = options.test_with_terms
-    return row
-
-
-def _cost_columns(report: Report, total_seconds: float, device: torch.device) -> dict[str, Cell]:
-    return {
-        "search_seconds": round(report.search_seconds, 3),
-        "reconstruction_seconds": round(report.reconstruction_seconds, 3),
-        "total_seconds": round(total_seconds, 3),
-        "peak_memory_mb": round(peak_memory_mb(device)),
-        "device": device_name(device),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The device as the results file names it: `cpu`, or the GPU's product name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def layer_table(report: Report) -> str:

@@ -55,6 +55,8 @@ def load_state(path: Path, layers: Mapping[str, QuantizedLayer]) -> Done:
         packed = file.layers.get(name)
         if packed is None or (packed.shape, packed.n_bits, packed.dtype) != (layer.shape, layer.n_bits, layer.dtype):
             raise PackedFileError(f"{path} is no state of layer {name}")
+    if not {"seconds", "report"} <= set(file.info):
+        raise PackedFileError(f"{path} is no state of a block")
     report = file.info["report"]
     for name, layer in layers.items():
         packed, device = file.layers[name], layer.rows.device

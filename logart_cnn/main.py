@@ -16,7 +16,8 @@ from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_co
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
-from logart.run import check_network, check_outputs, run, settings_columns
+from logart.run import check_network, check_outputs, run
+from logart.run_columns import settings_columns
 from logart.run_folder import check_folder, identity, opened, stored_flags
 from logart.runtime import UserError, seed_everything
 from logart_cnn.models import load_network
@@ -128,7 +129,7 @@ def command(args: argparse.Namespace) -> None:
     columns = flags.network_columns(args, network, "cnn", source.name)
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
-    with claimed(options.results, settings_columns(columns, config, options), options.once):
+    with claimed(options.results, settings_columns(columns, config, options.test_with_terms), options.once):
         images, chosen = _calibration_images(args, config, source, names)
         check_network(network.model, images, network.num_classes, flags=options.network_flags)
         who = identity(config, columns, network.model, images, source.val.names, options.device)

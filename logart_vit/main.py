@@ -13,7 +13,8 @@ from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_co
 from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
-from logart.run import check_network, check_outputs, run, settings_columns
+from logart.run import check_network, check_outputs, run
+from logart.run_columns import settings_columns
 from logart.run_folder import check_folder, identity, opened, stored_flags
 from logart.runtime import UserError, seed_everything
 from logart_vit.models import MODELS, load_network
@@ -146,7 +147,7 @@ def command(args: argparse.Namespace) -> None:
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     columns = flags.network_columns(args, network, "vit", source.name)
     columns["config"] = args.config
-    with claimed(options.results, settings_columns(columns, config, options), options.once):
+    with claimed(options.results, settings_columns(columns, config, options.test_with_terms), options.once):
         flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
         count = max(2, config.images_needed)
         images, chosen = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from small_runs import told
 from torch import Tensor, nn
 
 import logart.run
+import logart.run_columns
 from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.data import ImageSource, Preprocessing, open_images
 from logart.evaluate import Accuracy
@@ -25,8 +26,9 @@ from logart.network import Network
 from logart.outcome import LayerReport, Report
 from logart.reconstruct import BlockReport
 from logart.results import NAMES
-from logart.run import RunOptions, check_network, config_columns, layer_table, run
-from logart.runtime import UserError
+from logart.run import RunOptions, check_network, layer_table, run
+from logart.run_columns import config_columns
+from logart.runtime import NonFiniteError, UserError
 from logart.search import ScaleSearch
 from logart.surgery import quantized_layers
 
@@ -68,13 +70,20 @@ class Runs:
         self.source, self.results = source, results
 
     def __call__(
-        self, config: QuantConfig = QUICK, *, model: nn.Module | None = None, ago: float = 0.0, **options: Any
+        self,
+        config: QuantConfig = QUICK,
+        *,
+        model: nn.Module | None = None,
+        ago: float = 0.0,
+        names: Sequence[str] = (),
+        **options: Any,
     ) -> Report:
         images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         settings = RunOptions(CPU, str(self.results), **{"workers": 0} | options)
         columns = {"track": "cnn", "arch": "small"}
         started = time.perf_counter() - ago
-        return run(as_network(model or network()), self.source, images, config, settings, columns, started)
+        arguments = (as_network(model or network()), self.source, images, config, settings, columns, started)
+        return run(*arguments, names=names)
 
     def rows(self) -> list[dict[str, str]]:
         if not self.results.exists():
@@ -415,8 +424,17 @@ def test_other_errors_pass_as_they_are(runs: Runs, error: Any, monkeypatch: pyte
     assert runs.rows() == []
 
 
+def test_an_image_that_gives_nan_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise NonFiniteError("block a: the activations of calibration image 1 are not finite", 1)
+
+    monkeypatch.setattr(logart.run, "quantize_model", fail)
+    with pytest.raises(UserError, match=r"^--arch, --checkpoint: block a: .* not finite \(train/b\.png\)$"):
+        runs(names=["train/a.png", "train/b.png"])
+
+
 def test_a_row_with_an_unknown_column_is_ours(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logart.run, "config_columns", lambda config: {"bitz": 4})
+    monkeypatch.setattr(logart.run_columns, "config_columns", lambda config: {"bitz": 4})
     with pytest.raises(ValueError, match="unknown columns") as caught:
         runs()
     assert not isinstance(caught.value, UserError)
