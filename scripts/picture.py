@@ -21,7 +21,7 @@ from logart_cnn.models import load_network
 
 PICTURE = Path(__file__).parents[1] / "docs" / "grids.svg"
 BITS = 4
-LAYER, CHANNEL = "blocks.4.conv1", 10
+LAYER, CHANNEL = "blocks.0.conv1", 7
 GRIDS = {"base 2": ScaleMethod.LOG_2, "base √2": ScaleMethod.LOG_SQRT2, "dynamic": ScaleMethod.DYNAMIC}
 
 
@@ -50,7 +50,7 @@ def picture() -> bytes:
         assert codebook.n_base2 is not None
         k = int(codebook.n_base2[0])
         axes[-1, 0].set_xlabel(
-            f"weight; of each sign's {2 ** (BITS - 1)} dynamic levels, {k} are powers of 2, the others, outside, of √2",
+            f"weight; of a sign's {2 ** (BITS - 1)} dynamic levels, the inner {k} are powers of 2, the others of √2",
             color=INK,
         )
         title = f"One channel's weights (grey: histogram) and its {2**BITS} levels on {BITS}-bit grids"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -44,12 +45,38 @@ def test_what_contributing_names_exists() -> None:
     assert missing == set()
 
 
-def test_the_picture_is_drawn_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bytes depend on matplotlib's release; what is written in it does not."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    picture = importlib.import_module("picture")
-    assert picture.main(["--out", str(tmp_path / "grids.svg")]) == 0
-    drawn, shipped = (path.read_text("utf-8") for path in (tmp_path / "grids.svg", ROOT / "docs" / "grids.svg"))
-    for text in ("base 2", "base √2", "dynamic", "and its 16 levels on 4-bit grids", "are powers of 2"):
-        assert text in drawn and text in shipped
-    assert "docs/grids.svg" in (ROOT / "README.md").read_text("utf-8")
+def test_the_readme_s_picture_shows_the_levels_of_three_grids(tmp_path: Path) -> None:
+    """Bytes and places differ between matplotlib's versions; what is written and the levels' ratios do not."""
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(ROOT / "scripts" / "picture.py"))
+    assert script["main"](["--out", str(tmp_path / "made.svg")]) == 0
+    shipped = (ROOT / "docs" / "grids.svg").read_text("utf-8")
+    texts, lines = texts_and_lines(shipped)
+    texts_now, lines_now = texts_and_lines((tmp_path / "made.svg").read_text("utf-8"))
+    assert texts == texts_now
+    assert [text for text in texts if text in script["GRIDS"]] == ["base 2", "base √2", "dynamic"]
+    for old, new in zip(lines, lines_now, strict=True):
+        assert relative(old) == pytest.approx(relative(new), abs=1e-5)
+    assert [len(positions) for positions in lines] == [16, 16, 16]
+    w = script["weights"]()
+    assert w.shape == (1, 72)
+    # by the definition of both bases: the top is the nearest power to the largest weight, in the log domain
+    top = float(w.abs().max())
+    for positions, base in zip(lines[:2], (2.0, 2.0**0.5), strict=True):
+        levels = base ** (np.floor(np.log(top) / np.log(base) + 0.5) - np.arange(8))
+        expected = np.concatenate([-levels, levels[::-1]]) / levels[0]
+        assert relative(positions) == pytest.approx(expected, abs=1e-5)  # the SVG has six decimals of a point
+    assert "![The weights" in (ROOT / "README.md").read_text("utf-8").partition("```bash")[0]
+
+
+def texts_and_lines(svg: str) -> tuple[list[str], list[list[float]]]:
+    """The texts, which matplotlib repeats in comments, and of each set of vertical lines their places, ascending."""
+    sets = re.findall(r'<g id="LineCollection_\d+">(.*?)</g>', svg, re.DOTALL)
+    lines = [sorted(float(x) for x in re.findall(r'd="M ([\d.]+) ', found)) for found in sets]
+    return re.findall("<!-- (.*?) -->", svg), lines
+
+
+def relative(positions: list[float]) -> np.ndarray:
+    """From -1 to 1."""
+    places = np.array(positions)
+    return (2 * places - places[0] - places[-1]) / (places[-1] - places[0])
