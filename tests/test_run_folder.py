@@ -227,13 +227,18 @@ def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
     """A real SIGINT to a real process, in the middle of LLR."""
     run = tmp_path / "run"
     argv = [sys.executable, "-m", "logart_cnn.main", "--iters_w", "100000", "--run_dir", str(run), "--quiet"]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    # A shell that runs the tests in the background lets them ignore SIGINT, and what they start too.
+    heard: Callable[[], Any] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=heard) as process:
         end = time.monotonic() + 60
         while not list(run.glob("blocks/DBS-0006*")) and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err == f"logart-cnn: interrupted; go on with --resume {run}\n"
 
