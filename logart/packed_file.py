@@ -5,7 +5,7 @@ Few tensors, because every name costs bytes that small networks feel; all are on
     codes        uint8   the codes of the layers' weights (`packing`), layer after layer, each begun on a byte
     codebooks    uint8   the integers of their codebooks, row by row (`spec`), layer after layer
     DTYPE        itself  every parameter and buffer of that type (`float32`, say) that is not quantized, end to end
-    description  uint8   JSON, ASCII, compressed by zlib
+    description  uint8   JSON, ASCII, compressed by zlib with `packed_words` as its preset dictionary
 
 The description is an object of `layers`, a list in the order of codes and codebooks (name, kind, shape, bits; dtype,
 number of codebooks, terms of √2 and columns of the codebook where they are not the usual ones), `rest`, shapes by name
@@ -33,12 +33,11 @@ import torch
 from torch import Tensor
 
 from logart.packed_layer import Flat, PackedLayer
+from logart.packed_words import WORDS
 from logart.runtime import UserError, write_whole
 from logart.weights import one_line
 
-FORMAT, VERSION = "logart-packed", 2
-KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
+FORMAT, VERSION = "logart-packed", 3
 _METADATA = "logart"
 _MAX_HEADER = 2**25
 _MAX_TEXT = 2**22  # of a description; a few bytes can expand to any size
@@ -91,7 +90,9 @@ class PackedFile:
         for what, count in zip(most, (len(self.layers), len(self.rest), len(text)), strict=True):
             if count > most[what]:
                 raise ValueError(f"the file would describe {count} {what}; at most {most[what]} are read")
-        tensors["description"] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+        zipped = zlib.compressobj(9, zdict=WORDS)
+        described = bytearray(zipped.compress(text.encode()) + zipped.flush())
+        tensors["description"] = torch.frombuffer(described, dtype=torch.uint8)
         # One entry, not several: safetensors writes them in no particular order.
         version = json.dumps({"format": FORMAT, "version": VERSION}, separators=(",", ":"))
         data: bytes = safetensors.torch.save(tensors, metadata={_METADATA: version})
@@ -167,7 +168,7 @@ def _description(packed: Tensor | None) -> dict[str, Any]:
     """The checked outer form of the description."""
     try:
         flat = Flat(packed, torch.uint8)
-        unzip = zlib.decompressobj()
+        unzip = zlib.decompressobj(zdict=WORDS)
         text = unzip.decompress(flat.take(flat.left).numpy().tobytes(), _MAX_TEXT)
     except (ValueError, zlib.error) as error:
         raise PackedFileError(f"has a damaged description ({one_line(error):.80})") from None

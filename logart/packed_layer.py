@@ -16,7 +16,7 @@ from logart.spec import LOG_COLUMNS, CodebookSpec, expand, row_bytes
 
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-_USUAL = {"dtype": "float32", "terms": 0, "columns": list(LOG_COLUMNS[:3])}  # what an entry need not say
+_USUAL = {"dtype": "float32", "terms": 0, "columns": list(LOG_COLUMNS[:2])}  # what an entry need not say
 
 
 class Flat:
@@ -83,7 +83,7 @@ class PackedLayer:
             "codebooks": self.spec.channels,
             "dtype": str(self.dtype).removeprefix("torch."),
             "terms": self.spec.terms,
-            "columns": list(self.spec.columns),
+            "columns": self.spec.stored,
         }
         usual = {**_USUAL, "codebooks": self.shape[0]}
         return {key: value for key, value in entry.items() if usual.get(key) != value}

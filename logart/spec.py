@@ -3,7 +3,7 @@
 A log codebook is its top half-step, n_base2, how many codes went from one sign to the small end, four flags and, where
 it was searched, a scale in 1/32. A linear one is its step and the code of zero. As bytes, a channel is one row:
 
-    log     top half-step (int16, little-endian), n_base2, flags, then free codes and scale where the layer has any
+    log     top half-step (int16, little-endian), n_base2, then flags, free codes and scale where the layer has any
     linear  step (float64, little-endian), zero point
 
 Flags: 1 all-zero channel, 2 the smallest negative level is zero, 4 the free codes were the negative sign's, 8 they all
@@ -26,7 +26,7 @@ from logart.spare_codes import move_codes, zero_smallest_negative
 
 SCALE_UNIT = 32  # a scale of i is i / 32
 EMPTY, ZERO, NEGATIVE, ONE_SIDED = 1, 2, 4, 8
-LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last two where needed
+LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last three where needed
 LINEAR_COLUMNS = ("step", "zero_point")
 _AT_ONCE = 2**18  # levels, or weights
 _DTYPES: dict[str, np.dtype[Any]] = {"top_half_step": np.dtype("<i2"), "step": np.dtype("<f8")}  # the others are uint8
@@ -37,7 +37,7 @@ class CodebookSpec:
     """The integers of the codebooks of C channels.
 
     Attributes:
-        columns: [C] each, by name: int64, or float64 for `step`.
+        columns: [C] each, by name: int64, or float64 for `step`. Flags are always among those of a log codebook.
         terms: how √2 is approximated (`grid.root2`); 0 for linear codebooks.
     """
 
@@ -94,11 +94,16 @@ class CodebookSpec:
             book = move_codes(book, c["free"], flag[NEGATIVE], flag[ONE_SIDED], terms=self.terms)
         return zero_smallest_negative(book, flag[ZERO], terms=self.terms)
 
+    @property
+    def stored(self) -> list[str]:
+        """The columns that a file keeps: flags only where one is set."""
+        return [name for name, column in self.columns.items() if name != "flags" or column.any()]
+
     def to_bytes(self) -> Tensor:
-        """[C, width] uint8, the columns side by side."""
+        """[C, width] uint8, the stored columns side by side."""
         parts = [
-            np.ascontiguousarray(column.cpu().numpy().astype(_stored(name))).view(np.uint8)
-            for name, column in self.columns.items()
+            np.ascontiguousarray(self.columns[name].cpu().numpy().astype(_type(name))).view(np.uint8)
+            for name in self.stored
         ]
         return torch.from_numpy(np.concatenate([part.reshape(self.channels, -1) for part in parts], axis=1))
 
@@ -116,10 +121,13 @@ class CodebookSpec:
             raise ValueError(f"expected {width} bytes a channel, got {data.dtype} {list(data.shape)}")
         raw, values, start = data.cpu().numpy(), {}, 0
         for name in columns:
-            stored = _stored(name)
+            stored = _type(name)
             part = np.ascontiguousarray(raw[:, start : start + stored.itemsize]).view(stored)[:, 0]
             values[name] = torch.from_numpy(part.astype(np.float64 if name == "step" else np.int64))
             start += stored.itemsize
+        if columns != list(LINEAR_COLUMNS):
+            values.setdefault("flags", torch.zeros_like(values["n_base2"]))
+            values = {name: values[name] for name in LOG_COLUMNS if name in values}
         spec = cls(values, terms)
         spec._check(n_bits, dtype)
         return spec
@@ -150,14 +158,13 @@ class CodebookSpec:
 
 def row_bytes(columns: list[str]) -> int:
     """How many bytes a channel of these columns takes; ValueError where no codebook has them."""
-    if tuple(columns) != LINEAR_COLUMNS and (
-        tuple(columns[:3]) != LOG_COLUMNS[:3] or columns[3:] not in ([], ["free"], ["scale"], ["free", "scale"])
-    ):
+    known = [name for name in LOG_COLUMNS if name in (*LOG_COLUMNS[:2], *columns)]
+    if columns not in (known, list(LINEAR_COLUMNS)):
         raise ValueError(f"unknown columns {columns!r:.80}")
-    return sum(_stored(name).itemsize for name in columns)
+    return sum(_type(name).itemsize for name in columns)
 
 
-def _stored(column: str) -> np.dtype[Any]:
+def _type(column: str) -> np.dtype[Any]:
     return _DTYPES.get(column, np.dtype(np.uint8))
 
 

@@ -18,6 +18,7 @@ from logart import QuantConfig, load_packed, quantize_model
 from logart.checkpoint import to_packed
 from logart.network import network_recipe
 from logart.packed_file import PackedFile, PackedFileError
+from logart.packed_words import WORDS
 from logart_cnn.models import build_network
 
 RECIPE = {"network": network_recipe("cnn", "digits_resnet", {}, None, None), "class_names": ["a", "b"]}
@@ -60,7 +61,7 @@ def with_text(data: bytes, text: bytes) -> bytes:
 
 
 def text_of(data: bytes) -> bytes:
-    return zlib.decompress(safetensors.torch.load(data)["description"].numpy().tobytes())
+    return zlib.decompressobj(zdict=WORDS).decompress(safetensors.torch.load(data)["description"].numpy().tobytes())
 
 
 def with_content(data: bytes, content: Any) -> bytes:
@@ -215,8 +216,8 @@ def test_foreign_and_broken_files_are_named(whole: bytes, tmp_path: Path) -> Non
     text, content = json.dumps(header), text_of(whole)
     twice = text[:-1] + ', "codes": ' + json.dumps(header["codes"]) + "}"
     versions = {'{"format":"logart-packed","version":' + version + "}": said for version, said in (
-        ("3", "format version 3, and this LogART reads up to 2"),
-        ("1", "format version 1, and this LogART reads 2 alone"),
+        ("4", "format version 4, and this LogART reads up to 3"),
+        ("2", "format version 2, and this LogART reads 3 alone"),
         ('"2"', "another kind"), ("2.0", "another kind"), ("true", "another kind"), ("0", "another kind"),
         ("NaN", "damaged metadata"), ("1e400", "out of range"),
     )}  # fmt: skip

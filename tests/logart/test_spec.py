@@ -44,7 +44,7 @@ def test_every_codebook_comes_back_from_its_bytes(
     )
     spec = CodebookSpec.of(book, dtype)
     data = spec.to_bytes()
-    again = CodebookSpec.from_bytes(data, list(spec.columns), spec.terms, n_bits, dtype)
+    again = CodebookSpec.from_bytes(data, spec.stored, spec.terms, n_bits, dtype)
     found = again.codebook(n_bits, dtype)
     assert torch.equal(found.levels, book.levels) and found.spacing is book.spacing
     assert torch.equal(CodebookSpec.of(found, dtype).to_bytes(), data)  # canonical: saving again changes no byte
@@ -54,17 +54,19 @@ def test_every_codebook_comes_back_from_its_bytes(
         used = book.signs != 0  # type: ignore[operator]
         assert torch.equal(found.signs, book.signs)  # type: ignore[arg-type]
         assert torch.equal(found.half_steps[used], book.half_steps[used])  # type: ignore[index]
-        assert data.shape[1] == 4 + ("free" in spec.columns) + (search is ScaleSearch.GRID)
+        extra = spec.columns["flags"].any(), "free" in spec.columns, search is ScaleSearch.GRID
+        assert data.shape[1] == 3 + sum(map(bool, extra))
     else:
         assert data.shape[1] == 9
 
 
-def test_a_plain_log_codebook_takes_four_bytes_a_channel() -> None:
+def test_a_plain_log_codebook_takes_three_bytes_a_channel() -> None:
     spec = CodebookSpec.of(log_codebook(torch.tensor([1.0, 0.0, 3.0]), 4, torch.tensor([0, 3, 8])))
     assert spec.to_bytes().tolist() == [[0, 0, 0, 0], [0, 0, 3, 1], [4, 0, 8, 0]]  # top 2^0, {0}, 2^2
-    assert list(spec.columns) == list(LOG_COLUMNS[:3]) and spec.terms == 0
+    assert spec.stored == list(LOG_COLUMNS[:3]) == list(spec.columns) and spec.terms == 0
     negative = CodebookSpec.of(log_codebook(torch.tensor([2.0**-5]), 4, 0))
-    assert negative.to_bytes().tolist() == [[246, 255, 0, 0]]  # -10, little-endian
+    assert negative.to_bytes().tolist() == [[246, 255, 0]]  # -10, little-endian; no flag, no column of them
+    assert negative.stored == list(LOG_COLUMNS[:2])
 
 
 def test_levels_that_are_no_grid_are_refused() -> None:

@@ -1,0 +1,52 @@
+"""What most descriptions of packed files say; zlib takes it as a preset dictionary, so that small networks stay small.
+
+Part of the file format: a change to a single character needs a new format version.
+"""
+
+WORDS = b"".join(
+    (
+        b'"rest":{"float32":{"cls_token":[1,1,"pos_embed":[1,"patch_embed.proj.bias":[',
+        b'],"blocks.0.norm1.weight":[192],"blocks.0.norm1.bias":[192],"blocks.1.attn.qkv.bias":[576],"blocks.1.attn.proj',
+        b'.bias":[192],"blocks.0.norm2.weight":[192],"blocks.0.norm2.bias":[192],"blocks.1.mlp.fc1.bias":[768],"blocks.1.mlp',
+        b'.fc2.bias":[192],"norm.weight":[192],"norm.bias":[192],"head.bias":[1000]}},',
+        b'{"float32":{"conv1.bias":[16],"layer1.0.conv1.bias":[16],"layer2.0.conv2.bias":[32],"layer3.0.conv1.bias":[64],',
+        b'"layer4.0.downsample.0.bias":[512],"features.0.conv.0.0.bias":[32],"classifier.1.bias":[1000],"fc.bias":[1000],',
+        b'"linear.bias":[10]}},',
+        b'{"layers":[{"name":"patch_embed.proj","kind":"Conv2d","shape":[192,3,16,16],"bits":4},{"name":"blocks.0.attn.qkv"',
+        b',"kind":"Linear","shape":[576,192],"bits":4},{"name":"blocks.0.attn.proj","kind":"Linear","shape":[192,192],',
+        b'"bits":4},{"name":"blocks.0.mlp.fc1","kind":"Linear","shape":[768,192],"bits":4},{"name":"blocks.0.mlp.fc2","kind"',
+        b':"Linear","shape":[192,768],"bits":4},{"name":"head","kind":"Linear","shape":[1000,192],"bits":4}],',
+        b'{"layers":[{"name":"conv1","kind":"Conv2d","shape":[16,3,3,3],"bits":8},{"name":"layer1.0.conv1","kind":"Conv2d",',
+        b'"shape":[16,16,3,3],"bits":3},{"name":"layer1.0.conv2","kind":"Conv2d","shape":[32,32,3,3],"bits":2},{"name":',
+        b'"layer2.1.conv1","kind":"Conv2d","shape":[64,64,3,3],"bits":4},{"name":"linear","kind":"Linear","shape":[10,64],',
+        b'"bits":4,"codebooks":1,"dtype":"float64","terms":2,"columns":["top_half_step","n_base2","flags","free","scale"]}],',
+        b'"info":{"settings":{"n_bits":4,"first_last_bits":null,"channel_wise":true,"scale_method":"dynamic",',
+        b'"search_method":"tensor_wise","search_samples":128,"search_batch_size":32,"scale_search":"grid","asymmetric":true,',
+        b'"zero_code":true,"rounding":"compensated","calib_samples":256,"batch_size":32,"iters":500,"rrweight":0.1,"lr":0.1,',
+        b'"b_start":20.0,"b_end":2.0,"warmup":0.2,"recon_input":"mixed","drop_prob":0.5,"recon_metric":"hessian_perturb",',
+        b'"temperature":20.0,"head_kl":true,"hardware_terms":2,"seed":1},',
+        b'"scale_method":"dynamic","search_method":"layer_wise","search_samples":32,"search_batch_size":32,',
+        b'"scale_search":"none","asymmetric":false,"zero_code":false,"rounding":"learned","calib_samples":1024,',
+        b'"batch_size":32,"iters":1000,"rrweight":0.1,"lr":0.01,"b_start":20.0,"b_end":2.0,"warmup":0.2,',
+        b'"recon_input":"quantized","drop_prob":0.5,"recon_metric":"mse","temperature":20.0,"head_kl":false,',
+        b'"hardware_terms":0,"seed":0},"layers":{"patch_embed.proj":{"block":"patch_embed","error_nearest":0.0,"error":0.1,',
+        b'"moved":1},"blocks.0.attn.qkv":{"block":"blocks.0","error_nearest":0.01,"error":0.02,"moved":0},"conv1":{"block":',
+        b'"conv1","error_nearest":0.02,"error":0.01,"moved":0},"layer1.0.conv1":{"block":"layer1.0","error_nearest":0.015,',
+        b'"error":0.03,"moved":0}},',
+        b'"network":{"track":"vit","arch":"timm:vit_tiny_patch16_224","model_kwargs":{"img_size":32,"patch_size":4},',
+        b'"num_classes":10,"input_size":[3,224,224],"crop_pct":0.875,"interpolation":"bicubic","mean":[0.5,0.5,0.5],',
+        b'"network":{"track":"cnn","arch":"cifar_resnet20","model_kwargs":{},"num_classes":null,"input_size":null},',
+        b'"preprocessing":{"input_size":[3,32,32],"crop_pct":1.0,"interpolation":"bilinear","mean":[0.485,0.456,0.406],',
+        b'"std":[0.229,0.224,0.225]},"class_names":["0","1","2","3","4","5","6","7","8","9"],',
+        b'"source":{"checkpoint":"digits_resnet.safetensors","sha256":".pth","data":"digits"},',
+        b'"accuracy":{"float":{"top1":98.0,"top5":100.0,"images":500},"searched":{"top1":97.0,"top5":99.5,"images":10000},',
+        b'"rounded":{"top1":88.0,"top5":99.5,"images":50000}},"versions":{"torch_version":"2.1","timm_version":"1.0.1',
+        b'","project_version":"0.1.0"},"run":{"track":"cnn","arch":"digits_vit","checkpoint":"digits_vit.safetensors",',
+        b'"checkpoint_sha256":"","network_options":"","data":"digits","preset":"best","config":"","bits":4,',
+        b'"first_last_bits":"same","channel_wise":"True","scale_method":"dynamic","scale_search":"grid","asymmetric":"True",',
+        b'"zero_code":"True","hardware_approx":"2 terms","rounding":"compensated","iters_w":500,"seed":0,',
+        b'"calib_samples":1024,"batch_size":32,"calib_lr":0.01,"rrweight":0.1,"recon_input":"quantized","scale_search":',
+        b'"none","asymmetric":"False","zero_code":"False","hardware_approx":"False","rounding":"nearest","iters_w":0,',
+        b'"seed":0,"search_method":"tensor_wise","search_samples":32,"calib_augment":"False"}}}',
+    )
+)
