@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from logart.runtime import NetworkError
 
-_RESERVE = 0.8  # of what is free; the rest is for a batch's activations and gradients
+_RESERVE = 0.8  # of what is free; the rest is for what no estimate knows
 
 
 class Place(str, Enum):
@@ -63,6 +64,19 @@ class Kept:
 Captured = Tensor | Kept
 
 
+class Need(NamedTuple):
+    """Bytes that a block takes while it is worked on.
+
+    Attributes:
+        captured: its inputs and targets of all images, which live where the cache says.
+        working: beside them, always on the computing device: a batch's activations and gradients, and all that learning
+            or compensating keeps of the weights. An estimate, without what libraries take for themselves.
+    """
+
+    captured: int
+    working: int
+
+
 @dataclass
 class Cache:
     """Takes the memory for captured tensors.
@@ -88,27 +102,35 @@ class Cache:
         held = _mapped(shape, dtype, self.folder) if place is Place.DISK else torch.empty(shape, dtype=dtype)
         return held, Kept(held, batch.dtype, self.device)
 
-    def choose(self, needs: Mapping[str, int]) -> str:
-        """Decide on a place where none was given, by what is free; a line that says so.
+    def choose(self, needs: Mapping[str, Need]) -> str:
+        """Decide on a place where none was given, by what is free; lines that say what each block needs, and where.
 
         Args:
-            needs: bytes of each block's captured tensors.
+            needs: of each block.
 
         Raises:
-            NetworkError: they fit nowhere.
+            NetworkError: the captured tensors fit nowhere.
         """
-        name, need = max(needs.items(), key=lambda item: item[1])
-        told = f"captured inputs and targets: {_mib(need)} in {name}, the most of {len(needs)} blocks; "
         free = self._free()
         if self.place is None:
-            fitting = [place for place in _order() if need <= _RESERVE * free[place]]
+            fitting = [place for place in _order() if self._most(needs, place) <= _RESERVE * free[place]]
             if not fitting:
+                name, need = max(needs.items(), key=lambda item: item[1].captured)
                 have = ", ".join(f"{place} {_mib(free[place])}" for place in _order())
-                raise NetworkError(f"{told}free: {have}; expected fewer calibration images or more room")
+                told = f"captured inputs and targets of {name} take {_mib(need.captured)}; free: {have}"
+                raise NetworkError(f"{told}; expected fewer calibration images or more room")
             self.place = fitting[0]
-        half = self.place is Place.HALF
-        told += f"kept on {self.place} ({_mib(free[self.place])} free)"
-        return told + ", too little" * (need / (2 if half else 1) > free[self.place])
+        width = max(map(len, ["block", *needs]))
+        lines = [f"{'block':<{width}}  captured and working memory, foreseen"]
+        lines += [f"{name:<{width}}  {_mib(c):>12} {_mib(w):>12}" for name, (c, w) in needs.items()]
+        lines.append(f"captured inputs and targets are kept on {self.place} ({_mib(free[self.place])} free)")
+        return "\n".join(lines) + ", too little" * (self._most(needs, self.place) > free[self.place])
+
+    def _most(self, needs: Mapping[str, Need], place: Place) -> float:
+        """Bytes that the largest block takes of a place."""
+        shared = place is Place.DEVICE or (self.device.type == "cpu" and place is not Place.DISK)
+        share = 0.5 if place is Place.HALF else 1.0
+        return max(share * need.captured + shared * need.working for need in needs.values())
 
     def fall_back(self) -> Place | None:
         """Go on with the next place, which is larger; None if there is none."""

@@ -6,8 +6,7 @@ are written into memory taken once, so that n images cost one copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,23 +93,6 @@ def inputs_and_outputs(
 
     targets = _collect(output, images, batch_size, cache, name)
     return given.whole(), targets
-
-
-@torch.no_grad()
-def bytes_per_image(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, tuple[int, int]]:
-    """How large an image's input and output are of each module named, when the model runs on images [n, ...]."""
-    sizes: dict[str, tuple[int, int]] = {}
-
-    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        sizes[name] = args[0][0].nbytes, output[0].nbytes
-
-    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
-    try:
-        model(example.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sizes
 
 
 def _through(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

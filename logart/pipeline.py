@@ -21,6 +21,7 @@ from logart.dbs import search_unit
 from logart.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.layers import QuantizedLayer
 from logart.losses import absolute_error, kl_divergence, squared_error
+from logart.memory import foresee
 from logart.outcome import Report, layer_reports
 from logart.reconstruct import BlockReport, Loss, learn_rounding
 from logart.runtime import NetworkError, progress_bar
@@ -131,13 +132,10 @@ class _Work:
     keeper: Keeper
 
     def look_at_memory(self, example: Tensor) -> None:
-        """Foresee what captured tensors need, and decide where they live."""
+        """Foresee what each block needs, and decide where captured tensors live."""
         if self.config.images_needed == 0:
             return
-        sizes = capture.bytes_per_image(self.reference, [unit.name for unit in self.units], example)
-        prefixes = 2 if self.config.compensates or self.config.recon_input is ReconInput.MIXED else 1
-        needs = {name: self.config.images_needed * (prefixes * given + left) for name, (given, left) in sizes.items()}
-        told = self.cache.choose(needs)
+        told = self.cache.choose(foresee(self.reference, self.units, example, self.config))
         if not self.quiet:
             print(told, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import nn
 import logart.cache
 import logart.pipeline
 from logart import QuantConfig, capture, quantize_model
-from logart.cache import Cache, Kept, Place
+from logart.cache import Cache, Kept, Need, Place
+from logart.memory import foresee
 from logart.runtime import NetworkError, NonFiniteError
-from logart.surgery import quantized_layers
+from logart.surgery import Unit, find_units, quantized_layers
 
 CPU = torch.device("cpu")
 ELSEWHERE = [Place.HALF, Place.DISK]
@@ -62,8 +64,8 @@ def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("free", "place"),
-    [({"device": 200, "cpu": 0, "disk": 0}, "device"), ({"device": 120, "cpu": 126, "disk": 999}, "cpu"),
-     ({"device": 120, "cpu": 124, "disk": 126}, "disk")],
+    [({"device": 151, "cpu": 0, "disk": 0}, "device"), ({"device": 149, "cpu": 126, "disk": 999}, "cpu"),
+     ({"device": 149, "cpu": 124, "disk": 126}, "disk")],
 )  # fmt: skip
 def test_auto_takes_the_first_with_room_to_spare(
     free: dict[str, int], place: str, monkeypatch: pytest.MonkeyPatch
@@ -71,27 +73,57 @@ def test_auto_takes_the_first_with_room_to_spare(
     room = {Place(name): count * 2**20 for name, count in free.items()}
     monkeypatch.setattr(Cache, "_free", lambda self: room)
     cache = Cache(torch.device("cuda"), None)
-    told = cache.choose({"small": 5 * 2**20, "large": 100 * 2**20})
+    told = cache.choose({"small": Need(5 * 2**20, 30 * 2**20), "large": Need(100 * 2**20, 20 * 2**20)})
     assert cache.place == Place(place)
-    assert told == (f"captured inputs and targets: 100.0 MiB in large, the most of 2 blocks; kept on {place} "
-                    f"({free[place]:.1f} MiB free)")  # fmt: skip
+    assert told.splitlines() == [
+        "block  captured and working memory, foreseen",
+        "small       5.0 MiB     30.0 MiB",
+        "large     100.0 MiB     20.0 MiB",
+        f"captured inputs and targets are kept on {place} ({free[place]:.1f} MiB free)",
+    ]
 
 
 def test_no_room_anywhere_is_refused_but_what_was_asked_for_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cache, "_free", lambda self: dict.fromkeys(Place, 2**20))
-    with pytest.raises(NetworkError, match=r"5\.0 MiB in a, .*; free: device 1\.0 MiB, cpu 1\.0 MiB, disk 1\.0 MiB"):
-        Cache(CPU, None).choose({"a": 5 * 2**20})
+    needs = {"a": Need(5 * 2**20, 0)}
+    with pytest.raises(NetworkError, match=r"of a take 5\.0 MiB; free: device 1\.0 MiB, cpu 1\.0 MiB, disk 1\.0 MiB"):
+        Cache(CPU, None).choose(needs)
     cache = Cache(CPU, Place.CPU)
-    assert cache.choose({"a": 5 * 2**20}).endswith("kept on cpu (1.0 MiB free), too little")
+    assert cache.choose(needs).endswith("kept on cpu (1.0 MiB free), too little")
     assert cache.place is Place.CPU
+    told = Cache(CPU, Place.HALF).choose({"a": Need(2**21 - 2, 0)})  # which halves it
+    assert told.endswith("(1.0 MiB free)")
+    assert Cache(CPU, Place.HALF).choose({"a": Need(2**21, 8)}).endswith("too little")
 
 
-def test_the_need_is_what_capturing_takes() -> None:
+@pytest.mark.parametrize(("settings", "prefixes"), [({}, 1), ({"recon_input": "mixed"}, 2), ({"rounding": "both"}, 2)])
+def test_the_need_is_what_capturing_takes(settings: dict[str, Any], prefixes: int) -> None:
     model, images = small_resnet(n_images=6)
-    sizes = capture.bytes_per_image(model, ["blocks.0", "blocks.1"], images[:2])
-    for name, (given, left) in sizes.items():
+    model.eval().requires_grad_(False)
+    units = find_units(model, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)], ["ResidualBlock"])
+    config = QuantConfig(calib_samples=6, batch_size=4, **settings)
+    needs = foresee(model, units, images[:2], config)
+    assert set(needs) == {unit.name for unit in units}
+    for name, need in needs.items():
         entered, gave = capture.inputs_and_outputs(model, name, images, 4, Cache(CPU))
-        assert (given * 6, left * 6) == (entered[:].nbytes, gave[:].nbytes)
+        assert need.captured == prefixes * entered[:].nbytes + gave[:].nbytes
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_working_memory_grows_with_the_batch_by_what_autograd_saves() -> None:
+    """Of conv, ReLU, conv: both convolutions save their inputs, and the second's is what the ReLU saves."""
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(OrderedDict(block=block)).requires_grad_(False)
+    unit = Unit("block", ("block.0", "block.2"))
+    working = [
+        foresee(model, [unit], torch.rand(2, 3, 5, 5), QuantConfig(batch_size=size))["block"].working
+        for size in (10, 30)
+    ]
+    given, middle, left = 3 * 25 * 4, 8 * 25 * 4, 2 * 25 * 4
+    assert (working[1] - working[0]) / 20 == given + middle + 3 * (given + left)
+    plain = foresee(model, [unit], torch.rand(2, 3, 5, 5), QuantConfig(rounding="nearest", search_samples=4))["block"]
+    assert plain.working < working[0]
 
 
 CONFIGS = {
