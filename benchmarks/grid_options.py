@@ -60,7 +60,7 @@ def cell(track: str, bits: int, flags: list[str]) -> str:
     calibration = [] if "nearest" in flags else ["--calib_samples" if track == "cnn" else "--optim_size", "256"]
     measured: list[str] = []
 
-    def measure(network: Any, source: Any, images: Any, config: Any, options: Any, **_: Any) -> None:
+    def measure(network: Any, source: Any, images: Any, config: Any, options: Any, *_: Any, **__: Any) -> None:
         reset_peak()
         before, start = resident_mib(), time.perf_counter()
         quantized, _report = quantize_model(

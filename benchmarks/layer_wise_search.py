@@ -1,6 +1,7 @@
 """Layer-wise DBS of a 512→512 3×3 convolution, against plain forward passes.
 
     python benchmarks/layer_wise_search.py [--size 7] [--images 32] [--bits 4] [--channels 512] [--kernel 3]
+        [--scale_search none]
 
 Reference 1 runs one forward pass of the layer per candidate, all channels rounded at once. Reference 2 runs one per
 candidate and channel, only that channel rounded, as a search that cannot separate channels would; it is timed on a few
@@ -21,7 +22,7 @@ from logart.dbs import layer_error, layer_moments
 from logart.grid import Codebook
 from logart.layers import QuantConv2d
 from logart.rounding import dequantize, nearest
-from logart.search import least_error, log_candidates
+from logart.search import ScaleSearch, least_error, log_candidates
 
 FEW = 2  # channels that reference 2 is timed on
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--channels", type=int, default=512)
     parser.add_argument("--kernel", type=int, default=3)
+    parser.add_argument("--scale_search", choices=[way.value for way in ScaleSearch], default="none")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -42,7 +44,7 @@ def main() -> None:
     x_float = torch.randn(args.images, c, args.size, args.size).relu_()
     x = x_float + 0.05 * torch.randn_like(x_float)
     w = layer.rows
-    candidates = log_candidates(w.abs().amax(1), args.bits)
+    candidates = log_candidates(w.abs().amax(1), args.bits, scale_search=ScaleSearch(args.scale_search))
 
     def by_moments() -> Tensor:
         moments = layer_moments(conv, layer, conv, layer, x_float, x)

@@ -1,0 +1,60 @@
+"""The benchmarks run, small: they use the project as its users do, and nothing else tells when it has moved on."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory of a Linux process")
+SMALL = {
+    "block_memory": ("--arch cifar_resnet20 --size 32 --images 4 --batch_size 2", r"layer3\.2\.conv1 .* \d\.\d\d \|"),
+    "capture_memory": ("--images 8 --width 4 --size 8 --way 'one copy'", r"\d"),
+    "compensated_rounding": ("--runs 1", r"one sweep of descent"),
+    "grid_options cnn": ("--bits 4 --rows compensated --data_path digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
+    "grid_options vit": ("--bits 4 --rows compensated --dataset digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
+    "layer_wise_search": ("--size 3 --images 2 --channels 8 --runs 1", r"by second moments +0\.\d\d s"),
+    "llr_step": ("--size 3 --batch 2 --runs 1", r"\d+\.\d\d"),
+    "packed_network": ("--arch cifar_resnet20 --size 32 --runs 1", r"on-the-fly"),
+    "vit_blocks": ("--images 2 --steps 1 --depth 1 --metric mse", r"\d+\.\d"),
+}
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_benchmarks_are_here() -> None:
+    helpers = {"memory", "timing"}
+    assert {path.stem for path in FOLDER.glob("*.py")} - helpers == {key.split()[0] for key in SMALL}
+
+
+@LINUX
+@pytest.mark.parametrize("key", SMALL)
+def test_it_runs(key: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    flags, said = SMALL[key]
+    name, *words = key.split()
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / f"{name}.py"), *words, *shlex.split(flags)])
+    module = loaded(name)
+    if name == "compensated_rounding":
+        monkeypatch.setattr(module, "LAYERS", {"some": (4, 130)})
+    if name == "packed_network":  # which measures each way in a process of its own
+
+        def here(command: list[str], check: bool) -> None:
+            monkeypatch.setattr(sys, "argv", command[1:])
+            module.main()
+
+        monkeypatch.setattr(module.subprocess, "run", here)
+    module.main()
+    assert re.search(said, capfd.readouterr().out)
