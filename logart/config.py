@@ -43,19 +43,19 @@ class ReconMetric(str, Enum):
     HESSIAN_PERTURB = "hessian_perturb"
 
 
-# Defaults by name; what each is good for is in EXPERIMENTS.md.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"rounding": Rounding.COMPENSATED, "calib_samples": 256},
-    "paper": {"rounding": Rounding.LEARNED, "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0},
-    "best": {
-        "rounding": Rounding.BOTH,
-        "calib_samples": 1024,
-        "scale_search": ScaleSearch.GRID,
-        "zero_code": True,
-        "iters": 500,
-        "lr": 0.03,
-    },
-}
+PRESETS = ("fast", "paper", "best")
+
+
+def preset(name: str, n_bits: int) -> dict[str, Any]:
+    """The defaults that a preset of `PRESETS` stands for at a bit width; what each is good for is in EXPERIMENTS.md."""
+    if name == "paper":
+        return {"rounding": Rounding.LEARNED, "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
+    if name == "fast":
+        return {"rounding": Rounding.COMPENSATED, "calib_samples": 256}
+    best = {"rounding": Rounding.COMPENSATED, "calib_samples": 1024}
+    best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
+    # With more bits there is nothing left for these to gain, and thousands of candidates to search.
+    return best | ({"scale_search": ScaleSearch.GRID, "zero_code": True} if n_bits <= 4 else {})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from logart import flags
 from logart.claims import claimed
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
-from logart.config import PRESETS, QuantConfig, ReconInput, Rounding
+from logart.config import QuantConfig, ReconInput, Rounding, preset
 from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
 from logart.flags import describe
 from logart.run import check_network, check_outputs, run
@@ -85,7 +85,7 @@ def build_parser() -> FlagParser:
 
 def build_config(args: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for; UserError for a value out of range or a flag that cannot act."""
-    chosen = PRESETS[args.preset] if args.preset is not None else {}
+    chosen = {} if args.preset is None else preset(args.preset, otherwise(args.n_bits_w, QuantConfig.n_bits))
     chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)
     learning = ("calib_lr", "recon_input")

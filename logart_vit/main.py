@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from logart import flags
 from logart.claims import claimed
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
-from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding
+from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
 from logart.data import DIGITS, calibration_images, open_images
 from logart.flags import describe
 from logart.run import check_network, check_outputs, run
@@ -92,7 +92,7 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
             raise UserError(f"--{name}: expected {least} or more, got {loading[name]}")
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
     fields |= {"recon_input": values["optim_mode"], "rounding": Rounding.NEAREST, "head_kl": True, "seed": 0}
-    fields |= PRESETS[args.preset] if args.preset is not None else {}
+    fields |= {} if args.preset is None else preset(args.preset, otherwise(args.w_bit, fields["n_bits"]))
     flag_fields = FIELDS | {"rounding": "rounding", "seed": "seed"}
     fields |= {flag_fields[name]: value for name, value in given(args, flag_fields).items()}
     fields["recon_input"] = MODES[fields["recon_input"]]

@@ -241,7 +241,7 @@ OF_A_RUN = {
 @pytest.mark.parametrize(("arch", "most"), [("digits_resnet", 1.2), ("digits_vit", 1.02), ("cifar_resnet20", 1.02)])
 def test_small_networks_pay_little_for_names_and_settings(arch: str, most: float, n_bits: int, tmp_path: Path) -> None:
     model, images, info = named(arch)
-    quantized = nearest(model, images, n_bits=n_bits)
+    quantized = nearest(model, images, n_bits=n_bits, scale_method="log_sqrt2")
     path = tmp_path / "a.safetensors"
     save_packed(quantized, path, {**quantized.packed_info, **info, **OF_A_RUN})  # type: ignore[dict-item]
     layers = quantized_layers(quantized).values()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod, preset
 from logart.grid import ScaleMethod
 from logart.search import ScaleSearch
 
@@ -150,10 +150,13 @@ def test_scales_make_any_log_grid_one_to_search(scale_method: ScaleMethod, scale
 
 
 def test_presets_are_settings() -> None:
-    assert QuantConfig(**PRESETS["fast"]) == QuantConfig(rounding=Rounding.COMPENSATED, calib_samples=256)
-    assert QuantConfig(**PRESETS["paper"]) == QuantConfig(iters=20000, rrweight=10000.0)
-    best = QuantConfig(**PRESETS["best"])
-    assert best.compensates and best.learns
+    closed = {"rounding": Rounding.COMPENSATED}
+    for n_bits in range(2, 9):
+        assert QuantConfig(**preset("fast", n_bits)) == QuantConfig(**closed, calib_samples=256)
+        assert QuantConfig(**preset("paper", n_bits)) == QuantConfig(iters=20000, rrweight=10000.0)
+        grid = {"scale_search": ScaleSearch.GRID, "zero_code": True} if n_bits < 5 else {}
+        best = QuantConfig(**closed, **grid, calib_samples=1024, iters=500, lr=0.03)
+        assert QuantConfig(**preset("best", n_bits)) == best
     assert set(PRESETS) == {"fast", "paper", "best"}
 
 

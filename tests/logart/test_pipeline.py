@@ -246,7 +246,7 @@ def test_no_option_spends_more_codes_than_there_are(n_bits: int, monkeypatch: py
         ScaleSearch, (False, True), (False, True), (0, 2, 3, 4)
     ):
         options = {"scale_search": scale_search, "asymmetric": asymmetric, "zero_code": zero_code}
-        for rounding in Rounding:
+        for rounding in (Rounding.NEAREST, Rounding.BOTH):  # which runs the other two
             config = QuantConfig(n_bits, hardware_terms=terms, rounding=rounding, **options, **learning)  # type: ignore[arg-type]
             quantized, _ = quantize_model(model, config, model.images)
             (layer,) = quantized_layers(quantized).values()

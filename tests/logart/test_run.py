@@ -202,7 +202,7 @@ def test_compensated_rounding_has_nothing_between_float_and_final(
     }  # fmt: skip
     assert row["rounding"] == rounding and float(row["search_seconds"]) == 0
     assert float(row["reconstruction_seconds"]) == round(report.reconstruction_seconds, 3) > 0
-    out = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("captured")]
+    out = told(capsys)
     assert [line.split(" Acc")[0].rstrip() for line in out[:2]] == ["float", title]
     assert out[-1].startswith("DBS 0.0 s, rounding ")
 

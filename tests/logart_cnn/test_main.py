@@ -142,13 +142,17 @@ def test_alias_weight_is_rrweight() -> None:
 
 FAST = QuantConfig(rounding=Rounding.COMPENSATED, calib_samples=256)
 MOST = {  # of preset best
-    "rounding": Rounding.BOTH, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
+    "rounding": Rounding.COMPENSATED, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
     "iters": 500, "lr": 0.03,
 }  # fmt: skip
+PLAIN = {"scale_search": ScaleSearch.NONE, "zero_code": False}  # from 5 bits on
 RESOLVED = {
     "fast": (FAST, "rounding=compensated calib_samples=256 "),
     "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
-    "best": (QuantConfig(**MOST), "rounding=both calib_samples=1024 "),
+    "best": (QuantConfig(**MOST), "rounding=compensated calib_samples=1024 "),
+    "best --n_bits_w 5": (QuantConfig(**MOST | PLAIN, n_bits=5), "zero_code=False rounding=compensated "),
+    "best --n_bits_w 8 --zero_code": (QuantConfig(**MOST | PLAIN | {"zero_code": True}, n_bits=8), "zero_code=True "),
+    "best --rounding both": (QuantConfig(**MOST | {"rounding": Rounding.BOTH}), "iters_w=500 "),
     "fast --n_bits_w 2 --scale_search half_step --asymmetric --zero_code --calib_samples 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
         "scale_search=half_step asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",

@@ -141,7 +141,7 @@ IDLE_FLAGS = [
     *((f"--rounding nearest --{flag}", f"--{flag.split()[0]} has no effect here: --rounding nearest learns nothing")
       for flag in ("calib_samples 8", "batch_size 8", "test_before_calibration")),
     ("--preset fast --search_method tensor_wise", "--search_method has no effect here: --rounding compensated search"),
-    ("--preset best --test_before_calibration", "--test_before_calibration has no effect here: --rounding both"),
+    ("--preset best --test_before_calibration", "--test_before_calibration has no effect here: --rounding compensated"),
     ("--hardware_approx_terms 2", "--hardware_approx_terms has no effect here: neither --hardware_approx nor --test_"),
     ("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
     ("--preset fast --iters_w 5", "--iters_w has no effect here: --rounding compensated learns nothing"),

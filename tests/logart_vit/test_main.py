@@ -203,13 +203,16 @@ def test_the_paper_s_command_is_understood_and_runs_as_it_stands(
 
 FAST = replace(BEST, rounding=Rounding.COMPENSATED, calib_samples=256)
 MOST = {  # of preset best
-    "rounding": Rounding.BOTH, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
+    "rounding": Rounding.COMPENSATED, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
     "iters": 500, "lr": 0.03,
 }  # fmt: skip
+PLAIN = {"scale_search": ScaleSearch.NONE, "zero_code": False}  # from 5 bits on
 RESOLVED = {
     "fast": (FAST, "rounding=compensated "),
     "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
-    "best": (replace(BEST, **MOST), "rounding=both "),
+    "best": (replace(BEST, **MOST), "rounding=compensated "),
+    "best --w_bit 5": (replace(BEST, **MOST | PLAIN, n_bits=5), "zero_code=False "),
+    "best --optimize": (replace(BEST, **MOST | {"rounding": Rounding.BOTH}), "iters_w=500 lr=0.03 "),
     "fast --w_bit 2 --scale_search half_step --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
         "scale_search=half_step asymmetric=True zero_code=True optim_size=32 ",

@@ -153,7 +153,7 @@ IDLE_FLAGS = [
     *((f"--rounding nearest --{flag}", f"--{flag.split()[0]} has no effect here: --rounding nearest learns nothing")
       for flag in ("optim_size 8", "optim_batch_size 8", "test_before_calibration")),
     ("--preset fast --search_method tensor_wise", "--search_method has no effect here: --rounding compensated search"),
-    ("--preset best --test_before_calibration", "--test_before_calibration has no effect here: --rounding both"),
+    ("--preset best --test_before_calibration", "--test_before_calibration has no effect here: --rounding compensated"),
     ("--hardware_approx_terms 2", "--hardware_approx_terms has no effect here: neither --hardware_approx nor --test_"),
     ("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
     *((f"--optimize --rounding {how}", f"--optimize has no effect here: --rounding {how} learns nothing")
