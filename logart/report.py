@@ -12,9 +12,10 @@ from pathlib import Path
 
 from logart.cli import FlagParser, run_command
 from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figures, markdown, page
+from logart.report_paper import Sources, paper_figures
 from logart.report_plots import against_bits, against_time, costs, has_costs
 from logart.report_runs import Run, RunLayer, read_run, run_figures
-from logart.report_tables import Group, Row, Section, Table, matching, paper_figures, sections
+from logart.report_tables import Group, Row, Section, Table, sections, signed
 from logart.results import read_rows
 from logart.runtime import UserError, write_whole
 
@@ -32,7 +33,7 @@ def results_blocks(rows: Sequence[Row], paper: Sequence[Row]) -> list[Block]:
 
     Args:
         rows: as `results.read_rows` gives them.
-        paper: figures to show beside, as `paper_figures` gives them.
+        paper: figures to show beside, as `report_paper.paper_figures` gives them.
 
     Raises:
         UserError: as `report_tables.sections`; no rows; matplotlib is missing.
@@ -45,34 +46,6 @@ def results_blocks(rows: Sequence[Row], paper: Sequence[Row]) -> list[Block]:
     for index, section in enumerate(found, 1):
         blocks += _section(section, f"network{index}", sources)
     return blocks + sources.blocks()
-
-
-class Sources:
-    """The paper's figures, and which of their sources were shown."""
-
-    def __init__(self, paper: Sequence[Row]) -> None:
-        self.paper = paper
-        self.shown: dict[str, int] = {}
-
-    def notes(self, group: Group) -> tuple[str, ...]:
-        """The lines of a cell that give the paper's figures for it."""
-        found = matching(group, self.paper)
-        return tuple(f"paper {r['Acc@1']} [{self.shown.setdefault(r['source'], len(self.shown) + 1)}]" for r in found)
-
-    def blocks(self) -> list[Block]:
-        """Where the figures come from."""
-        if not self.shown:
-            return []
-        said = "The paper's figures, by number. They are top-1 accuracies on ImageNet's 50,000 validation images; "
-        said += "settings that a source does not state, such as the bits of first and last layer, are not compared."
-        lines = (Paragraph("; ".join([f"[{n}] {text}", *self._settings(text)])) for text, n in self.shown.items())
-        return [Heading(2, "Sources"), Paragraph(said), *lines]
-
-    def _settings(self, source: str) -> list[str]:
-        told = (("DBS on {} images", "search_samples"), ("LLR on {} images", "calib_samples"), ("{} steps", "iters_w"))
-        rows = [row for row in self.paper if row["source"] == source]
-        seen = [(text, sorted({row[name] for row in rows if row[name]})) for text, name in told]
-        return [text.format(" or ".join(values)) for text, values in seen if values]
 
 
 def _section(section: Section, name: str, sources: Sources) -> list[Block]:
@@ -111,7 +84,7 @@ def _cell(groups: Sequence[Group], sources: Sources) -> Cell:
     for index, group in enumerate(groups):
         told = [f"n {group.n}", f"{group.seconds:.3g} s"]
         if group.distance is not None:
-            told.insert(1, f"{group.distance:+.2f}".replace("-", "−"))
+            told.insert(1, signed(group.distance))
         if index:
             notes.append(accuracy_text(group))
         if len(groups) > 1:

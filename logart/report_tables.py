@@ -1,4 +1,4 @@
-"""The figures of a report: rows of results.csv as ablation tables, the paper's own beside them.
+"""The figures of a report: rows of results.csv as ablation tables.
 
 A cell holds what may be averaged and nothing else: rows with the same settings, whatever they are, but for the seed.
 Settings that stages after the search do not share with rounding to nearest (LLR's steps, say) part tables of a network;
@@ -7,10 +7,8 @@ what the search itself saw parts rows.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import mean, stdev
 
 from logart.config import Rounding, SearchMethod
@@ -29,9 +27,6 @@ LLR = (
     "drop_prob temperature"
 ).split()
 DEFAULTS = ("preset", "config")
-PAPER_KEYS = (
-    "arch bits channel_wise scale_method search_method scale_search asymmetric hardware_approx hardware_approx_terms"
-).split()
 GRID_NAMES = {
     ScaleMethod.LOG_2.value: "base 2",
     ScaleMethod.LOG_SQRT2.value: "base √2",
@@ -171,6 +166,11 @@ class Section:
 def number(text: str) -> float | None:
     """A cell's number; None where it is empty."""
     return float(text) if text else None
+
+
+def signed(value: float) -> str:
+    """A difference in points."""
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def sections(rows: Sequence[Row]) -> tuple[list[Section], list[str]]:
@@ -318,22 +318,3 @@ def _network(row: Row) -> tuple[str, ...]:
 
 def _values(row: Row, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(row[name] for name in names)
-
-
-def paper_figures(path: Path | None = None) -> list[Row]:
-    """The paper's own results, each with its source; the rows of `paper_results.csv`."""
-    with open(path or Path(__file__).with_name("paper_results.csv"), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def matching(group: Group, figures: Iterable[Row]) -> list[Row]:
-    """The paper's figures of a group's network, bits and method; what a source does not state is not compared."""
-    ours = dict(group.row)
-    if ours["rounding"] in (Rounding.COMPENSATED.value, Rounding.BOTH.value) or ours["network_options"]:
-        return []
-    if ours["scale_search"] != "none":
-        ours["scale_search"] = "grid"
-    if ours.get("zero_code") == "True":
-        return []
-    rounding = Rounding.LEARNED.value if group.llr else Rounding.NEAREST.value
-    return [row for row in figures if row["rounding"] == rounding and all(row[k] == ours[k] for k in PAPER_KEYS)]

@@ -24,8 +24,9 @@ from logart.inspect import base_mix
 from logart.packed_file import PackedFile
 from logart.report import main, report_files, results_blocks
 from logart.report_page import Figure
+from logart.report_paper import KEYS, paper_figures
 from logart.report_runs import BINS, code_histogram, common_levels, read_run
-from logart.report_tables import PAPER_KEYS, paper_figures, sections
+from logart.report_tables import sections
 from logart.results import NAMES, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ def test_a_closed_form_that_saw_other_images_says_so() -> None:
 def test_the_papers_figures_stand_beside_their_cells() -> None:
     figures = paper_figures()
     assert figures and all(f["source"] and 0 < float(f["Acc@1"]) < 100 for f in figures)
-    keys = [tuple(f[k] for k in (*PAPER_KEYS, "rounding", "source")) for f in figures]
+    keys = [tuple(f[k] for k in (*KEYS, "rounding", "source")) for f in figures]
     assert len(set(keys)) == len(keys)
     readme = {f["Acc@1"] for f in figures if f["arch"] == "resnet18" and "README" in f["source"]}
     assert len(readme) == 10 and {"31.53", "69.24"} <= readme
@@ -214,6 +215,8 @@ def test_the_papers_figures_stand_beside_their_cells() -> None:
     assert page.cell(0, "dynamic, TW", "4 bits")[2:] == ["paper 57.10 [1]"]
     assert page.cell(0, "dynamic, TW", "4 bits, LLR")[2:] == ["paper 69.24 [1]"]
     assert "logart-lab/logart" in page.text and "Sources" in page.text
+    scaled = row(arch="resnet18", search_method="block_wise", scale_search="grid")
+    assert page_of(scaled, paper=figures).cell(0, "dynamic, BW", "4 bits, LLR")[2:] == ["paper 70.69 (−0.31) [1]"]
     for other in ({"arch": "net"}, {"arch": "resnet18", "bits": 3}, {"arch": "resnet18", "zero_code": "True"}):
         assert "Sources" not in page_of(row(**other), paper=figures).text
     assert "Sources" not in page_of(row(arch="resnet18"), paper=[]).text
