@@ -13,7 +13,7 @@ from pathlib import Path
 from logart.cli import FlagParser, run_command
 from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figures, markdown, page
 from logart.report_paper import Sources, paper_figures
-from logart.report_plots import against_bits, against_time, costs, has_costs
+from logart.report_plots import against_bits, against_time, costs
 from logart.report_runs import Run, RunLayer, read_run, run_figures
 from logart.report_tables import Group, Row, Section, Table, sections, signed
 from logart.results import read_rows
@@ -62,10 +62,8 @@ def _section(section: Section, name: str, sources: Sources) -> list[Block]:
         if settings:
             blocks.append(Details("settings of this table", (Paragraph(settings),)))
         blocks.append(against_bits(section, table, f"{name}_table{index}_bits"))
-    blocks.append(against_time(section, f"{name}_time"))
-    if has_costs(section):
-        blocks.append(costs(section, f"{name}_costs"))
-    return blocks
+    plots = (against_time(section, f"{name}_time"), costs(section, f"{name}_costs"))
+    return blocks + [plot for plot in plots if plot is not None]
 
 
 def _grid(table: Table, sources: Sources) -> Grid:
@@ -82,9 +80,11 @@ def _cell(groups: Sequence[Group], sources: Sources) -> Cell:
         return Cell("")
     notes: list[str] = []
     for index, group in enumerate(groups):
-        told = [f"n {group.n}", f"{group.seconds:.3g} s"]
+        told = [f"n {group.n}"]
         if group.distance is not None:
-            told.insert(1, signed(group.distance))
+            told.append(signed(group.distance))
+        if group.seconds is not None:
+            told.append(f"{group.seconds:.3g} s" if group.seconds < 999.5 else f"{group.seconds:.0f} s")
         if index:
             notes.append(accuracy_text(group))
         if len(groups) > 1:

@@ -7,7 +7,7 @@ what the search itself saw parts rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
@@ -53,14 +53,14 @@ class Measure:
         row: the run's.
         llr: whether rounding was learned when it was taken.
         accuracy: top-1, in %.
-        seconds: search and rounding up to there.
+        seconds: search and rounding up to there; None where the row does not say.
         final: whether it is of the run's final network.
     """
 
     row: Row
     llr: bool
     accuracy: float
-    seconds: float
+    seconds: float | None
     final: bool
 
     @property
@@ -94,7 +94,17 @@ class Group:
 
     @property
     def bits(self) -> int:
-        return int(float(self.row["bits"]))
+        return int(self.row["bits"])
+
+    @property
+    def closed(self) -> bool:
+        """Whether compensated rounding took part, which searches in a metric and a time of its own."""
+        return bool(self.measures[0].method[2])
+
+    @property
+    def search(self) -> object:
+        """What decided the search."""
+        return _values(self.row, GRID), self.measures[0].method
 
     @property
     def n(self) -> int:
@@ -118,14 +128,19 @@ class Group:
         return mean(known) if known else None
 
     @property
-    def seconds(self) -> float:
-        return mean(m.seconds for m in self.measures)
+    def seconds(self) -> float | None:
+        """Mean time of search and rounding; None where not every run says."""
+        return _mean(m.seconds for m in self.measures)
+
+    @property
+    def search_seconds(self) -> float | None:
+        """Mean time of the search alone; None where not every run says."""
+        return _mean(number(m.row["search_seconds"]) for m in self.measures)
 
     @property
     def memory(self) -> float | None:
         """Mean of the runs' peaks, in MiB; None where the runs went on after this."""
-        known = [number(m.row["peak_memory_mb"]) for m in self.measures if m.final]
-        return mean(k for k in known if k is not None) if known and None not in known else None
+        return _mean(number(m.row["peak_memory_mb"]) for m in self.measures if m.final)
 
 
 @dataclass
@@ -134,7 +149,7 @@ class Table:
 
     Attributes:
         settings: those of the table, by name.
-        title: what tells it from the network's other tables.
+        title: its number and what tells it from the network's other tables; empty where there are none.
         cells: by (method, bits, whether LLR ran); several groups where only the file that gave the defaults differs.
         labels: the methods' names, in the order of the table.
     """
@@ -152,20 +167,38 @@ class Table:
 
 @dataclass
 class Section:
-    """A network on its data: its tables, and every group once."""
+    """A network on its data: its tables, every group once, and what tells it from others of the same names."""
 
     row: Row
     tables: list[Table]
     groups: list[Group]
+    difference: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.row['arch']} on {self.row['data']}"
+        return f"{self.row['arch']} on {self.row['data']}" + (f" ({self.difference})" if self.difference else "")
+
+    @property
+    def lines(self) -> list[tuple[str, Group]]:
+        """Every group once, with its method's name; the table's number is before it where there are several."""
+        found: dict[int, tuple[str, Group]] = {}
+        for number, table in enumerate(self.tables, 1):
+            for method, label in table.labels.items():
+                for key in sorted(key for key in table.cells if key[0] == method):
+                    for group in table.cells[key]:
+                        found.setdefault(id(group), (f"{number}: " * (len(self.tables) > 1) + label, group))
+        return list(found.values())
 
 
 def number(text: str) -> float | None:
     """A cell's number; None where it is empty."""
     return float(text) if text else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    seen = list(values)
+    known = [value for value in seen if value is not None]
+    return mean(known) if known and len(known) == len(seen) else None
 
 
 def signed(value: float) -> str:
@@ -197,27 +230,38 @@ def sections(rows: Sequence[Row]) -> tuple[list[Section], list[str]]:
         networks.setdefault(_network(group.row), []).append(group)
     for found in networks.values():
         found.sort(key=lambda group: _place(group.measures[0].method))
-    return [Section(found[0].row, _tables(found), found) for found in networks.values()], notes
+    return [Section(g[0].row, _tables(g), g, _difference(g[0].row, networks)) for g in networks.values()], notes
+
+
+def _difference(row: Row, networks: Mapping[tuple[str, ...], Sequence[Group]]) -> str:
+    """What tells a network from others with its name on data with the same name."""
+    rows = [groups[0].row for groups in networks.values()]
+    same = [other for other in rows if (other["arch"], other["data"]) == (row["arch"], row["data"])]
+    told = [name for name in ("checkpoint", *NETWORK) if len({other[name] for other in same}) > 1]
+    return ", ".join(f"{name} {row[name][:24] or 'unknown'}" for name in told)
 
 
 def _check(row: Row, index: int) -> None:
     for name, (low, high) in _RANGES.items():
         try:
             value = number(row[name])
+            if name == "bits":
+                int(row[name] or 0)
             if value is not None and not low <= value <= high:  # nan is in no range
                 raise ValueError
         except ValueError:
             seen = f"row {index + 1} has {name} {row[name][:40]!r}"
-            raise UserError(f"results: {seen}; expected a number from {low:g} to {high:g}") from None
+            kind = "whole number" if name == "bits" else "number"
+            raise UserError(f"results: {seen}; expected a {kind} from {low:g} to {high:g}") from None
     for name in ("bits", "Acc@1"):
         if not row[name]:
             raise UserError(f"results: row {index + 1} has no {name}; expected a number")
 
 
 def _measures(row: Row) -> Iterable[Measure]:
-    search = number(row["search_seconds"]) or 0.0
+    search, rounding = number(row["search_seconds"]), number(row["reconstruction_seconds"])
     learned = row["rounding"] in (Rounding.LEARNED.value, Rounding.BOTH.value)
-    total = search + (number(row["reconstruction_seconds"]) or 0.0)
+    total = None if search is None or rounding is None else search + rounding
     if row["rounding"] == Rounding.LEARNED.value and row["search_Acc@1"]:
         yield Measure(row, False, float(row["search_Acc@1"]), search, False)
     yield Measure(row, learned, float(row["Acc@1"]), total, True)
@@ -268,9 +312,11 @@ def _tables(groups: Sequence[Group]) -> list[Table]:
             plain = [g for g in members if not g.llr]
             mine += [g for g in plain if _method(g) in methods or (llr == order[0] and _method(g) not in followed)]
             tables.append(_table(dict(zip(GRID, grid, strict=True)), dict(zip(LLR, llr, strict=False)), mine))
-    for table in tables:
-        told = {k: v for k, v in table.settings.items() if len({t.settings.get(k, "") for t in tables}) > 1}
-        table.title = ", ".join(f"{name} {value}" for name, value in told.items() if value)
+    for number, table in enumerate(tables, 1):
+        # What only LLR has tells nothing where a table is without.
+        told = {k: v for k, v in table.settings.items() if len({t.settings[k] for t in tables if k in t.settings}) > 1}
+        if len(tables) > 1:
+            table.title = f"Table {number}: " + ", ".join(f"{name} {value}" for name, value in told.items() if value)
     return tables
 
 

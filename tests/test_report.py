@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import warnings
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from small_runs import assert_refused
 from torch import nn
 
 import logart.report
+import logart.report_plots
 import logart.report_runs
 from logart import QuantConfig, quantize_model, save_packed
 from logart.inspect import base_mix
@@ -25,6 +27,7 @@ from logart.packed_file import PackedFile
 from logart.report import main, report_files, results_blocks
 from logart.report_page import Figure
 from logart.report_paper import KEYS, paper_figures
+from logart.report_plots import _searches, against_bits, against_time, costs, drawing, finished, plain_numbers
 from logart.report_runs import BINS, code_histogram, common_levels, read_run
 from logart.report_tables import sections
 from logart.results import NAMES, read_rows
@@ -222,6 +225,78 @@ def test_the_papers_figures_stand_beside_their_cells() -> None:
     assert "Sources" not in page_of(row(arch="resnet18"), paper=[]).text
 
 
+def test_a_time_that_no_row_tells_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_of(row(reconstruction_seconds=""), row(bits=3, search_seconds=1000, reconstruction_seconds="98765.4"))
+    assert page.cell(0, "dynamic, TW", "4 bits")[1] == "n 1 · −20.00 · 1 s"
+    assert page.cell(0, "dynamic, TW", "4 bits, LLR")[1] == "n 1 · −10.00"
+    assert page.cell(0, "dynamic, TW", "3 bits")[1:] == ["n 1 · −20.00 · 1000 s"]
+    assert page.cell(0, "dynamic, TW", "3 bits, LLR")[1:] == ["n 1 · −10.00 · 99765 s"]
+    ((section,), _) = sections([row(search_seconds="", peak_memory_mb="")])
+    assert against_time(section, "x") is None and costs(section, "x") is None
+
+
+def test_a_search_is_drawn_where_no_accuracy_was_taken_behind_it() -> None:
+    ((section,), _) = sections([row(**{"search_Acc@1": ""}), row(lr="0.5"), row(bits=3, search_seconds=5)])
+    assert sorted(_searches(section)) == [("1: dynamic, TW", 3, 5.0), ("1: dynamic, TW", 4, 1.0)]
+
+
+def test_networks_and_tables_are_told_apart() -> None:
+    closed = {"rounding": "both", "scale_search": "grid", "search_Acc@1": ""}
+    rows = [row(), row(lr="0.5"), row(**closed), row(checkpoint="b.pth", checkpoint_sha256="cd")]
+    first, second = sections(rows)[0]
+    assert first.title == "net on pictures (checkpoint net.pth, checkpoint_sha256 ab)"
+    assert second.title == "net on pictures (checkpoint b.pth, checkpoint_sha256 cd)"
+    assert [table.title for table in first.tables] == [
+        "Table 1: scale_search none, lr 0.01", "Table 2: scale_search none, lr 0.5",
+        "Table 3: scale_search grid, lr 0.01",
+    ]  # fmt: skip
+    assert second.tables[0].title == ""
+    assert sorted((label, group.llr) for label, group in first.lines) == [
+        ("1: dynamic, TW", False), ("1: dynamic, TW", True), ("2: dynamic, TW", True),
+        ("3: dynamic, TW, compensated", True),
+    ]  # fmt: skip
+    assert [label for label, _ in second.lines] == ["dynamic, TW", "dynamic, TW"]
+    ((section,), _) = sections([row(), row(rounding="compensated", scale_search="grid", lr="", iters_w=0)])
+    assert [t.title for t in section.tables] == ["Table 1: scale_search none", "Table 2: scale_search grid"]
+
+
+@pytest.mark.parametrize("title", ["W" * 90 + ": accuracy", "网" * 60 + " on x", "one two " * 30, "first\nsecond"])
+def test_titles_fit_their_figure(title: str) -> None:
+    with warnings.catch_warnings(), drawing(5.0, 3.0) as (canvas, _):
+        finished(canvas, "x", title, "")
+        text = canvas._suptitle.get_text()
+        assert "".join(text.split()) == "".join(title.split()) and ("\n" in text)
+        assert canvas._suptitle.get_window_extent().width <= canvas.bbox.width
+
+
+def test_every_method_is_in_the_legend_in_full() -> None:
+    rows = [row(search_samples=n, search_batch_size=n, calib_augment=a) for n in (32, 64) for a in ("True", "False")]
+    seen: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logart.report_plots, "finished", lambda canvas, *_: seen.append(
+            [" ".join(text.get_text().split()) for text in canvas.legends[0].get_texts()]))  # fmt: skip
+        ((section,), _) = sections(rows)
+        for table in section.tables:
+            against_bits(section, table, "x")
+            assert seen.pop() == ["float", *table.labels.values()]
+        against_time(section, "x")
+    assert len(seen[0]) == 1 + 4 == len(set(seen[0]))
+
+
+RANGES = [(0.155, 0.3), (6, 9.4), (0.41, 0.68), (6.1, 19), (0.052, 0.067), (1, 29), (1, 900)]
+
+
+@pytest.mark.parametrize("low, high", RANGES)
+def test_an_axis_has_numbers_to_read_by(low: float, high: float) -> None:
+    with drawing(2.5, 2.0) as (canvas, axes):
+        axis = axes[0, 0]
+        axis.set(xscale="log", xlim=(low, high))
+        plain_numbers(axis.xaxis)
+        canvas.draw_without_rendering()
+        labels = [label for label in axis.get_xticklabels(which="both") if low <= label.get_position()[0] <= high]
+    assert len([label for label in labels if label.get_text()]) >= 2
+
+
 HOSTILE = '</td><script>alert(1)</script><img src=x onerror=alert(2)>"\'|`$\\frac{_\x1b\u202e\udcff'
 
 
@@ -336,6 +411,7 @@ def test_wrong_calls_take_one_line_and_write_nothing(
     words = write_csv(tmp_path / "words.csv", Acc_at_1="fine")
     (tmp_path / "folder").mkdir()
     wide = write_csv(tmp_path / "wide.csv", bits="1e300")
+    half = write_csv(tmp_path / "half.csv", bits="4.5")
     nan = write_csv(tmp_path / "nan.csv", search_Acc_at_1="nan")
     bad_json = run_folder(tmp_path / "bad", packed)
     (bad_json / "report.json").write_text("[NaN]")
@@ -351,7 +427,8 @@ def test_wrong_calls_take_one_line_and_write_nothing(
         ([tmp_path / "empty.csv"], "results: the file holds no rows"),
         ([none], "results: the file holds no rows"),
         ([words], "results: row 1 has Acc@1 'fine'; expected a number from 0 to 100"),
-        ([wide], "results: row 1 has bits '1e300'; expected a number from 2 to 8"),
+        ([half], "results: row 1 has bits '4.5'; expected a whole number from 2 to 8"),
+        ([wide], "results: row 1 has bits '1e300'; expected a whole number from 2 to 8"),
         ([nan], "results: row 1 has search_Acc@1 'nan'; expected"),
         (["--run", tmp_path / "absent"], f"--run: {tmp_path / 'absent'}: does not exist"),
         (["--run", good], f"--run: {good}: is no safetensors file"),
