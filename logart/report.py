@@ -104,8 +104,8 @@ def run_blocks(run: Run, prefix: str) -> list[Block]:
     plots = run_figures(run, prefix)
     blocks: list[Block] = [Heading(2, f"Run {run.name}")]
     if not run.floats:
-        blocks.append(Paragraph("A packed file holds no float weights: the histograms are of the codes' levels, and "
-                                "loss curves are not known."))  # fmt: skip
+        blocks.append(Paragraph("A packed file holds no float weights: the histograms are of the quantized weights, "
+                                "and loss curves are not known."))  # fmt: skip
     if run.row:
         told = ", ".join(f"{name} {value}" for name, value in run.row.items() if value not in (None, ""))
         blocks.append(Details("settings and results of this run", (Paragraph(told),)))

@@ -92,9 +92,9 @@ def short(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def named(text: str) -> str:
-    """A method's name as it stands in a plot, on several lines where it is long."""
-    return textwrap.fill(printable(text).lstrip("_"), LONGEST, max_lines=4, placeholder=" …")
+def named(text: str, width: int = LONGEST) -> str:
+    """A name as it stands in a plot, on several lines where it is longer than `width` characters."""
+    return textwrap.fill(printable(text).lstrip("_"), width, max_lines=4, placeholder=" …")
 
 
 def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:

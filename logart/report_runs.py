@@ -15,13 +15,14 @@ import torch
 from logart.inspect import base_mix
 from logart.packed_file import PackedFile, PackedLayer
 from logart.report_page import Figure
-from logart.report_plots import COLOURS, drawing, finished, plain_numbers, short
+from logart.report_plots import COLOURS, drawing, finished, named, plain_numbers, short
 from logart.runtime import UserError
 from logart.weights import one_line
 
 PACKED, ACCOUNT, FORMAT = "packed.safetensors", "report.json", 1
 BINS, REACH = 60, 1.25  # of a histogram of weights, in units of the codebook's largest magnitude
 A_PAGE = 24  # small multiples in one figure
+PANEL = 34  # characters in a line of the title of one
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RunLayer:
 
     Attributes:
         histogram: counts in equal bins on ±`reach` of its codebook's largest magnitude.
-        levels: of the most common base mix, in the same unit; empty where they are not known.
+        levels: of a channel of the most common base mix, else of the first, in the same unit.
     """
 
     name: str
@@ -185,7 +186,7 @@ def _error(value: Any) -> float | None:
 
 
 def common_levels(layer: PackedLayer) -> list[float]:
-    """The levels of the layer's most common base mix, over the largest magnitude among them."""
+    """The levels of a channel of the most common base mix, else of the first, over their largest magnitude."""
     mix = base_mix(layer)
     first = 0
     if mix:
@@ -236,7 +237,9 @@ def _multiples(count: int) -> tuple[int, int]:
 
 def _histograms(run: Run, layers: Sequence[RunLayer], name: str) -> Figure:
     rows, columns = _multiples(len(layers))
-    what = "weights" if run.floats else "codes' levels (the file holds no float weights)"
+    what = "weights" if run.floats else "quantized weights"
+    mixed = any(layer.base_mix for layer in layers)
+    lines = f"levels of a channel{' of the most common base mix' if mixed else ', the first'}"
     with drawing(max(6.0, 2.5 * columns), 1.7 * rows + 0.9, rows, columns) as (canvas, axes):
         for axis in axes.flat[len(layers) :]:
             axis.set_visible(False)
@@ -251,40 +254,38 @@ def _histograms(run: Run, layers: Sequence[RunLayer], name: str) -> Figure:
                 color=COLOURS[1],
                 linewidth=0.5 if len(layer.levels) <= 32 else 0.15,
             )
-            axis.set_title(f"{short(layer.name)} ({layer.n_bits} bits)", fontsize=8)
+            axis.set_title(named(f"{layer.name} ({layer.n_bits} bits)", PANEL), fontsize=8)
             axis.tick_params(labelsize=7)
             axis.set(xlim=(-1.3, 1.3), ylim=(0, None))
             axis.grid(False)
-        canvas.supxlabel("value / largest level of its codebook; lines: levels of the most common base mix", fontsize=9)
-        canvas.supylabel(f"share of the {what.split(' (')[0]} [%]", fontsize=9)
-        alt = f"Per layer, the histogram of the {what}, with the levels of its most common base mix as lines."
+        canvas.supxlabel(f"value / largest level of its codebook; lines: {lines}", fontsize=9)
+        canvas.supylabel("share [%]", fontsize=9)
+        alt = f"Per layer, the histogram of the {what}, with the {lines}, as lines."
         return finished(canvas, name, f"{short(run.name)}: {what} per layer", alt)
 
 
 def _mixes(run: Run, layers: Sequence[RunLayer], name: str) -> Figure:
-    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
-    most = max(max(layer.base_mix) for layer in layers)
-    with drawing(7.5, 1.7 + 0.2 * len(layers)) as (canvas, axes):
+    colours = ScalarMappable(Normalize(0, max(1, *(k for layer in layers for k in layer.base_mix))), "cividis")
+    names = [named(layer.name) for layer in layers]
+    lines = 1 + max(name.count("\n") for name in names)
+    with drawing(7.5, max(2.6, 1.7 + 0.2 * lines * len(layers))) as (canvas, axes):
         axis = axes[0, 0]
-        seen: set[int] = set()
         for place, layer in enumerate(layers):
             total, left = sum(layer.base_mix.values()), 0.0
             for k, count in sorted(layer.base_mix.items()):
-                colour = colormaps["cividis"](k / max(1, most))
-                label = f"_{k}" if k in seen else str(k)
-                axis.barh(place, 100 * count / total, 0.8, left, color=colour, edgecolor="white", linewidth=0.5,
-                          label=label)  # fmt: skip
-                seen.add(k)
+                axis.barh(place, 100 * count / total, 0.8, left, color=colours.to_rgba(np.array(k)), edgecolor="white",
+                          linewidth=0.5)  # fmt: skip
                 left += 100 * count / total
-        axis.set_yticks(range(len(layers)), [short(layer.name) for layer in layers], fontsize=8)
+        axis.set_yticks(range(len(layers)), names, fontsize=8)
         axis.set(xlim=(0, 100), ylim=(len(layers) - 0.5, -0.5), xlabel="channels [%]")
         axis.grid(False)
-        handles, labels = axis.get_legend_handles_labels()
-        pairs = sorted(zip(labels, handles, strict=True), key=lambda pair: int(pair[0]))
-        pairs = pairs[:: max(1, len(pairs) // 16)]
-        canvas.legend([h for _, h in pairs], [text for text, _ in pairs], loc="outside right upper",
-                      title="levels of\nbase 2")  # fmt: skip
+        bar = canvas.colorbar(colours, ax=axis, label="base-2 levels of a sign", fraction=0.04)
+        bar.locator = MaxNLocator(integer=True)
+        bar.update_ticks()
         alt = "Per layer, the share of channels by how many of their magnitudes are base 2 (the others are base √2)."
         return finished(canvas, name, f"{short(run.name)}: base mix over the channels", alt)
 
@@ -301,7 +302,7 @@ def _losses(run: Run, blocks: Sequence[RunBlock], name: str) -> Figure:
                 axis.set_yscale("log")
                 plain_numbers(axis.yaxis)
             undone = " (undone)" if block.kept != "learned" else ""
-            axis.set_title(f"{short(block.name)}{undone}", fontsize=8)
+            axis.set_title(named(f"{block.name}{undone}", PANEL), fontsize=8)
             axis.tick_params(labelsize=7, which="both")
         canvas.supxlabel("LLR steps done [%]", fontsize=9)
         canvas.supylabel("loss", fontsize=9)

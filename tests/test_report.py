@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ import logart.report
 import logart.report_plots
 import logart.report_runs
 from logart import QuantConfig, quantize_model, save_packed
+from logart.grid import ScaleMethod
 from logart.inspect import base_mix
 from logart.packed_file import PackedFile
 from logart.report import main, report_files, results_blocks
 from logart.report_page import Figure
 from logart.report_paper import KEYS, paper_figures
 from logart.report_plots import _searches, against_bits, against_time, costs, drawing, finished, plain_numbers
-from logart.report_runs import BINS, code_histogram, common_levels, read_run
+from logart.report_runs import BINS, code_histogram, common_levels, read_run, run_figures
 from logart.report_tables import sections
 from logart.results import NAMES, read_rows
 
@@ -397,6 +398,34 @@ def test_many_layers_and_an_8_bit_grid_stay_usable(tmp_path: Path, monkeypatch: 
     assert {f.name for f in (tmp_path / "out").glob("*.png")} == {
         "run1_weights_1.png", "run1_weights_2.png", "run1_base_mix.png"
     }  # fmt: skip
+
+
+def test_a_runs_plots_name_their_layers_in_full_and_say_whose_levels_they_draw(tmp_path: Path) -> None:
+    names = [f"{'a_long_part_' * 5}{i}" for i in range(5)]
+    seen: list[Any] = []
+
+    def keep(canvas: Any, name: str, *_: Any) -> Figure:
+        canvas.draw_without_rendering()
+        titles = [axis.title for axis in canvas.axes if axis.get_visible() and axis.title.get_text()]
+        boxes = [title.get_window_extent() for title in titles]
+        rows = {round(box.y0): [b for b in boxes if round(b.y0) == round(box.y0)] for box in boxes}
+        assert all(a.x1 < b.x0 for row in rows.values() for a, b in zip(row, row[1:], strict=False))
+        seen.append(([re.sub(r"\s", "", title.get_text()) for title in titles], canvas._supxlabel.get_text(), canvas.axes))
+        return Figure(name, "", "", b"", b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logart.report_runs, "finished", keep)
+        for grid in (ScaleMethod.DYNAMIC, ScaleMethod.LINEAR_MSE):
+            model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names)).eval()
+            config = QuantConfig(n_bits=6, scale_method=grid, rounding="nearest")  # type: ignore[arg-type]
+            save_packed(quantize_model(model, config, torch.randn(4, 4))[0], tmp_path / "run.safetensors")
+            run_figures(read_run(str(tmp_path / "run.safetensors")), "run")
+    (panels, dynamic, _), (_, _, mix), (_, linear, _) = seen
+    assert panels == [f"{name}(6bits)" for name in names]
+    assert "most common base mix" in dynamic and "most common" not in linear and linear.endswith("the first")
+    assert [re.sub(r"\s", "", label.get_text()) for label in mix[0].get_yticklabels()] == names
+    top, bottom = mix[0].figure.bbox.y1, mix[0].figure.bbox.y0
+    assert all(bottom <= axis.get_tightbbox().y0 and axis.get_tightbbox().y1 <= top for axis in mix)
 
 
 def test_wrong_calls_take_one_line_and_write_nothing(
