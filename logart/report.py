@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from logart.cli import FlagParser, run_command
-from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figures, markdown, page
+from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figure_names, figures, markdown, page
 from logart.report_paper import Sources, paper_figures
 from logart.report_plots import against_bits, against_time, costs
 from logart.report_runs import Run, RunLayer, read_run, run_figures
@@ -20,6 +20,7 @@ from logart.results import read_rows
 from logart.runtime import UserError, write_whole
 
 TITLE = "LogART report"
+KINDS = ("png", "svg")
 HOW_TO_READ = (
     "Top-1 accuracy in %, mean ± standard deviation over n seeds; below it the distance to the float network in points "
     "and the seconds of search and rounding. Rows with different settings are never averaged. A click on a column's "
@@ -153,12 +154,14 @@ def _layer_cells(layer: RunLayer) -> tuple[Cell, ...]:
 
 def report_files(blocks: Sequence[Block]) -> dict[str, bytes]:
     """The files of a report by name, the page last."""
-    files = {f"{figure.name}.{kind}": getattr(figure, kind) for figure in figures(blocks) for kind in ("png", "svg")}
+    files = {f"{figure.name}.{kind}": getattr(figure, kind) for figure in figures(blocks) for kind in KINDS}
     return files | {"report.md": markdown(TITLE, blocks), "report.html": page(TITLE, blocks)}
 
 
 def write_report(files: Mapping[str, bytes], out: str) -> None:
     """Write the files into a folder, made where it is missing; each whole or not at all.
+
+    Of an older report there, the plots that its Markdown shows and this one has not are deleted, and nothing else.
 
     Raises:
         UserError: that is no folder, or cannot be written.
@@ -166,8 +169,13 @@ def write_report(files: Mapping[str, bytes], out: str) -> None:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        old = folder / "report.md"
+        text = old.read_text("utf-8", "replace") if old.is_file() else ""
+        shown = figure_names(text) if text.startswith(f"# {TITLE}\n") else []
         for name, data in files.items():
             write_whole(folder / name, data)
+        for name in {f"{name}.{kind}" for name in shown for kind in KINDS} - set(files):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot write {out!r}: {error.strerror or error}; expected a folder") from None
 

@@ -139,6 +139,11 @@ def figures(blocks: Sequence[Block]) -> list[Figure]:
     return found
 
 
+def figure_names(text: str) -> list[str]:
+    """The names of the figures that a Markdown page shows, as `markdown` wrote them: each on a line of its own."""
+    return re.findall(r"^!\[.*\]\((\w+)\.svg\)$", text, re.MULTILINE)
+
+
 def printable(text: object) -> str:
     """Text in which nothing moves a cursor or turns the direction of writing."""
     return "".join(c if c.isprintable() else "�" for c in str(text))

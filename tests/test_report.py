@@ -155,6 +155,25 @@ def test_the_page_is_whole_and_asks_nothing_of_a_network(shipped: Path) -> None:
     assert "87.73 ± 0.08" in told and "87.73 ± 0.08" in html
 
 
+def test_an_older_report_leaves_nothing_behind_and_loses_nothing_else(tmp_path: Path) -> None:
+    hostile = "![x](mine.svg)"
+    write_csv(tmp_path / "two.csv", row(arch=hostile, data="](mine.svg)"), row(arch="other"))
+    write_csv(tmp_path / "one.csv")
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "two.csv"), "--out", str(out)]) == 0
+    mine = {"mine.svg", "mine.png", "network2_notes.svg", "data.csv"}
+    for name in mine:
+        (out / name).write_text("kept")
+    (out / "network2_time.png").unlink()
+    assert main([str(tmp_path / "one.csv"), "--out", str(out)]) == 0
+    kinds = ("table1_bits", "time", "costs")
+    expected = {f"network1_{kind}.{end}" for kind in kinds for end in ("png", "svg")} | {"report.md", "report.html"}
+    assert {path.name for path in out.iterdir()} == expected | mine
+    assert all((out / name).read_text() == "kept" for name in mine)
+    (out / "report.md").write_text("# My own\n\n![mine](mine.svg)\n")
+    assert main([str(tmp_path / "one.csv"), "--out", str(out)]) == 0 and (out / "mine.svg").exists()
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", row(), row(bits=3))
     for name in ("one", "two"):
@@ -410,7 +429,8 @@ def test_a_runs_plots_name_their_layers_in_full_and_say_whose_levels_they_draw(t
         boxes = [title.get_window_extent() for title in titles]
         rows = {round(box.y0): [b for b in boxes if round(b.y0) == round(box.y0)] for box in boxes}
         assert all(a.x1 < b.x0 for row in rows.values() for a, b in zip(row, row[1:], strict=False))
-        seen.append(([re.sub(r"\s", "", title.get_text()) for title in titles], canvas._supxlabel.get_text(), canvas.axes))
+        texts = [re.sub(r"\s", "", title.get_text()) for title in titles]
+        seen.append((texts, canvas._supxlabel and canvas._supxlabel.get_text(), canvas.axes))
         return Figure(name, "", "", b"", b"")
 
     with pytest.MonkeyPatch.context() as patch:
