@@ -23,8 +23,7 @@ TITLE = "LogART report"
 KINDS = ("png", "svg")
 HOW_TO_READ = (
     "Top-1 accuracy in %, mean ± standard deviation over n seeds; below it the distance to the float network in points "
-    "and the seconds of search and rounding. Rows with different settings are never averaged. A click on a column's "
-    "name sorts by it."
+    "and the seconds of search and rounding. Rows with different settings are never averaged."
 )
 SEVERAL_FILES = "(same settings; given by {})"
 
@@ -186,6 +185,7 @@ def command(args: argparse.Namespace) -> None:
         raise UserError("nothing to report: expected a results file, or --run PATH")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out: {args.out!r} is a file; expected a folder")
+    runs = [read_run(path) for path in args.run or []]  # before the plots, which take seconds
     blocks: list[Block] = []
     if args.results is not None:
         try:
@@ -193,8 +193,8 @@ def command(args: argparse.Namespace) -> None:
         except UserError as error:
             raise UserError(str(error).removeprefix("--")) from None  # here it is no flag
         blocks += results_blocks(rows, paper_figures())
-    for index, path in enumerate(args.run or [], 1):
-        blocks += run_blocks(read_run(path), f"run{index}")
+    for index, run in enumerate(runs, 1):
+        blocks += run_blocks(run, f"run{index}")
     write_report(report_files(blocks), args.out)
     print(f"report: {Path(args.out) / 'report.html'}")
 

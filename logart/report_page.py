@@ -163,7 +163,7 @@ def _html(block: Block) -> str:
         case Grid():
             head = "".join(f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in block.head)
             rows = "\n".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in block.rows)
-            caption = f"<caption>{_text(block.caption)}</caption>"
+            caption = f"<caption>{_text(block.caption)}; a click on a column's name sorts</caption>"
             table = f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
             return f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(block.caption)}">{table}</div>'
 

@@ -78,6 +78,8 @@ def read_run(path: str) -> Run:
     """
     place = Path(path)
     name = place.name or str(place)
+    if not place.exists():
+        raise UserError(f"--run: {place}: does not exist; expected a packed file or a run folder")
     try:
         if not place.is_dir():
             return _packed_run(name, PackedFile.read(place))

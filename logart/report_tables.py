@@ -40,7 +40,7 @@ SEARCH_NAMES = {
 _ORDER = [*GRID_NAMES, ScaleMethod.LINEAR_MINMAX.value, ScaleMethod.LINEAR_MSE.value]
 _RANGES = {
     "bits": (MIN_BITS, MAX_BITS),
-    **dict.fromkeys(("Acc@1", "float_Acc@1", "search_Acc@1"), (0, 100)),
+    **dict.fromkeys(("Acc@1", "float_Acc@1", "search_Acc@1", "approx_Acc@1"), (0, 100)),
     **dict.fromkeys(("search_seconds", "reconstruction_seconds", "peak_memory_mb"), (0, 1e9)),
 }
 
@@ -54,7 +54,7 @@ class Measure:
         llr: whether rounding was learned when it was taken.
         accuracy: top-1, in %.
         seconds: search and rounding up to there; None where the row does not say.
-        final: whether it is of the run's final network.
+        final: whether it is the run's own result, and not one before LLR or with √2 replaced at test.
     """
 
     row: Row
@@ -260,11 +260,17 @@ def _check(row: Row, index: int) -> None:
 
 def _measures(row: Row) -> Iterable[Measure]:
     search, rounding = number(row["search_seconds"]), number(row["reconstruction_seconds"])
+    if row["hardware_approx"] != "True" and row["hardware_approx_terms"]:  # the sum stands for √2 at test only
+        at_test, row = row | {"hardware_approx": "at test"}, row | {"hardware_approx_terms": ""}
+    else:
+        at_test = row | {"approx_Acc@1": ""}
     learned = row["rounding"] in (Rounding.LEARNED.value, Rounding.BOTH.value)
     total = None if search is None or rounding is None else search + rounding
     if row["rounding"] == Rounding.LEARNED.value and row["search_Acc@1"]:
         yield Measure(row, False, float(row["search_Acc@1"]), search, False)
     yield Measure(row, learned, float(row["Acc@1"]), total, True)
+    if at_test["approx_Acc@1"]:
+        yield Measure(at_test, learned, float(at_test["approx_Acc@1"]), total, False)
 
 
 def _newest(measures: Iterable[Measure]) -> tuple[list[Measure], list[str]]:
@@ -285,7 +291,7 @@ def _newest(measures: Iterable[Measure]) -> tuple[list[Measure], list[str]]:
     if repeated:
         notes.append(f"{repeated} row(s) repeat the settings and seed of a newer one; the newest counts.")
     if differing:
-        notes.append(f"{differing} accuracies before LLR differ at the same settings and seed; one of them counts.")
+        notes.append(f"{differing} accuracies taken on a run's way differ at the same settings and seed; one counts.")
     return list(kept.values()), notes
 
 

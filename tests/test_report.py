@@ -153,6 +153,7 @@ def test_the_page_is_whole_and_asks_nothing_of_a_network(shipped: Path) -> None:
     told = (shipped / "report.md").read_text("utf-8")
     assert {name for name in re.findall(r"\]\((\w+)\.svg\)", told)} == names
     assert "87.73 ± 0.08" in told and "87.73 ± 0.08" in html
+    assert "click" in html and "click" not in told  # Markdown's tables do not sort
 
 
 def test_an_older_report_leaves_nothing_behind_and_loses_nothing_else(tmp_path: Path) -> None:
@@ -208,7 +209,20 @@ def test_a_learned_run_gives_both_cells_and_the_newest_of_equal_seeds_counts() -
         assert "1 row(s) repeat the settings and seed of a newer one" in page.text
     alone = page_of(row(**NEAREST, Acc_at_1=71), row())
     assert alone.cell(0, "dynamic, TW", "4 bits")[0] == "71.00"  # a run of its own goes before one on its way
-    assert "1 accuracies before LLR differ" in alone.text and "repeat" not in alone.text
+    assert "1 accuracies taken on a run's way differ" in alone.text and "repeat" not in alone.text
+
+
+def test_an_approximation_at_test_is_a_table_of_its_own() -> None:
+    both = {"hardware_approx_terms": 2, "approx_Acc@1": 55}
+    page = page_of(row(), row(seed=1, **both), row(hardware_approx="True", hardware_approx_terms=2, Acc_at_1=60))
+    titles = [f"Table {n}: hardware_approx {how}" for n, how in ((1, "False"), (2, "at test"), (3, "True"))]
+    assert [page.text.count(title) for title in titles] == [1, 1, 1]
+    assert page.cell(0, "dynamic, TW", "4 bits, LLR")[:2] == ["80.00 ± 0.00", "n 2 · −10.00 · 3 s"]
+    assert page.cell(1, "dynamic, TW", "4 bits, LLR")[:2] == ["55.00", "n 1 · −35.00 · 3 s"]
+    assert page.cell(2, "dynamic, TW", "4 bits, LLR")[0] == "60.00" and len(page.tables[1]) == 2
+    figures = page_of(row(arch="resnet18", **both), paper=paper_figures())
+    assert figures.cell(0, "dynamic, TW", "4 bits, LLR")[2:] == ["paper 69.24 [1]"]  # with the exact √2
+    assert len(figures.cell(1, "dynamic, TW", "4 bits, LLR")) == 2
 
 
 def test_settings_that_only_llr_has_part_no_tables() -> None:
@@ -479,7 +493,8 @@ def test_wrong_calls_take_one_line_and_write_nothing(
         ([half], "results: row 1 has bits '4.5'; expected a whole number from 2 to 8"),
         ([wide], "results: row 1 has bits '1e300'; expected a whole number from 2 to 8"),
         ([nan], "results: row 1 has search_Acc@1 'nan'; expected"),
-        (["--run", tmp_path / "absent"], f"--run: {tmp_path / 'absent'}: does not exist"),
+        (["--run", tmp_path / "absent"],
+         f"--run: {tmp_path / 'absent'}: does not exist; expected a packed file or a run folder"),
         (["--run", good], f"--run: {good}: is no safetensors file"),
         (["--run", tmp_path / "folder"], f"--run: {tmp_path / 'folder'} has no readable report.json"),
         (["--run", bad_json], f"--run: {bad_json / 'report.json'} is not a run's report"),
