@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from logart.config import Rounding
+from logart.report_groups import Group, Row, signed
 from logart.report_page import Block, Heading, Paragraph
-from logart.report_tables import Group, Row, signed
 
 KEYS = (
     "arch bits channel_wise scale_method search_method scale_search asymmetric hardware_approx hardware_approx_terms"

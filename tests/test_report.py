@@ -20,7 +20,7 @@ from torch import nn
 
 import logart.report
 import logart.report_plots
-import logart.report_runs
+import logart.report_run_plots
 from logart import QuantConfig, quantize_model, save_packed
 from logart.grid import ScaleMethod
 from logart.inspect import base_mix
@@ -29,7 +29,8 @@ from logart.report import main, report_files, results_blocks
 from logart.report_page import Figure
 from logart.report_paper import KEYS, paper_figures
 from logart.report_plots import _searches, against_bits, against_time, costs, drawing, finished, plain_numbers
-from logart.report_runs import BINS, code_histogram, common_levels, read_run, run_figures
+from logart.report_run_plots import run_figures
+from logart.report_runs import BINS, code_histogram, common_levels, read_run
 from logart.report_tables import sections
 from logart.results import NAMES, read_rows
 
@@ -418,7 +419,7 @@ def test_a_packed_file_and_a_run_folder_are_shown(
 
 
 def test_many_layers_and_an_8_bit_grid_stay_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logart.report_runs, "A_PAGE", 4)
+    monkeypatch.setattr(logart.report_run_plots, "A_PAGE", 4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), *(nn.Linear(4, 4) for _ in range(5))).eval()
     quantized, _ = quantize_model(model, QuantConfig(n_bits=8, rounding="nearest"), torch.randn(4, 1, 2, 2))  # type: ignore[arg-type]
@@ -448,7 +449,7 @@ def test_a_runs_plots_name_their_layers_in_full_and_say_whose_levels_they_draw(t
         return Figure(name, "", "", b"", b"")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logart.report_runs, "finished", keep)
+        patch.setattr(logart.report_run_plots, "finished", keep)
         for grid in (ScaleMethod.DYNAMIC, ScaleMethod.LINEAR_MSE):
             model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names)).eval()
             config = QuantConfig(n_bits=6, scale_method=grid, rounding="nearest")  # type: ignore[arg-type]
