@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from logart.inspect import base_mix
+from logart.outcome import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from logart.packed_file import PackedFile, PackedLayer
+from logart.run_folder import FORMAT, PACKED, REPORT
 from logart.runtime import UserError
 from logart.weights import one_line
-
-PACKED, ACCOUNT, FORMAT = "packed.safetensors", "report.json", 1
-BINS, REACH = 60, 1.25  # of a histogram of weights, in units of the codebook's largest magnitude
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,14 @@ def read_run(path: str) -> Run:
         raise UserError(f"--run: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{one_line(error):.80}"
-        raise UserError(f"--run: {place / ACCOUNT} is not a run's report ({reason}); expected a run folder") from None
+        raise UserError(f"--run: {place / REPORT} is not a run's report ({reason}); expected a run folder") from None
 
 
 def _account_text(place: Path) -> str:
     try:
-        return (place / ACCOUNT).read_text("utf-8")
+        return (place / REPORT).read_text("utf-8")
     except OSError as error:
-        raise UserError(f"{place} has no readable {ACCOUNT} ({error.strerror}); expected a run folder "
+        raise UserError(f"{place} has no readable {REPORT} ({error.strerror}); expected a run folder "
                         "or a packed file") from None  # fmt: skip
 
 
@@ -140,7 +139,7 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run
             _error(entry["error"]),
             int(entry["moved"]),
             _counts(entry["histogram"]),
-            REACH,
+            HISTOGRAM_RANGE,
             common_levels(file.layers[entry["name"]]),
         )
         for entry in account["layers"]
@@ -168,8 +167,8 @@ def _mix(values: Mapping[str, Any]) -> dict[int, int]:
 
 def _counts(values: Any) -> list[int]:
     counts = [int(count) for count in values]
-    if len(counts) != BINS or min(counts) < 0:
-        raise ValueError(f"a histogram without {BINS} counts")
+    if len(counts) != HISTOGRAM_BINS or min(counts) < 0:
+        raise ValueError(f"a histogram without {HISTOGRAM_BINS} counts")
     return counts
 
 
@@ -202,11 +201,11 @@ def code_histogram(layer: PackedLayer) -> tuple[list[int], float]:
     """
     levels = layer.spec.codebook(layer.n_bits, torch.float64).levels
     top = levels.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-    reach = REACH * (BINS + 1) / BINS
-    counts = np.zeros(BINS + 1, dtype=np.int64)
+    reach = HISTOGRAM_RANGE * (HISTOGRAM_BINS + 1) / HISTOGRAM_BINS
+    counts = np.zeros(HISTOGRAM_BINS + 1, dtype=np.int64)
     codes = layer.unpacked().reshape(layer.spec.channels, -1)
     for channel, row in enumerate(codes):
         uses = np.bincount(row.numpy(), minlength=levels.shape[1])
         relative = (levels[channel] / top[channel]).numpy()
-        counts += np.histogram(relative, BINS + 1, (-reach, reach), weights=uses)[0].astype(np.int64)
+        counts += np.histogram(relative, HISTOGRAM_BINS + 1, (-reach, reach), weights=uses)[0].astype(np.int64)
     return counts.tolist(), reach

@@ -24,13 +24,14 @@ import logart.report_run_plots
 from logart import QuantConfig, quantize_model, save_packed
 from logart.grid import ScaleMethod
 from logart.inspect import base_mix
+from logart.outcome import HISTOGRAM_BINS
 from logart.packed_file import PackedFile
 from logart.report import main, report_files, results_blocks
 from logart.report_page import Figure
 from logart.report_paper import KEYS, paper_figures
 from logart.report_plots import _searches, against_bits, against_time, costs, drawing, finished, plain_numbers
 from logart.report_run_plots import run_figures
-from logart.report_runs import BINS, code_histogram, common_levels, read_run
+from logart.report_runs import code_histogram, common_levels, read_run
 from logart.report_tables import sections
 from logart.results import NAMES, read_rows
 
@@ -415,7 +416,7 @@ def test_a_packed_file_and_a_run_folder_are_shown(
     assert [cell[0] for cell in skipped[1]] == ["odd", "its type"]
     assert "holds no float weights" in page.text and len(page.images) == 2 + 3
     assert read_run(str(folder)).floats and not read_run(str(packed)).floats
-    assert len(read_run(str(folder)).layers[0].histogram) == BINS
+    assert len(read_run(str(folder)).layers[0].histogram) == HISTOGRAM_BINS
 
 
 def test_many_layers_and_an_8_bit_grid_stay_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
