@@ -90,7 +90,8 @@ figure{margin:1em 0;padding:.5rem;overflow-x:auto;background:#fff;border:1px sol
 figure img{display:block;max-width:100%;height:auto;margin:auto}
 details{margin:.8em 0}summary{cursor:pointer;color:var(--soft)}
 @media screen and (max-width:40rem){figure img{max-width:none;width:38rem}}
-@media print{body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}figure,tr{break-inside:avoid}
+@media print{caption span{display:none}
+ body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}figure,tr{break-inside:avoid}
  details::details-content{content-visibility:visible;block-size:auto}
  th,td{padding:.15em .3em;white-space:normal}h2,h3{break-after:avoid}}
 """
@@ -163,7 +164,7 @@ def _html(block: Block) -> str:
         case Grid():
             head = "".join(f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in block.head)
             rows = "\n".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in block.rows)
-            caption = f"<caption>{_text(block.caption)}; a click on a column's name sorts</caption>"
+            caption = f"<caption>{_text(block.caption)}<span>; a click on a column's name sorts</span></caption>"
             table = f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
             return f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(block.caption)}">{table}</div>'
 
