@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from logart_cnn import models
 from logart_cnn.networks import DigitsResNet
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -53,3 +54,15 @@ def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
     save_file(state, path)
     return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's checkpoint folder, empty; and no network."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(models, "WEIGHT_URLS", {"resnet18": "http://127.0.0.1:9/resnet18_imagenet.pth.tar"})
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "home" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder

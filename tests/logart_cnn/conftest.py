@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from small_runs import Files, Outcome, outcomes
 
-from logart_cnn import models
 from logart_cnn.main import main
 
 
@@ -28,15 +26,3 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
     """Runs the command, each command line once."""
     with outcomes(main, tmp_path_factory.mktemp("outcomes") / "results.csv") as run:
         yield run
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's checkpoint folder, empty; and no network."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(models, "WEIGHT_URLS", {"resnet18": "http://127.0.0.1:9/resnet18_imagenet.pth.tar"})
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder = tmp_path / "home" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder

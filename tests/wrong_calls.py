@@ -1,0 +1,382 @@
+"""The table of wrong calls of both commands, and the files with something wrong in them.
+
+Words in braces stand for a flag's name, which the commands spell differently, or for a file of `Wrong`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from small_runs import SMALL, SMALL_KWARGS, VIT, VIT_KWARGS, Files, VitFiles, seeded, small_transformer
+
+from logart.results import NAMES
+from logart_cnn.networks import DigitsResNet
+
+WORDS = {
+    "cnn": {
+        "bits": "n_bits_w", "data": "data_path", "net": "arch", "search_images": "search_samples",
+        "images_flag": "calib_samples", "batch": "batch_size", "rate": "calib_lr", "workers": "workers", "learn": "",
+        "inputs": "recon_input", "prefix": "float", "timm": SMALL,
+        "on_digits": "--checkpoint {digits} --workers 0",
+        "on_images": f"--arch timm:{SMALL} --checkpoint {{small}} --model_kwargs {SMALL_KWARGS} --num_classes 4 "
+                     "--input_size 32 --workers 0 --iters_w 1 --calib_samples 4 --batch_size 2",
+    },
+    "vit": {
+        "bits": "w_bit", "data": "dataset", "net": "model", "search_images": "calib_size",
+        "images_flag": "optim_size", "batch": "optim_batch_size", "rate": "lr", "workers": "num_workers",
+        "learn": "--optimize", "inputs": "optim_mode", "prefix": "qinp", "timm": VIT,
+        "on_digits": "--checkpoint {digits} --num_workers 0",
+        "on_images": f"--model timm:{VIT} --checkpoint {{small}} --model_kwargs {VIT_KWARGS} --num_classes 4 "
+                     "--num_workers 0 --optimize --iters_w 1 --optim_size 4 --optim_batch_size 2",
+    },
+}  # fmt: skip
+
+
+class Call(NamedTuple):
+    """Flags, how the line that they get begins, and the commands that it is for."""
+
+    flags: str
+    message: str
+    tracks: tuple[str, ...] = ("cnn", "vit")
+
+    def of(self, track: str, wrong: Wrong) -> tuple[list[str], str]:
+        """The words to call the command with, and the line."""
+        texts = (self.flags, f"logart-{track}: {self.message}")
+        flags, line = (text.format_map(WORDS[track] | vars(wrong)).format_map(vars(wrong)) for text in texts)
+        return flags.split(), line
+
+
+def cnn(flags: str, message: str) -> Call:
+    return Call(flags, message, ("cnn",))
+
+
+def vit(flags: str, message: str) -> Call:
+    return Call(flags, message, ("vit",))
+
+
+def idle(flags: str, why: str, given: str = "", make: Callable[..., Call] = Call) -> list[Call]:
+    """A flag each (comma-separated) that has no effect beside the `given` ones."""
+    each = [flag.strip() for flag in flags.split(",")]
+    return [make(f"{given} --{flag}", f"--{flag.split()[0]} has no effect here: {why}") for flag in each]
+
+
+FLAGS = [
+    Call("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+    Call("digits", "unrecognized arguments: digits"),
+    cnn("--iters 3", "unrecognized arguments: --iters 3"),  # no abbreviations
+    vit("--optim 3", "unrecognized arguments: --optim 3"),
+    Call("--quiet=yes", "--quiet: ignored explicit argument 'yes'"),
+    Call("--asymmetric=yes", "--asymmetric/--no-asymmetric: ignored explicit argument 'yes'"),
+    vit("--optimize=yes", "--optimize: ignored explicit argument 'yes'"),
+    cnn("--n_bits_w", "--n_bits_w/--n-bits-w: expected one argument"),
+    cnn("--n_bits_w four", "--n_bits_w/--n-bits-w: invalid int value: 'four'"),
+    vit("--w_bit", "--w_bit/--w-bit: expected one argument"),
+    vit("--w_bit four", "--w_bit/--w-bit: invalid int value: 'four'"),
+    Call("--{bits} 1", "--{bits} must be 2 to 8, got 1"),
+    cnn("--n-bits-w 9", "--n_bits_w must be 2 to 8, got 9"),
+    vit("--w-bit 9", "--w_bit must be 2 to 8, got 9"),
+    Call("--first_last_bits 1", "--first_last_bits must be 2 to 8, got 1"),
+    Call("--first_last_bits 9", "--first_last_bits must be 2 to 8, got 9"),
+    Call("--first_last_bits all", "--first_last_bits: 'all' is neither a number of bits nor 'same'"),
+    Call("--scale_method cubic", "--scale_method/--scale-method: unknown grid 'cubic'; expected one of linear_mse"),
+    Call("--search_method tensor", "--search_method/--search-method: invalid choice: 'tensor'"),
+    Call("--scale_search full", "--scale_search/--scale-search: invalid choice: 'full'"),
+    cnn("--recon_input both", "--recon_input/--recon-input: invalid choice: 'both'"),
+    vit("--optim_metric hessian", "--optim_metric/--optim-metric: invalid choice: 'hessian'"),
+    vit("--optim_mode drop", "--optim_mode/--optim-mode: invalid choice: 'drop'"),
+    Call("--interpolation cubic", "--interpolation: invalid choice: 'cubic'"),
+    Call("--rounding round", "--rounding: invalid choice: 'round'"),
+    Call("--preset slow", "--preset: invalid choice: 'slow'"),
+    Call("--cache tape", "--cache: invalid choice: 'tape'"),
+    Call("--hardware_approx_terms 5", "--hardware_approx_terms/--hardware-approx-terms: invalid choice: 5"),
+    Call("--hardware_approx_terms two", "--hardware_approx_terms/--hardware-approx-terms: invalid int value: 'two'"),
+    *(Call(f"{{learn}} --{{{flag}}} 0", f"--{{{flag}}} must be at least 1, got 0")
+      for flag in ("images_flag", "search_images", "batch")),
+    vit("--calib_batch_size 0", "--calib_batch_size must be at least 1, got 0"),
+    vit("--optimize --optim_batch_size -1", "--optim_batch_size must be at least 1, got -1"),
+    Call("{learn} --iters_w -1", "--iters_w must be at least 0, got -1"),
+    Call("--iters_w 1e3", "--iters_w/--iters-w: invalid int value: '1e3'"),
+    Call("{learn} --{rate} 0", "--{rate} must be positive and --rrweight at least 0, got 0.0"),
+    cnn("--calib_lr nan", "--calib_lr/--calib-lr: 'nan' is not a finite number"),
+    vit("--lr nan", "--lr: 'nan' is not a finite number"),
+    Call("{learn} --rrweight -1", "--{rate} must be positive and --rrweight at least 0, got 0."),
+    Call("--weight inf", "--rrweight/--weight: 'inf' is not a finite number"),
+    Call("--rrweight inf", "--rrweight/--weight: 'inf' is not a finite number"),
+    Call("{learn} --b_start 2 --b_end 20", "--b_start ≥ --b_end > 1 is needed, got 2.0 and 20.0"),
+    Call("{learn} --b_end 1", "--b_start ≥ --b_end > 1 is needed"),
+    Call("--b_start nan", "--b_start/--b-start: 'nan' is not a finite number"),
+    Call("{learn} --warmup 1.5", "--warmup must be 0 to 1, got 1.5"),
+    Call("--warmup nan", "--warmup: 'nan' is not a finite number"),
+    vit("--optimize --drop_prob 1.5", "--drop_prob must be 0 to 1, got 1.5"),
+    vit("--optimize --drop_prob -0.5", "--drop_prob must be 0 to 1, got -0.5"),
+    vit("--drop_prob nan", "--drop_prob/--drop-prob: 'nan' is not a finite number"),
+    vit("--optimize --temperature 0", "--temperature must be positive, got 0.0"),
+    vit("--temperature inf", "--temperature: 'inf' is not a finite number"),
+    Call("--mean nan", "--mean: 'nan' is not a finite number"),
+    Call("--std inf", "--std: 'inf' is not a finite number"),
+    Call("--crop_pct nan", "--crop_pct/--crop-pct: 'nan' is not a finite number"),
+    Call("--seed -1", "--seed: expected 0 to 4294967295, got -1"),
+    Call("--seed 4294967296", "--seed: expected 0 to 4294967295, got 4294967296"),
+    Call("--seed 1.5", "--seed: invalid int value: '1.5'"),
+    vit("--val_batch_size 0", "--val_batch_size: expected 1 or more, got 0"),
+    Call("--{workers} -1", "--{workers}: expected 0 or more, got -1"),
+    Call("--device gpu", "--device: no device 'gpu'; expected auto, cpu, cuda or cuda:N"),
+    Call("--device cuda:99", "--device: cuda:99 asked for, but torch sees"),
+    Call("--device=", "--device: no device ''"),
+]  # fmt: skip
+
+LLR = "iters_w 5, {rate} 0.1, rrweight 1, b_start 9, b_end 3, warmup 0.1"
+UNLEARNED = "no stage of this run looks"
+IDLE = [
+    *idle("cache cpu", "no stage of this run captures anything", "--iters_w 0", cnn),
+    *idle("cache cpu", "no stage of this run captures anything", make=vit),
+    *idle("search_method layer_wise, {search_images} 32", "--scale_method log_2 searches", "--scale_method log_2"),
+    *idle("{search_images} 32", "--scale_method linear_mse", "--scale_method linear_mse"),
+    *idle("calib_samples 8, batch_size 8, rrweight 1, calib_lr 0.1, b_start 9, b_end 3, warmup 0.1, recon_input float, "
+          "test_before_calibration", "--iters_w 0 learns nothing", "--iters_w 0", cnn),
+    *idle(f"{LLR}, iters_w 0, optim_size 8, optim_batch_size 8, optim_metric mse, temperature 2, optim_mode qdrop, "
+          "drop_prob 0.5, test_before_calibration", "without --optimize nothing is learned", make=vit),
+    *idle("lr 0.1", "--iters_w 0 learns nothing", "--optimize --iters_w 0", vit),
+    *idle("lr 0.1", "--iters_w 0 learns nothing", "--optimize --config {unlearned}", vit),
+    *idle("hardware_approx", "--scale_method log_2 has no √2", "--scale_method log_2"),
+    *idle("hardware_approx", "--scale_method linear", "--scale_method linear_minmax"),
+    *idle("test_with_hardware_approx", "", "--scale_method log_2"),
+    *idle("test_with_hardware_approx", "", "--scale_method linear_mse"),
+    *idle("test_with_hardware_approx", "", "--hardware_approx"),
+    *idle("hardware_approx_terms 2", "neither --hardware_approx nor --test_"),
+    Call("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
+    *(call for grid in ("linear_mse", "linear_minmax")
+      for call in idle("scale_search, asymmetric, zero_code", f"--scale_method {grid} is not log",
+                       f"--scale_method {grid}")),
+    *(call for how in ("compensated", "both")
+      for call in idle("search_method layer_wise, {search_images} 4, test_before_calibration",
+                       f"--rounding {how} searches in the metric", f"--rounding {how}")),
+    *(call for how in ("nearest", "compensated")
+      for call in idle(f"{LLR}, {{inputs}} {{prefix}}", f"--rounding {how} learns nothing", f"--rounding {how}")),
+    *idle("{images_flag} 8, {batch} 8, test_before_calibration", "--rounding nearest learns nothing",
+          "--rounding nearest"),
+    *(call for how in ("nearest", "compensated")
+      for call in idle("optimize", f"--rounding {how} learns nothing", f"--rounding {how}", vit)),
+    *idle("search_method tensor_wise", "--rounding compensated search", "--preset fast"),
+    *idle("test_before_calibration", "--rounding compensated", "--preset best"),
+    *idle("iters_w 5, calib_lr 0.1", "--rounding compensated learns nothing", "--preset fast", cnn),
+    *idle("iters_w 5, lr 0.1, optim_metric mse", "without --optimize nothing is learned", "--preset fast", vit),
+    *idle("calib_augment", UNLEARNED, "--rounding nearest", cnn),
+    *idle("calib_augment, calib_list {twice}, save_calib_list new.txt", UNLEARNED, "--iters_w 0", cnn),
+    *idle("save_calib_list new.txt", "--calib_list has", "--calib_list {twice}", cnn),
+    *idle("calib_batch_size 4", "--rounding compensated", "--rounding compensated", vit),
+    *idle("calib_batch_size 8", "--scale_method log_2 searches", "--scale_method log_2", vit),
+    *(call for mode in ("qinp", "rinp")
+      for call in idle("drop_prob 0.5", "only --optim_mode qdrop mixes", f"--optimize --optim_mode {mode}", vit)),
+    *(call for metric in ("mse", "mae")
+      for call in idle("temperature 2", "only --optim_metric hessian_perturb has one",
+                       f"--optimize --optim_metric {metric}", vit)),
+    *idle("drop_prob 0.5", "only --optim_mode qdrop", "--optimize --config {plain}", vit),
+    *idle("temperature 2", "only --optim_metric hessian", "--optimize --config {plain}", vit),
+    *idle("search_method tensor_wise", "--scale_method log_2", "--config {base_2}", vit),
+    *idle("hardware_approx", "--scale_method log_2 has no √2", "--config {base_2}", vit),
+    *(vit(f"--config {{base_2}} --preset {preset}", f"--preset: {preset} and --config {{base_2}} both set the defaults")
+      for preset in ("fast", "paper", "best")),
+]  # fmt: skip
+
+CONFIGS = {
+    "misspelt": "optim_sise = 3",
+    "alien": "xyz = 3",
+    "activations": "a_bit = 8",
+    "textual": "w_bit = '4'",
+    "metric": "optim_metric = 'hessian'",
+    "one_bit": "w_bit = 1",
+    "nan_lr": "lr = float('nan')",
+    "no_batch": "val_batch_size = 0",
+    "base_2": "scale_method = 'log_2'",
+    "plain": "optim_metric, optim_mode = 'mse', 'qinp'",
+    "unlearned": "iters_w = 0",
+}
+BAD_CONFIGS = [
+    vit("--config {folder}/lost.py", "--config: {folder}/lost.py does not exist; expected a .py file that defines"),
+    vit("--config {folder}", "--config: {folder} is a folder; expected a .py file"),
+    vit("--config=", "--config: . is a folder"),
+    vit("--config {text}", "--config: {text} is no .py file"),
+    vit("--config {classless}", "--config: {classless} defines no class Config"),
+    vit("--config {failing}", "--config: {failing} cannot be loaded (ModuleNotFoundError: No module named"),
+    vit("--config {misspelt}", "--config: {misspelt} sets an unknown field optim_sise; did you mean optim_size?"),
+    vit("--config {alien}", "--config: {alien} sets an unknown field xyz; expected some of w_bit, a_bit"),
+    vit("--config {activations}", "--config: {activations}: a_bit must be 32, because activations stay in float; got"),
+    vit("--config {textual}", "--config: {textual}: w_bit must be an integer; got '4'"),
+    vit("--config {metric} --optim_metric mse", "--config: {metric}: optim_metric must be one of hessian_perturb, mse"),
+    vit("--config {one_bit}", "--w_bit must be 2 to 8, got 1"),
+    vit("--config {nan_lr}", "--lr must be positive and --rrweight at least 0, got nan"),
+    vit("--config {no_batch}", "--val_batch_size: expected 1 or more, got 0"),
+]
+
+LOST = f"{VIT_KWARGS} pretrained_cfg_overlay={{{{{{{{'file':'lost.pth','custom_load':False}}}}}}}}"  # no download
+NETWORKS = [
+    cnn("--arch resnet19", "--arch: no network 'resnet19'; perhaps resnet18"),
+    vit("--model vit_bsae", "--model: no network 'vit_bsae'; perhaps vit_base"),
+    vit("--model vit_tiny_patch16_224",
+        "--model: no network 'vit_tiny_patch16_224'; perhaps timm:vit_tiny_patch16_224"),
+    Call("--{net}=", "--{net}: no network ''"),
+    cnn("--arch timm:resnt50", "--arch: timm has no model 'resnt50'; perhaps resnet50"),
+    vit("--model timm:vit_tiny_patch16_244", "--model: timm has no model 'vit_tiny_patch16_244'; perhaps vit_"),
+    vit("--model timm:resnet10t",
+        "--model: timm:resnet10t: no transformer blocks found; expected a vision transformer"),
+    cnn("--arch resnet18", "--checkpoint: could not download http://127.0.0.1:9/resnet18_imagenet.pth.tar"),
+    cnn("--arch cifar_resnet20", "--checkpoint: cifar_resnet20 comes without weights; expected a file of them"),
+    vit(f"--model vit_tiny --model_kwargs {LOST}", "--model: no pretrained weights for vit_tiny ("),
+    Call("--checkpoint {folder}/lost.pth", "--checkpoint: {folder}/lost.pth does not exist"),
+    Call("--checkpoint {folder}", "--checkpoint: {folder} is a folder; expected a checkpoint file"),
+    Call("--checkpoint=", "--checkpoint: . is a folder; expected a checkpoint file"),
+    Call("--checkpoint {garbage}", "--checkpoint: {garbage} is not a checkpoint, or is damaged"),
+    Call("--checkpoint {header}", "--checkpoint: {header} is not a checkpoint, or is damaged"),
+    Call("--checkpoint {empty}", "--checkpoint: {empty} holds an empty dict"),
+    Call("--checkpoint {numbers}", "--checkpoint: {numbers} holds entries that are no tensors: epoch"),
+    Call("--checkpoint {module}", "--checkpoint: {module} holds a logart_cnn.networks.DigitsResNet; only tensors are"),
+    Call("--checkpoint {small}", "--checkpoint: the keys of small.safetensors do not fit the network: missing"),
+    vit("{on_images} --checkpoint {deep}", "--checkpoint: the keys of deep.pth do not fit the network: unexpected"),
+    cnn("--checkpoint {seven}",
+        "--checkpoint: seven.pth has 7 classes (linear.weight), but the network was built for 10"),
+    vit("{on_images} --checkpoint {seven}", "--checkpoint: seven.pth has 7 classes (head.weight), but the network was"),
+    cnn("--checkpoint {nan}", "--arch, --checkpoint: the float network's logits are not all finite"),
+    vit("{on_images} --dataset {images} --checkpoint {nan}",
+        "--model, --checkpoint: the float network's logits are not"),
+    cnn("--data_path {images} --arch squeezenet1_1 --checkpoint {squeezenet} --num_classes 4 "
+        "--input_size 8 --iters_w 0",
+        "--arch, --checkpoint: the network cannot run on images of 3×8×8 ("),
+    Call("{on_digits} --num_classes 0", "--num-classes: 0; expected at least 1"),
+    vit("{on_images} --num_classes 5 --model_kwargs num_classes=4",
+        "--num-classes: 5, but --model-kwargs has num_class"),
+    cnn("{on_digits} --model_kwargs drop_rate=0", "--model-kwargs: only for --arch timm:NAME, not for digits_resnet"),
+    Call("{on_images} --model_kwargs stem", "--model_kwargs: 'stem' is not of the form KEY=VALUE"),
+    Call("{on_images} --model_kwargs bogus=1", "--model-kwargs: timm cannot build {timm}"),
+    Call("{on_images} --model_kwargs a=1 a=2", "--model_kwargs: a is given twice"),
+    Call("{on_digits} --input_size 0", "--input-size: 0; expected at least 1"),
+    vit("{on_images} --input_size 24", "--input-size: 24, but --model-kwargs has img_size=16"),
+    Call("{on_digits} --crop_pct 2", "--crop-pct: 2.0; expected more than 0 and at most 1"),
+    Call("{on_digits} --mean 1 2 3", "--mean: 3 values; expected 1 or 1, one per input channel"),
+    Call("{on_digits} --std 0", "--std: 0.0; expected positive values"),
+]  # fmt: skip
+
+MANY = "images asked for; expected 1 to"
+DATA = [
+    Call("{on_images} --{data} {folder}/lost", "--{data}: no folder {folder}/lost; expected ImageNet layout"),
+    Call("{on_images} --{data} {garbage}", "--{data}: no folder {garbage}; expected ImageNet layout"),
+    Call("{on_images} --{data} {unsplit}", "--{data}: no folder 'train' under {unsplit}; expected ImageNet layout"),
+    Call("{on_images} --{data} {bare}", "--{data}: no images under {bare}/val (Found no valid file for the classes"),
+    Call("{on_images} --{data} {lone}", "--{data}: under {lone}, only 'train' has the class 'class3'"),
+    Call("{on_images} --{data} {three}", "--{data}: {three} has 3 classes, but the network has 4"),
+    Call("{on_images}", "--{data}: 'digits' has 1 channel, the network 3"),
+    Call("{on_digits} --{data} {images}", "--{data}: {images} has 4 classes, but the network has 10"),
+    Call("{on_images} --{data} {broken}", "--{data}: cannot read the image {broken}/train/class"),
+    Call("{on_images} --{data} {broken_val}", "--{data}: cannot read the image {broken_val}/val/class3/1.png"),
+    Call("{on_images} --{data} {images} --{images_flag} 9", f"--{{images_flag}}: 9 {MANY} 8"),
+    Call("{on_digits} --rounding compensated --{images_flag} 1298", f"--{{images_flag}}: 1298 {MANY} 1297"),
+    Call("{on_digits} {learn} --{images_flag} 1298", f"--{{images_flag}}: 1298 {MANY} 1297"),
+    Call("{on_digits} --search_method block_wise --{search_images} 2000", f"--{{search_images}}: 2000 {MANY} 1297"),
+    Call("{on_digits} --search_method layer_wise --{search_images} 1298", f"--{{search_images}}: 1298 {MANY} 1297"),
+    Call("{on_images} --{data} {images} --search_method block_wise --{search_images} 9",
+         f"--{{search_images}}: 9 {MANY}"),
+    cnn("{on_digits} --iters_w 0 --search_method block_wise --search_samples 2000",
+        f"--search_samples: 2000 {MANY} 1297"),
+    cnn("{on_digits} --iters_w 0 --search_method layer_wise --search_samples 1024 --calib_list {twice}",
+        f"--search_samples: 1024 {MANY} 4, the size of the saved list"),
+    cnn("{on_digits} --calib_list {folder}/lost.txt", "--calib_list: cannot read {folder}/lost.txt"),
+    cnn("{on_images} --data_path {images} --calib_list {strangers} --calib_samples 2",
+        "--calib_list: 'train/class0/7.png' is not a training image of pictures"),
+    cnn("{on_images} --data_path {images} --calib_list {twice}", "--calib_list: 'train/class0/0.png' is listed twice"),
+    cnn("{on_images} --data_path {images} --calib_list {strangers}", f"--calib_samples: 4 {MANY} 2"),
+]  # fmt: skip
+
+PLACES = [
+    Call("--run_dir {folder}", "--run_dir: the folder {folder} is not empty; pass a new or empty one"),
+    Call("--run_dir {header}", "--run_dir: {header} is a file; expected a folder"),
+    Call("--run_dir {folder}/lost/run", "--run_dir: no folder {folder}/lost; make it or pass another path"),
+    Call("--run_dir new --resume {folder}",
+         "--run_dir: new and --resume {folder} were both given; expected one of them"),
+    Call("--resume {folder}", "--resume: {folder} holds no run (run.json is missing); expected a --run_dir"),
+    Call("--resume {folder}/lost", "--resume: {folder}/lost holds no run (run.json is missing)"),
+    Call("--resume {header}", "--resume: cannot read {header}/run.json ("),
+    Call("--results {folder}/lost/results.csv", "--results: no folder '{folder}/lost'"),
+    Call("--results {folder}", "--results: '{folder}' is a folder"),
+    Call("--results=", "--results: '.' is a folder"),
+    Call("--results {header}", "--results: '{header}' has another header: column 1 is 'time'"),
+    Call("--results {cut}", "--results: '{cut}' has a cut row at line 2"),
+    cnn("--save_calib_list {folder}/lost/images.txt", "--save_calib_list: cannot write {folder}/lost/images.txt"),
+    cnn("--save_calib_list {folder}", "--save_calib_list: cannot write {folder}; expected the path of a file"),
+]  # fmt: skip
+
+TABLE = [
+    (track, call) for call in (*FLAGS, *IDLE, *BAD_CONFIGS, *NETWORKS, *DATA, *PLACES) for track in call.tracks
+]
+
+
+class Wrong:
+    """Files with something wrong in them, for a command whose sound files are `files`."""
+
+    def __init__(self, folder: Path, files: Files | VitFiles, make: Callable[..., Path]) -> None:
+        self.folder, self.images, self.digits, self.small = folder, files.images, files.digits, files.small
+        self.weights(folder)
+        self.pictures(folder, make)
+        self.texts(folder)
+
+    def weights(self, folder: Path) -> None:
+        self.garbage, self.empty, self.numbers = folder / "garbage.pth", folder / "empty.pth", folder / "numbers.pth"
+        self.garbage.write_bytes(b"no checkpoint")
+        torch.save({}, self.empty)
+        torch.save({"epoch": 3}, self.numbers)
+        self.module = folder / "module.pth"
+        torch.save(DigitsResNet(), self.module)
+        self.nan, self.seven = folder / "nan.pth", folder / "seven.pth"
+        self.deep, self.squeezenet = folder / "deep.pth", folder / "squeezenet.pth"
+
+    def pictures(self, folder: Path, make: Callable[..., Path]) -> None:
+        self.three = make(folder / "three", classes=3)
+        self.lone = make(folder / "lone")
+        (self.lone / "val" / "class3").rename(self.lone / "val" / "class9")
+        self.unsplit = make(folder / "unsplit") / "train"
+        self.bare = make(folder / "bare")
+        shutil.rmtree(self.bare / "val" / "class2")
+        (self.bare / "val" / "class2").mkdir()
+        self.broken, self.broken_val = make(folder / "broken"), make(folder / "broken_val")
+        for path in (*self.broken.glob("train/*/*.png"), self.broken_val / "val" / "class3" / "1.png"):
+            path.write_bytes(path.read_bytes()[:200])
+
+    def texts(self, folder: Path) -> None:
+        self.header, self.cut = folder / "header.csv", folder / "cut.csv"
+        self.header.write_text("time,arch\n1,2\n")
+        self.cut.write_text(",".join(NAMES) + "\n2026,cnn\n")
+        self.strangers, self.twice = folder / "strangers.txt", folder / "twice.txt"
+        self.strangers.write_text("train/class0/0.png\ntrain/class0/7.png\n")
+        self.twice.write_text("train/class0/0.png\n" * 4)
+        self.text = folder / "config.txt"
+        self.text.write_text("class Config:\n    w_bit = 4\n")
+        for name, line in CONFIGS.items():
+            path = folder / f"{name}.py"
+            path.write_text(f"class Config:\n    {line}\n")
+            setattr(self, name, path)
+        self.classless, self.failing = folder / "classless.py", folder / "failing.py"
+        self.classless.write_text("w_bit = 4\n")
+        self.failing.write_text("import no_such_module\n")
+
+
+def wrong_for_cnns(folder: Path, files: Files, make: Callable[..., Path]) -> Wrong:
+    wrong = Wrong(folder, files, make)
+    state = load_file(wrong.digits)
+    torch.save(state | {"conv1.weight": state["conv1.weight"] * torch.nan}, wrong.nan)
+    seeded(lambda: DigitsResNet(num_classes=7), wrong.seven)
+    seeded(lambda: torchvision.models.squeezenet1_1(num_classes=4), wrong.squeezenet)
+    return wrong
+
+
+def wrong_for_transformers(folder: Path, files: VitFiles, make: Callable[..., Path]) -> Wrong:
+    wrong = Wrong(folder, files, make)
+    state = load_file(wrong.small)
+    torch.save(state | {"pos_embed": state["pos_embed"] * torch.nan}, wrong.nan)
+    torch.save(state | {"head.weight": torch.ones(7, 12), "head.bias": torch.ones(7)}, wrong.seven)
+    seeded(lambda: small_transformer(words=VIT_KWARGS.replace("=2 ", "=3 ")), wrong.deep)
+    return wrong
