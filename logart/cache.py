@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from logart.runtime import NetworkError
+from logart.runtime import NoRoomError
 
 _RESERVE = 0.8  # of what is free; the rest is for what no estimate knows
 
@@ -109,7 +109,7 @@ class Cache:
             needs: of each block.
 
         Raises:
-            NetworkError: the captured tensors fit nowhere.
+            NoRoomError: the captured tensors fit nowhere.
         """
         free = self._free()
         if self.place is None:
@@ -118,7 +118,7 @@ class Cache:
                 name, need = max(needs.items(), key=lambda item: item[1].captured)
                 have = ", ".join(f"{place} {_mib(free[place])}" for place in _order())
                 told = f"captured inputs and targets of {name} take {_mib(need.captured)}; free: {have}"
-                raise NetworkError(f"{told}; expected fewer calibration images or more room")
+                raise NoRoomError(f"{told}; expected fewer calibration images or more room")
             self.place = fitting[0]
         width = max(map(len, ["block", *needs]))
         lines = [f"{'block':<{width}}  captured and working memory, foreseen"]
@@ -157,20 +157,21 @@ def _mib(count: float) -> str:
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """A tensor in a file that has no name any more: it goes with the tensor, or with the process."""
     elements = math.prod(shape)
-    descriptor, path = tempfile.mkstemp(".capture", ".", folder)
     try:
-        size = elements * dtype.itemsize
-        # Taken now: a disk that is full when a mapped page is written kills the process.
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.truncate(descriptor, size)
-        return torch.from_file(path, shared=True, size=elements, dtype=dtype).reshape(shape)
+        descriptor, path = tempfile.mkstemp(".capture", ".", folder)
+        try:
+            size = elements * dtype.itemsize
+            # Taken now: a disk that is full when a mapped page is written kills the process.
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(descriptor, 0, size)
+            else:
+                os.truncate(descriptor, size)
+            return torch.from_file(path, shared=True, size=elements, dtype=dtype).reshape(shape)
+        finally:
+            os.close(descriptor)
+            os.unlink(path)
     except OSError as error:
-        raise NetworkError(
+        raise NoRoomError(
             f"captured tensors of {_mib(elements * dtype.itemsize)} do not fit into {folder or tempfile.gettempdir()} "
             f"({error.strerror})"
         ) from error
-    finally:
-        os.close(descriptor)
-        os.unlink(path)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import io
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from logart.runtime import Interrupted, NothingToDo, UserError
@@ -59,6 +61,11 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         return 128 + 13  # SIGPIPE
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:
+        flag = _flag_of(error, args, parser)
+        if flag is None:
+            raise
+        parser.error(f"{flag}: cannot look at {error.filename} ({error.strerror}); expected a place that can be used")
     except NothingToDo as end:
         print(f"{parser.prog}: {end}", flush=True)
         return end.code
@@ -67,6 +74,21 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         print(f"{parser.prog}: interrupted; {how}", file=sys.stderr)
         return 130
     return 0
+
+
+def _flag_of(error: OSError, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:
+    """The flag that named the place which the system refuses to look at; None for other errors and other places."""
+    refused = error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+    if not refused or not isinstance(error.filename, (str, bytes, os.PathLike)):
+        return None
+    place = os.path.abspath(os.fsdecode(error.filename))
+    named = {}
+    for action in parser._actions:
+        values = getattr(args, action.dest, None)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str) and Path(place).is_relative_to(os.path.abspath(value)):
+                named[os.path.abspath(value)] = action.option_strings[0] if action.option_strings else action.dest
+    return named[max(named, key=len)] if named else None
 
 
 def _reader_is_gone() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,11 @@ def save_names(path: str | Path, names: Sequence[str], *, flag: str = "--save_ca
         Path(path).write_text("".join(f"{name}\n" for name in names), "utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"{flag}: cannot write {path} ({error.strerror})") from error
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """What tells one list of images from another: the first 16 hex digits of their names' SHA-256."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def load_names(path: str | Path, *, flag: str = "--calib_list") -> list[str]:

@@ -118,11 +118,20 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
     try:
         config = QuantConfig(**settings)
     except ValueError as error:
-        written = {field: f"--{flag}" for flag, field in flags.items()} | {"first_last_bits": "--first_last_bits"}
-        raise UserError(" ".join(written.get(word, word) for word in str(error).split())) from None
+        raise UserError(_named(str(error), args, flags)) from None
     if not 0 <= config.seed < 2**32:  # one seed for torch, which takes more, and for numpy, which does not
         raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
     return config
+
+
+def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> str:
+    """The message with the user's names: of the flags, or of the config file where no flag that it names was given."""
+    names = {field: flag for flag, field in flags.items()} | {"first_last_bits": "first_last_bits"}
+    words = error.split()
+    told = [names[word] for word in words if word in names]
+    of_file = getattr(args, "config", None) is not None and not given(args, told)
+    start, dashes = (f"--config: {args.config}: ", "") if of_file else ("", "--")
+    return start + " ".join(f"{dashes}{names[word]}" if word in names else word for word in words)
 
 
 def _first_last_bits(text: str) -> int | None:

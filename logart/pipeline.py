@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from logart import capture, surgery
 from logart.cache import Cache, Captured
@@ -24,7 +22,7 @@ from logart.losses import absolute_error, kl_divergence, squared_error
 from logart.memory import foresee
 from logart.outcome import Report, layer_reports
 from logart.reconstruct import BlockReport, Loss, learn_rounding
-from logart.runtime import NetworkError, progress_bar
+from logart.runtime import NetworkError, NoRoomError, progress_bar
 from logart.state import Done, Keeper
 from logart.surgery import Unit
 from logart.weights import one_line
@@ -174,11 +172,9 @@ class _Work:
             except torch.cuda.OutOfMemoryError as error:
                 place, self.cache.place = self.cache.place, self.cache.fall_back()
                 if self.cache.place is None:
-                    raise NetworkError(f"out of memory on {self.device} ({one_line(error)})") from error
-                tqdm.write(
-                    f"out of memory on {self.device}: captured tensors go from {place} to {self.cache.place}",
-                    sys.stderr,
-                )
+                    raise NoRoomError(f"out of memory on {self.device} ({one_line(error)})") from error
+                told = f"out of memory on {self.device}: captured tensors go"
+                self.keeper.warn(f"{told} from {place} to {self.cache.place}")
             for restore in undo:
                 restore()
             torch.cuda.empty_cache()

@@ -147,7 +147,10 @@ def _table(grid: dict[str, str], llr: dict[str, str], groups: Iterable[Group]) -
             for i, name in enumerate((*SEARCH, *CALIBRATION))
             if len({other[3 + i] for other in same}) > 1
             # a closed form may have seen other images than the LLR that the table's title tells of
-            or (name in ("calib_samples", "calib_augment") and method[3 + i] not in ("", "False", llr.get(name)))
+            or (
+                name in ("calib_samples", "calib_augment", "calib_list")
+                and method[3 + i] not in ("", "False", llr.get(name))
+            )
         ]
         table.labels[method] = ", ".join([plain[method], *told])
     return table

@@ -27,7 +27,7 @@ from logart.pipeline import quantize_model
 from logart.results import Cell, append_row, check_results, environment
 from logart.run_columns import config_columns, cost_columns, settings_columns
 from logart.run_folder import PACKED, RunFolder
-from logart.runtime import NetworkError, NonFiniteError, UserError, progress_bar
+from logart.runtime import NetworkError, NonFiniteError, NoRoomError, UserError, progress_bar
 from logart.weights import one_line
 
 
@@ -156,8 +156,7 @@ def run(
             + f"; row appended to {options.results}" * (not problems)
         )
     if problems:
-        kept = "" if folder is None else f"; the run is kept in {folder.path}"
-        raise UserError("; ".join(problems) + kept)
+        raise UserError("; ".join(problems))
     return report
 
 
@@ -169,22 +168,28 @@ def _write(
     options: RunOptions,
     folder: RunFolder | None,
 ) -> tuple[SizeTable | None, list[str]]:
-    """Write all that a run leaves, the run's folder first; the packed file's sizes, and what could not be written."""
+    """Write all that a run leaves, the run's folder first.
+
+    Returns:
+        The packed file's sizes; and what could not be written, with what was, where something could not.
+    """
     problems: list[str] = []
+    written: list[str] = []
     sizes = None
     if folder is not None:
-        with _going_on(problems, f"--run_dir: cannot write to {folder.path}"):
-            folder.finish(report, row, None)
         with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
+            folder.finish(report, row, None)
+            written.append(f"the run is kept in {folder.path}")
             save_packed(quantized, folder.path / PACKED, info)
     with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
         append_row(options.results, row)
-        if folder is not None:
+        written.append(f"the row is in {options.results}")
+        if folder is not None and len(written) == 2:
             folder.finish(report, row, options.results)
     if options.save is not None:
         with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
             sizes = save_packed(quantized, options.save, info)
-    return sizes, problems
+    return sizes, problems and problems + written
 
 
 @contextmanager
@@ -198,18 +203,32 @@ def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...]
         problems.append(f"{what} ({one_line(error)})")
 
 
-def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None) -> None:
+def check_outputs(
+    options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None, *, run_dir: str | None = None
+) -> None:
     """Raise UserError where the results row or the packed file could not be written at the end of the run.
 
     Args:
         options: names both files.
         model_kwargs: of the network, which the packed file must be able to say.
         checkpoint: the file of float weights, which the packed file must not replace.
+        run_dir: the run's folder, which gets a packed file too.
     """
     check_results(options.results)
-    if options.save is None:
+    if options.save is not None:
+        _check_place(options.save, checkpoint)
+    if options.save is None and run_dir is None:
         return
-    path, place = options.save, Path(options.save)
+    try:
+        if not can_be_loaded(json.loads(json.dumps(model_kwargs, allow_nan=False))):
+            raise ValueError("a packed file could not be loaded with these")
+    except (TypeError, ValueError) as error:
+        flag = "--save" if options.save is not None else "--run_dir"
+        raise UserError(f"--model-kwargs: {one_line(error)}; with {flag}, expected numbers, texts and lists") from error
+
+
+def _check_place(save: str, checkpoint: str | None) -> None:
+    path, place = save, Path(save)
     if place.suffix != ".safetensors":
         raise UserError(f"--save: {path!r}; expected a file that ends in .safetensors")
     if place.is_dir() or not place.parent.is_dir():
@@ -219,11 +238,6 @@ def check_outputs(options: RunOptions, model_kwargs: Mapping[str, Any] | None, c
         raise UserError(f"--save: {str(place.parent)!r} is not writable; expected a folder that takes the file")
     if checkpoint is not None and place.resolve() == Path(checkpoint).resolve():
         raise UserError(f"--save: {path!r} is the file that --checkpoint reads; expected another")
-    try:
-        if not can_be_loaded(json.loads(json.dumps(model_kwargs, allow_nan=False))):
-            raise ValueError("a packed file could not be loaded with these")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--model-kwargs: {one_line(error)}; with --save, expected numbers, texts and lists") from error
 
 
 def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:
@@ -291,6 +305,8 @@ def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
     except NonFiniteError as error:
         name = f" ({names[error.image]})" if error.image < len(names) else ""
         raise UserError(f"{flags}: {one_line(error)}{name}") from error
+    except NoRoomError as error:
+        raise UserError(f"--device, --cache: {one_line(error)}") from error
     except NetworkError as error:
         raise UserError(f"{flags}: {one_line(error)}") from error
 

@@ -2,7 +2,7 @@
 
     run.json              the flags given, and what decides the codes: settings, network, data, versions
     calibration.txt       the names of the calibration images
-    log.txt               what was printed
+    log.txt               what was printed, and warnings
     accuracies.json       of each stage that was measured
     blocks/STAGE-N        the state of each block that a stage is through with (`state`)
     packed.safetensors    the quantized network
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 import time
@@ -70,6 +71,7 @@ class RunFolder(Keeper):
     earlier: float = 0.0
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
     _full: bool = False
+    _log: TextIO = field(default_factory=io.StringIO)
 
     def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> Done | None:
         """See `Keeper`; a state that cannot be read is worked out again."""
@@ -79,7 +81,7 @@ class RunFolder(Keeper):
         try:
             return load_state(path, layers)
         except PackedFileError as error:
-            warn(f"{error}; the block is worked out again")
+            self.warn(f"{error}; the block is worked out again")
             return None
 
     def keep(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
@@ -98,6 +100,30 @@ class RunFolder(Keeper):
         """Keep the report and the results row, and in which file the row is by now; OSError where that fails."""
         content = {"format": FORMAT, "recorded": recorded, "row": dict(row)} | asdict(report)
         write_whole(self.path / REPORT, _json(content))
+
+    def warn(self, message: str) -> None:
+        """See `Keeper`; the log has it too."""
+        super().warn(message)
+        self._note(message)
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Keep what is printed in the log; a log that cannot be written stops nothing."""
+        with self._room():
+            self._log = open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+        try:
+            with redirect_stdout(_Both(sys.stdout, self._log)):  # type: ignore[type-var]
+                yield
+        except UserError as error:
+            self._note(str(error))
+            raise
+        finally:
+            with suppress(OSError):  # of a full disk
+                self._log.close()
+
+    def _note(self, line: str) -> None:
+        with suppress(OSError):
+            print(line, file=self._log, flush=True)
 
     @property
     def seconds(self) -> float:
@@ -119,9 +145,8 @@ class RunFolder(Keeper):
             yield
         except OSError as error:
             if not self._full:
-                warn(
-                    f"--run_dir: cannot write to {self.path} ({error.strerror}); the run goes on, but cannot be resumed"
-                )
+                told = f"--run_dir: cannot write to {self.path} ({error.strerror})"
+                self.warn(f"{told}; the run goes on, but cannot be resumed")
             self._full = True
 
 
@@ -161,8 +186,8 @@ def stored_flags(args: argparse.Namespace) -> argparse.Namespace:
     if args.run_dir is not None:
         raise UserError(f"--run_dir: {args.run_dir} and --resume {args.resume} were both given; expected one of them")
     path = Path(args.resume)
-    known = _read(path / RUN, args.resume)["flags"]
-    if (path / REPORT).exists() and _read(path / REPORT, args.resume)["recorded"] is not None:
+    known = _read(path / RUN, args.resume, flags=dict)["flags"]
+    if (path / REPORT).exists() and _read(path / REPORT, args.resume, row=dict).get("recorded") is not None:
         raise UserError(f"--resume: the run in {path} is finished; expected one that was interrupted")
     for name, value in vars(args).items():
         if name in FREE_FLAGS or value is None:
@@ -205,16 +230,11 @@ def opened(
             _take_over(folder, json.loads(json.dumps(dict(who))))
         else:
             _begin(folder, args, who, names)
-        log = open(path / "log.txt", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         try:
-            with log, redirect_stdout(_Both(sys.stdout, log)):  # type: ignore[type-var]
+            with folder.logged():
                 yield folder
         except KeyboardInterrupt:
             raise Interrupted(f"go on with --resume {path}") from None
-        except UserError as error:
-            with suppress(OSError), open(path / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{error}\n")
-            raise
 
 
 def check_folder(args: argparse.Namespace) -> None:
@@ -255,16 +275,19 @@ def _begin(folder: RunFolder, args: argparse.Namespace, who: Mapping[str, Any], 
 
 
 def _take_over(folder: RunFolder, who: Mapping[str, Any]) -> None:
-    before = _read(folder.path / RUN, str(folder.path))["identity"]
+    before = _read(folder.path / RUN, str(folder.path), identity=dict)["identity"]
     for name, value in who.items():
         if before.get(name) != value:
             raise UserError(
                 f"--resume: the run in {folder.path} began with {_difference(name, before.get(name), value)}"
             )
     if (folder.path / ACCURACIES).exists():
-        kept = _read(folder.path / ACCURACIES, str(folder.path))
+        kept = _read(folder.path / ACCURACIES, str(folder.path), seconds=float, accuracies=dict)
         folder.earlier = kept["seconds"]
-        folder.accuracies = {stage: Accuracy(**value) for stage, value in kept["accuracies"].items()}
+        try:
+            folder.accuracies = {stage: Accuracy(**value) for stage, value in kept["accuracies"].items()}
+        except TypeError as error:
+            raise UserError(f"--resume: cannot read {folder.path / ACCURACIES} ({error})") from error
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
@@ -277,11 +300,15 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"another {name}: {before}, now {now}"
 
 
-def _read(path: Path, folder: str) -> dict[str, Any]:
+def _read(path: Path, folder: str, **entries: type) -> dict[str, Any]:
+    """A file of the folder that holds entries of these types."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if content.get("format", FORMAT) != FORMAT:
             raise ValueError(f"format {content['format']}")
+        for name, kind in entries.items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"no {name}")
         return content  # type: ignore[no-any-return]
     except FileNotFoundError:
         raise UserError(f"--resume: {folder} holds no run ({path.name} is missing); expected a --run_dir") from None
@@ -319,8 +346,3 @@ class _Both:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def warn(message: str) -> None:
-    """A line on stderr."""
-    print(message, file=sys.stderr, flush=True)

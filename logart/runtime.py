@@ -36,6 +36,10 @@ class NetworkError(ValueError):
     """
 
 
+class NoRoomError(NetworkError):
+    """The device, host memory or the disk is too small for the run; the message says which and for what."""
+
+
 class NonFiniteError(NetworkError):
     """An image makes the network give NaN or infinite values; `image` is its index among the calibration images."""
 

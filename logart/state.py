@@ -6,11 +6,14 @@ after it see of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from logart.checkpoint import packed_layer
 from logart.layers import QuantizedLayer
@@ -36,6 +39,10 @@ class Keeper:
     def keep(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
         """Keep what a stage made of a unit's layers."""
 
+    def warn(self, message: str) -> None:
+        """A line on stderr, past the progress bars there."""
+        tqdm.write(message, sys.stderr)
+
 
 def save_state(path: Path, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
     """Write the state of a unit's rounded layers; OSError where that fails, and no half file."""
@@ -51,17 +58,23 @@ def load_state(path: Path, layers: Mapping[str, QuantizedLayer]) -> Done:
         PackedFileError: the file is damaged or is another unit's; the layers are as they were.
     """
     file = PackedFile.read(path)
+    done = _done(path, file.info)
     for name, layer in layers.items():
         packed = file.layers.get(name)
         if packed is None or (packed.shape, packed.n_bits, packed.dtype) != (layer.shape, layer.n_bits, layer.dtype):
             raise PackedFileError(f"{path} is no state of layer {name}")
-    if not {"seconds", "report"} <= set(file.info):
-        raise PackedFileError(f"{path} is no state of a block")
-    report = file.info["report"]
     for name, layer in layers.items():
         packed, device = file.layers[name], layer.rows.device
         codebook = packed.spec.codebook(packed.n_bits, packed.dtype).to(device)
         layer.set_codebook(codebook, packed.unpacked().to(device).reshape(layer.n_codebooks, -1))
         if name in file.rest:
             layer.bias = nn.Parameter(file.rest[name].to(device), requires_grad=False)
-    return Done(file.info["seconds"], report and BlockReport(**report | {"losses": tuple(report["losses"])}))
+    return done
+
+
+def _done(path: Path, info: Mapping[str, Any]) -> Done:
+    try:
+        report = info["report"]
+        return Done(float(info["seconds"]), report and BlockReport(**report | {"losses": tuple(report["losses"])}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PackedFileError(f"{path} is no state of a block") from error

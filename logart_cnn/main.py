@@ -14,7 +14,7 @@ from logart import flags
 from logart.claims import claimed
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import QuantConfig, ReconInput, Rounding, preset
-from logart.data import DIGITS, ImageSource, calibration_images, load_names, open_images, save_names
+from logart.data import DIGITS, ImageSource, calibration_images, load_names, names_digest, open_images, save_names
 from logart.flags import describe
 from logart.run import check_network, check_outputs, run
 from logart.run_columns import settings_columns
@@ -114,7 +114,7 @@ def command(args: argparse.Namespace) -> None:
         args, config, data=data_path, workers=workers, val_batch_size=128, network_flags="--arch, --checkpoint"
     )
     network_arguments = flags.network_arguments(args)
-    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
+    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint, run_dir=args.run_dir)
     check_folder(args)
     if args.save_calib_list is not None:
         _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
@@ -129,6 +129,7 @@ def command(args: argparse.Namespace) -> None:
     columns = flags.network_columns(args, network, "cnn", source.name)
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
+        columns["calib_list"] = None if names is None else names_digest(names)
     with claimed(options.results, settings_columns(columns, config, options.test_with_terms), options.once):
         images, chosen = _calibration_images(args, config, source, names)
         check_network(network.model, images, network.num_classes, flags=options.network_flags)

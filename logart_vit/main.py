@@ -89,7 +89,9 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
     loading = {name: otherwise(getattr(args, name), values[name]) for name in LOADING}
     for name, least in LOADING.items():
         if loading[name] < least:
-            raise UserError(f"--{name}: expected {least} or more, got {loading[name]}")
+            of_file = args.config is not None and getattr(args, name) is None
+            written = f"--config: {args.config}: {name}" if of_file else f"--{name}"
+            raise UserError(f"{written}: expected {least} or more, got {loading[name]}")
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
     fields |= {"recon_input": values["optim_mode"], "rounding": Rounding.NEAREST, "head_kl": True, "seed": 0}
     fields |= {} if args.preset is None else preset(args.preset, otherwise(args.w_bit, fields["n_bits"]))
@@ -136,7 +138,7 @@ def command(args: argparse.Namespace) -> None:
         network_flags="--model, --checkpoint",
     )
     network_arguments = flags.network_arguments(args)
-    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
+    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint, run_dir=args.run_dir)
     check_folder(args)
     seed_everything(config.seed)
     network = load_network(

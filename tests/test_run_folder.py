@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -137,11 +138,16 @@ def test_the_seconds_of_both_parts_count(interrupted: Path, whole: dict[str, Pat
 def test_a_damaged_state_is_worked_out_again(
     interrupted: Path, whole: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    state = interrupted / "blocks" / "LLR-0001.safetensors"
+    state, other = (interrupted / "blocks" / f"LLR-000{i}.safetensors" for i in (1, 0))
     state.write_bytes(state.read_bytes()[:-9])
+    file = PackedFile.read(other)
+    file.info["report"] = {"loss": 3}
+    file.write(other)
     argv = ["--resume", str(interrupted), "--results", str(tmp_path / "results.csv"), "--quiet"]
     assert logart_cnn.main.main(argv) == 0
-    assert "the block is worked out again" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert err.count("; the block is worked out again\n") == 2 and f"{other} is no state of a block" in err
+    assert err in (interrupted / "log.txt").read_text()
     check_same(interrupted, whole["cnn"])
 
 
@@ -217,9 +223,17 @@ def test_a_second_run_in_a_folder_is_refused(interrupted: Path, capfd: pytest.Ca
 
 
 def test_a_foreign_run_json_is_refused(interrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for text, reason in (("{", "Expecting"), ('{"format": 9}', "format 9"), ("[]", "")):
+    foreign = (("{", "Expecting"), ('{"format": 9}', "format 9"), ("[]", ""), ("{}", "no flags"))
+    for text, reason in foreign:
         (interrupted / "run.json").write_text(text)
         line = f"logart-cnn: --resume: cannot read {interrupted / 'run.json'} ({reason}"
+        assert_refused(logart_cnn.main.main, ["--resume", str(interrupted)], line, capfd)
+
+
+def test_foreign_accuracies_are_refused(interrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for content in ({}, {"seconds": 1.0, "accuracies": {"float": {"top9": 1}}}, {"seconds": "1", "accuracies": {}}):
+        (interrupted / "accuracies.json").write_text(json.dumps(content))
+        line = f"logart-cnn: --resume: cannot read {interrupted / 'accuracies.json'} ("
         assert_refused(logart_cnn.main.main, ["--resume", str(interrupted)], line, capfd)
 
 
@@ -281,6 +295,21 @@ def test_a_disk_that_fills_up_does_not_end_the_run(
     assert out.count("Acc@1") == 2 and len(rows(results)) == 1
     line = f"--run_dir: cannot write to {run} (No space left on device); the run goes on, but cannot be resumed\n"
     assert err == line
+
+
+def test_a_disk_too_small_for_captured_inputs_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    argv = "--rounding compensated --calib_samples 8 --workers 0 --quiet --device cpu --cache disk".split()
+    with pytest.raises(SystemExit) as stopped:
+        logart_cnn.main.main([*argv, "--results", str(tmp_path / "results.csv")])
+    begin = r"logart-cnn: --device, --cache: captured tensors of 0\.0 MiB"
+    line = begin + r" do not fit into .* \(No space left on device\)\n"
+    assert stopped.value.code == 2 and re.fullmatch(line, capfd.readouterr().err)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")

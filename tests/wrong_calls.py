@@ -210,9 +210,11 @@ BAD_CONFIGS = [
     vit("--config {activations}", "--config: {activations}: a_bit must be 32, because activations stay in float; got"),
     vit("--config {textual}", "--config: {textual}: w_bit must be an integer; got '4'"),
     vit("--config {metric} --optim_metric mse", "--config: {metric}: optim_metric must be one of hessian_perturb, mse"),
-    vit("--config {one_bit}", "--w_bit must be 2 to 8, got 1"),
-    vit("--config {nan_lr}", "--lr must be positive and --rrweight at least 0, got nan"),
-    vit("--config {no_batch}", "--val_batch_size: expected 1 or more, got 0"),
+    vit("--config {one_bit}", "--config: {one_bit}: w_bit must be 2 to 8, got 1"),
+    vit("--config {nan_lr}", "--config: {nan_lr}: lr must be positive and rrweight at least 0, got nan"),
+    vit("--config {unlearned} --optimize --lr 0 --iters_w 5", "--lr must be positive and --rrweight at least 0, got"),
+    vit("--config {no_batch}", "--config: {no_batch}: val_batch_size: expected 1 or more, got 0"),
+    vit("--config {no_batch} --val_batch_size -1", "--val_batch_size: expected 1 or more, got -1"),
 ]
 
 LOST = f"{VIT_KWARGS} pretrained_cfg_overlay={{{{{{{{'file':'lost.pth','custom_load':False}}}}}}}}"  # no download
@@ -296,6 +298,18 @@ PLACES = [
     Call("--run_dir {folder}", "--run_dir: the folder {folder} is not empty; pass a new or empty one"),
     Call("--run_dir {header}", "--run_dir: {header} is a file; expected a folder"),
     Call("--run_dir {folder}/lost/run", "--run_dir: no folder {folder}/lost; make it or pass another path"),
+    Call("--run_dir new {on_images} --model_kwargs a=1048576",
+         "--model-kwargs: a packed file could not be loaded with these; with --run_dir, expected numbers, texts and"),
+    Call("--save new.safetensors {on_images} --model_kwargs a={{{{1}}}}",
+         "--model-kwargs: Object of type set is not JSON serializable; with --save, expected numbers, texts and lists"),
+    Call("--save new.pth", "--save: 'new.pth'; expected a file that ends in .safetensors"),
+    Call("--save {folder}/lost/new.safetensors", "--save: '{folder}/lost/new.safetensors' lies in no folder that"),
+    *(Call(f"--{flag} {{long}}", f"--{flag}: ") for flag in ("run_dir", "resume", "results", "{data}", "checkpoint")),
+    Call("--save {long}.safetensors", "--save: "),
+    vit("--config {long}.py", "--config: "),
+    cnn("--calib_list {long}", "--calib_list: cannot read {long} ("),
+    cnn("--save_calib_list {long}", "--save_calib_list: "),
+    Call("--once 0", "--once: expected more than 0 minutes, got 0"),
     Call("--run_dir new --resume {folder}",
          "--run_dir: new and --resume {folder} were both given; expected one of them"),
     Call("--resume {folder}", "--resume: {folder} holds no run (run.json is missing); expected a --run_dir"),
@@ -347,6 +361,7 @@ class Wrong:
             path.write_bytes(path.read_bytes()[:200])
 
     def texts(self, folder: Path) -> None:
+        self.long = "n" * 300  # than a file's name may be
         self.header, self.cut = folder / "header.csv", folder / "cut.csv"
         self.header.write_text("time,arch\n1,2\n")
         self.cut.write_text(",".join(NAMES) + "\n2026,cnn\n")

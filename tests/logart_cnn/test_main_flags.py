@@ -25,6 +25,7 @@ from small_runs import (
 import logart.run
 import logart_cnn.main
 from logart import load_packed
+from logart.data import names_digest
 from logart.packed_file import PackedFile
 from logart_cnn.main import build_parser, main
 
@@ -198,7 +199,10 @@ def test_a_saved_list_brings_the_same_images_back(
     again = outcome(*files.on_images(), "--seed", "6", "--calib_list", str(chosen))
     assert again.losses != other.losses  # other images
     assert again.losses != first.losses  # in another order
-    assert outcome(*files.on_images(), "--seed", "5", "--calib_list", str(chosen))[1:] == first[1:]
+    same = outcome(*files.on_images(), "--seed", "5", "--calib_list", str(chosen))
+    assert same[1:] == first[1:]
+    assert same.settings() == first.settings() | {"calib_list": names_digest(names)}
+    assert names_digest(names) != names_digest(names[::-1])
 
 
 def test_once_runs_no_row_twice(files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
