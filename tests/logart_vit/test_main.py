@@ -291,7 +291,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "search_method": "tensor_wise", "search_samples": "", "search_batch_size": "", "calib_samples": "8",
         "batch_size": "32", "iters_w": "2", "lr": "0.1", "rrweight": "0.1", "b_start": "20.0", "b_end": "2.0",
         "warmup": "0.2", "recon_input": "mixed", "recon_metric": "hessian_perturb+kl", "drop_prob": "0.5",
-        "temperature": "20.0", "hardware_approx": "False", "calib_augment": "", "seed": "0", "val_images": "500",
+        "temperature": "20.0", "hardware_approx": "False", "calib_augment": "", "calib_list": "", "seed": "0",
+        "val_images": "500",
         "device": "cpu", "preset": "", "rounding": "learned", "scale_search": "none", "asymmetric": "False",
         "zero_code": "False", "hardware_approx_terms": "",
     }  # fmt: skip
