@@ -55,7 +55,8 @@ def preset(name: str, n_bits: int) -> dict[str, Any]:
     best = {"rounding": Rounding.COMPENSATED, "calib_samples": 1024}
     best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
     # With more bits there is nothing left for these to gain, and thousands of candidates to search.
-    return best | ({"scale_search": ScaleSearch.GRID, "zero_code": True} if n_bits <= 4 else {})
+    best |= {"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {}
+    return best | ({"zero_code": True} if n_bits <= 4 else {})
 
 
 @dataclass(frozen=True)

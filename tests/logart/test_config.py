@@ -154,7 +154,7 @@ def test_presets_are_settings() -> None:
     for n_bits in range(2, 9):
         assert QuantConfig(**preset("fast", n_bits)) == QuantConfig(**closed, calib_samples=256)
         assert QuantConfig(**preset("paper", n_bits)) == QuantConfig(iters=20000, rrweight=10000.0)
-        grid = {"scale_search": ScaleSearch.GRID, "zero_code": True} if n_bits < 5 else {}
+        grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, "zero_code": n_bits < 5}
         best = QuantConfig(**closed, **grid, calib_samples=1024, iters=500, lr=0.03)
         assert QuantConfig(**preset("best", n_bits)) == best
     assert set(PRESETS) == {"fast", "paper", "best"}
