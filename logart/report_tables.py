@@ -167,4 +167,5 @@ def _place(method: tuple[str, ...]) -> tuple[object, ...]:
     grid, search, closed = method[:3]
     known = [*SEARCH_NAMES]
     return (bool(closed), _ORDER.index(grid) if grid in _ORDER else len(_ORDER), grid,
-            known.index(search) if search in known else -1, method)  # fmt: skip
+            known.index(search) if search in known else -1,
+            [(text.isdigit() and int(text), text) for text in method])  # fmt: skip

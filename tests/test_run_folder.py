@@ -99,7 +99,7 @@ def test_killed_at_random_moments_it_comes_to_the_same_codes(
         flags = ["--resume", str(folder)] if begun else [*argv, "--run_dir", str(folder)]
         process = context.Process(target=quiet_main, args=(main, [*flags, "--quiet", "--results", str(results)]))
         process.start()
-        process.join(random.uniform(0.05, 2.5))
+        process.join(random.uniform(0.05, 1.5))
         if process.is_alive():
             process.kill()
             kills += 1
