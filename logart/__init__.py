@@ -1,12 +1,17 @@
 """LogART: post-training quantization of networks onto logarithmic weight grids."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from logart.checkpoint import load_packed, save_packed
-from logart.config import QuantConfig
-from logart.grid import ScaleMethod
-from logart.outcome import Report
-from logart.pipeline import quantize_model
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logart.checkpoint import load_packed, save_packed
+    from logart.config import QuantConfig
+    from logart.grid import ScaleMethod
+    from logart.outcome import Report
+    from logart.pipeline import quantize_model
 
 try:
     __version__ = version("logart")
@@ -14,3 +19,23 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = ["QuantConfig", "Report", "ScaleMethod", "__version__", "load_packed", "quantize_model", "save_packed"]
+
+_HOMES = {
+    "QuantConfig": "config",
+    "Report": "outcome",
+    "ScaleMethod": "grid",
+    "load_packed": "checkpoint",
+    "quantize_model": "pipeline",
+    "save_packed": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for: torch takes seconds, and appending a row needs none."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

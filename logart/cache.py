@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from logart.runtime import NoRoomError
+from logart.errors import NoRoomError
 
 _RESERVE = 0.8  # of what is free; the rest is for what no estimate knows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.cache import Cache, Captured
-from logart.runtime import NetworkError, NonFiniteError
+from logart.errors import NetworkError, NonFiniteError
 
 
 class _Seen(Exception):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from logart import surgery
+from logart.errors import UserError
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.packed_file import PackedFile, PackedFileError
 from logart.packed_layer import PackedLayer
-from logart.runtime import UserError
 from logart.weights import COUNTER, one_line
 
 # Who builds networks by name; imported only when a file asks, so that the core stands without the entry points.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from logart.runtime import Interrupted, NothingToDo, UserError
+from logart.errors import Interrupted, NothingToDo, UserError
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from logart.runtime import UserError, progress_bar
+from logart.errors import UserError
+from logart.runtime import progress_bar
 
 DIGITS = "digits"
 DIGITS_VAL_IMAGES = 500

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logart.runtime import NetworkError
+from logart.errors import NetworkError
 
 
 class Accuracy(NamedTuple):

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from logart.cli import FlagParser, refuse_idle, run_command
 from logart.data import DIGITS, open_images
+from logart.errors import UserError
 from logart.grid import ROOT2_TEXT
 from logart.hardware_export import CHOICES, export_hardware
 from logart.hardware_readme import approximation, cost_table
 from logart.image_info import preprocessing_of
 from logart.packed_file import PackedFile
-from logart.runtime import UserError
 from logart.weights import one_line
 
 DIGITS_IMAGES = 4  # of the built-in data's test images

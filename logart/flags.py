@@ -14,11 +14,12 @@ from logart.claims import SILENT_MINUTES
 from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
 from logart.config import PRESETS, QuantConfig, ReconInput, Rounding, SearchMethod
 from logart.data import DIGITS
+from logart.errors import UserError
 from logart.grid import ROOT2_TEXT, ScaleMethod, Spacing
 from logart.network import INTERPOLATIONS, Network
 from logart.results import Cell
 from logart.run import RunOptions
-from logart.runtime import UserError, resolve_device
+from logart.runtime import resolve_device
 from logart.search import ScaleSearch
 
 DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")

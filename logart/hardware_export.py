@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logart.errors import UserError
 from logart.grid import ROOT2_TEXT
 from logart.hardware import (
     ACTIVATION_BITS,
@@ -35,7 +36,6 @@ from logart.hardware_run import LayerRun, run_layers
 from logart.integer_layer import IntegerLayer
 from logart.packed_file import PackedFile
 from logart.packed_layer import DTYPES, PackedLayer
-from logart.runtime import UserError
 from logart.weights import file_sha256, one_line
 
 FORMAT, VERSION = "logart-hardware", 1

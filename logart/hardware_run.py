@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from logart import surgery
 from logart.checkpoint import load_packed
+from logart.errors import UserError
 from logart.hardware import Array
 from logart.image_info import preprocessing_of
 from logart.integer_layer import Geometry
 from logart.packed_file import PackedFile, PackedFileError
 from logart.packed_layer import PackedLayer
-from logart.runtime import UserError
 from logart.weights import one_line
 
 

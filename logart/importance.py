@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart import capture, surgery
-from logart.runtime import NetworkError
+from logart.errors import NetworkError
 
 PERTURBATION = 1e-6
 IMPORTANCE_IMAGES = 256  # an average over images settles long before LLR's 1,024 (EXPERIMENTS.md)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from logart.cli import FlagParser, run_command
+from logart.errors import UserError
 from logart.packed_file import PackedFile
 from logart.packed_layer import PackedLayer
-from logart.runtime import UserError
 
 _AT_ONCE = 2**16  # levels, or weights
 

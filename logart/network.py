@@ -16,7 +16,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from logart.data import Preprocessing
-from logart.runtime import UserError
+from logart.errors import UserError
 from logart.weights import file_sha256, load_state_dict, one_line, read_state_dict, state_sha256
 
 DIGITS_PREPROCESSING = Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))  # of the training split

@@ -32,9 +32,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from logart.errors import UserError
 from logart.packed_layer import Flat, PackedLayer
 from logart.packed_words import WORDS
-from logart.runtime import UserError, write_whole
+from logart.runtime import write_whole
 from logart.weights import one_line
 
 FORMAT, VERSION = "logart-packed", 3

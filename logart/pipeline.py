@@ -16,13 +16,14 @@ from logart.cache import Cache, Captured
 from logart.compensate import compensate_unit
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.dbs import search_unit
+from logart.errors import NetworkError, NoRoomError
 from logart.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.layers import QuantizedLayer
 from logart.losses import absolute_error, kl_divergence, squared_error
 from logart.memory import foresee
 from logart.outcome import Report, layer_reports
 from logart.reconstruct import BlockReport, Loss, learn_rounding
-from logart.runtime import NetworkError, NoRoomError, progress_bar
+from logart.runtime import progress_bar
 from logart.state import Done, Keeper
 from logart.surgery import Unit
 from logart.weights import one_line

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from logart.cache import Captured
 from logart.config import QuantConfig
+from logart.errors import NetworkError, NonFiniteError
 from logart.layers import QuantizedLayer
-from logart.runtime import NetworkError, NonFiniteError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from logart.cli import FlagParser, run_command
+from logart.errors import UserError
 from logart.report_groups import Group, Row, signed
 from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figure_names, figures, markdown, page
 from logart.report_paper import Sources, paper_figures
@@ -19,7 +20,7 @@ from logart.report_run_plots import run_figures
 from logart.report_runs import Run, RunLayer, read_run
 from logart.report_tables import Section, Table, sections
 from logart.results import read_rows
-from logart.runtime import UserError, write_whole
+from logart.runtime import write_whole
 
 TITLE = "LogART report"
 KINDS = ("png", "svg")

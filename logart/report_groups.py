@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from logart.config import Rounding
+from logart.errors import UserError
 from logart.grid import MAX_BITS, MIN_BITS
-from logart.runtime import UserError
 
 Row = dict[str, str]
 NETWORK = ("track", "arch", "checkpoint_sha256", "network_options", "data", "val_images")

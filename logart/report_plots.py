@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from logart.errors import UserError
 from logart.report_page import Figure, printable
 from logart.report_tables import Section, Table
-from logart.runtime import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

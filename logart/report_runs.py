@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from logart.errors import UserError
 from logart.inspect import base_mix
 from logart.outcome import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from logart.packed_file import PackedFile, PackedLayer
 from logart.run_folder import FORMAT, PACKED, REPORT
-from logart.runtime import UserError
 from logart.weights import one_line
 
 

@@ -16,12 +16,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from filelock import FileLock
 
-if TYPE_CHECKING:
-    from logart.runtime import UserError
+from logart.errors import UserError
 
 Cell = str | int | float | Path | None
 LOCK_SECONDS = 60.0  # an append takes milliseconds: whoever holds the lock this long is stuck
@@ -293,9 +292,6 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _user_error(message: str) -> UserError:
-    # Here because it imports torch, which a process that only appends a row can do without.
-    from logart.runtime import UserError
-
     return UserError(f"--results: {message}")
 
 

@@ -18,6 +18,7 @@ from logart.cache import Cache, Place
 from logart.checkpoint import SizeTable, can_be_loaded, save_packed
 from logart.config import QuantConfig
 from logart.data import ImageSource, validation_batches
+from logart.errors import NetworkError, NonFiniteError, NoRoomError, UserError
 from logart.evaluate import Accuracy, accuracy
 from logart.grid import ROOT2_TEXT
 from logart.layers import hardware_approximation
@@ -27,7 +28,7 @@ from logart.pipeline import quantize_model
 from logart.results import Cell, append_row, check_results, environment
 from logart.run_columns import config_columns, cost_columns, settings_columns
 from logart.run_folder import PACKED, RunFolder
-from logart.runtime import NetworkError, NonFiniteError, NoRoomError, UserError, progress_bar
+from logart.runtime import progress_bar
 from logart.weights import one_line
 
 

@@ -30,12 +30,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from logart.config import QuantConfig
+from logart.errors import Interrupted, UserError
 from logart.evaluate import Accuracy
 from logart.layers import QuantizedLayer
 from logart.outcome import Report
 from logart.packed_file import PackedFileError
 from logart.results import Cell, environment
-from logart.runtime import Interrupted, UserError, write_whole
+from logart.runtime import write_whole
 from logart.state import Done, Keeper, load_state, save_state
 
 FORMAT = 1

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from logart.errors import NetworkError
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.runtime import NetworkError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # timm's BatchNormAct2d is a BatchNorm2d
 

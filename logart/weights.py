@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from logart.runtime import UserError
+from logart.errors import UserError
 
 WRAPPERS = ("state_dict", "model", "model_state")  # where training scripts put the state dict
 COUNTER = "num_batches_tracked"  # inference never reads it, and checkpoints older than torch 0.4.1 lack it

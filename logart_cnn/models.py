@@ -12,10 +12,10 @@ import torchvision
 from torch import Tensor, nn
 
 from logart.data import Preprocessing
+from logart.errors import UserError
 from logart.network import DIGITS_PREPROCESSING as DIGITS
 from logart.network import INTERPOLATIONS as INTERPOLATIONS
 from logart.network import TIMM, Network, build_timm, check_counts, load_timm, network_recipe, override, unknown_network
-from logart.runtime import UserError
 from logart.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet

@@ -12,11 +12,12 @@ from logart.claims import claimed
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
 from logart.data import DIGITS, calibration_images, open_images
+from logart.errors import UserError
 from logart.flags import describe
 from logart.run import check_network, check_outputs, run
 from logart.run_columns import settings_columns
 from logart.run_folder import check_folder, identity, opened, stored_flags
-from logart.runtime import UserError, seed_everything
+from logart.runtime import seed_everything
 from logart_vit.models import MODELS, load_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from logart.errors import UserError
 from logart.network import (
     DIGITS_PREPROCESSING,
     TIMM,
@@ -22,7 +23,6 @@ from logart.network import (
     override,
     unknown_network,
 )
-from logart.runtime import UserError
 
 # timm's bare names have changed their weights over the years; these are the weights of the older papers.
 MODELS = {

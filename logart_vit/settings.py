@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from logart.config import SearchMethod
+from logart.errors import UserError
 from logart.grid import ScaleMethod
-from logart.runtime import UserError
 from logart.search import ScaleSearch
 
 OPTIM_METRICS = ("hessian_perturb", "mse", "mae")

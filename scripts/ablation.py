@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from logart.claims import CLAIMED_ELSEWHERE, claims_folder
 from logart.cli import FlagParser
-from logart.runtime import UserError, resolve_device
+from logart.errors import UserError
+from logart.runtime import resolve_device
 
 GRIDS = {
     "base 2": "--scale_method log_2",

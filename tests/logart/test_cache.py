@@ -16,8 +16,8 @@ import logart.cache
 import logart.pipeline
 from logart import QuantConfig, capture, quantize_model
 from logart.cache import Cache, Kept, Need, Place
+from logart.errors import NetworkError, NonFiniteError
 from logart.memory import foresee
-from logart.runtime import NetworkError, NonFiniteError
 from logart.surgery import Unit, find_units, quantized_layers
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import logart
 from logart import claims
 from logart.claims import CLAIMED_ELSEWHERE, claim_path, claimed, claims_folder
+from logart.errors import NothingToDo, UserError
 from logart.results import NAMES, SETTINGS, append_row, locked_results, recorded, settings_line
-from logart.runtime import NothingToDo, UserError
 
 ROW = {"track": "cnn", "arch": "a net", "bits": 4, "lr": 0.01, "seed": 0, "config": None}
 # Does rows side by side with others: each takes what nobody has, and writes down what it did.
@@ -25,7 +26,7 @@ WORKER = """
 import sys, time
 from logart.claims import claimed
 from logart.results import append_row
-from logart.runtime import NothingToDo
+from logart.errors import NothingToDo
 for bits in 2, 3, 4, 5, 6, 7:
     row = {"arch": "a net", "bits": bits}
     try:
@@ -204,3 +205,14 @@ def test_a_place_that_takes_no_claims_is_a_user_s_mistake(results: Path) -> None
     claims_folder(results).write_text("a file")
     with pytest.raises(UserError, match="--results: cannot write"), claimed(results, ROW, 10):
         raise AssertionError
+
+
+def test_rows_and_claims_do_without_torch() -> None:
+    """And the package's public names, which need it, are all there when asked for."""
+    code = "import sys, logart.claims; assert 'torch' not in sys.modules; from logart import *; print(load_packed)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("<function load_packed"), done.stderr
+    assert all(getattr(logart, name) is not None for name in logart.__all__)
+    assert dir(logart) == logart.__all__
+    with pytest.raises(AttributeError, match="module 'logart' has no attribute 'quantise_model'"):
+        logart.quantise_model  # noqa: B018

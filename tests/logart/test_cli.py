@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from logart.cli import FlagParser, finite, given, key_values, refuse_idle, run_command
-from logart.runtime import UserError
+from logart.errors import UserError
 
 
 @pytest.fixture

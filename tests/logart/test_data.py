@@ -17,7 +17,7 @@ from logart.data import (
     save_names,
     validation_batches,
 )
-from logart.runtime import UserError
+from logart.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLOUR = Preprocessing((3, 32, 32), 1.0, "bilinear", MEAN, STD)

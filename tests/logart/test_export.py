@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model, save_packed
+from logart.errors import UserError
 from logart.export import main
 from logart.hardware_export import export_hardware, read_export
 from logart.hardware_readme import cost_table
@@ -29,7 +30,6 @@ from logart.layers import hardware_approximation
 from logart.network import DIGITS_PREPROCESSING, network_recipe
 from logart.onnx_export import check_target
 from logart.packed_file import PackedFile
-from logart.runtime import UserError
 from logart.search import ScaleSearch
 from logart.surgery import quantized_layers
 

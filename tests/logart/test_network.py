@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from logart import network
 from logart.data import Preprocessing
+from logart.errors import UserError
 from logart.network import check_counts, load_timm, override, unknown_network
-from logart.runtime import UserError
 from logart.weights import file_sha256, state_sha256
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}

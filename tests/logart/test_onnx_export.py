@@ -22,10 +22,10 @@ import logart.onnx_export
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
+from logart.errors import UserError
 from logart.layers import QuantizedLayer
 from logart.network import network_recipe
 from logart.onnx_export import export_onnx, unit_levels
-from logart.runtime import UserError
 from logart.spec import CodebookSpec
 from logart.surgery import quantized_layers
 

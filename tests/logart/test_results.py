@@ -19,8 +19,8 @@ import pytest
 from filelock import FileLock
 
 import logart.results
+from logart.errors import UserError
 from logart.results import COLUMNS, NAMES, append_row, check_results, columns_markdown, environment
-from logart.runtime import UserError
 
 HEADER = ",".join(NAMES) + "\n"
 # Loaded by its path: importing the package may import torch, which eight processes would pay for.

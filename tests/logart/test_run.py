@@ -20,6 +20,7 @@ import logart.run
 import logart.run_columns
 from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.data import ImageSource, Preprocessing, open_images
+from logart.errors import NonFiniteError, UserError
 from logart.evaluate import Accuracy
 from logart.grid import ScaleMethod
 from logart.network import Network
@@ -28,7 +29,6 @@ from logart.reconstruct import BlockReport
 from logart.results import NAMES
 from logart.run import RunOptions, check_network, layer_table, run
 from logart.run_columns import config_columns
-from logart.runtime import NonFiniteError, UserError
 from logart.search import ScaleSearch
 from logart.surgery import quantized_layers
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from logart.runtime import UserError, peak_memory_mb, progress_bar, resolve_device, seed_everything, write_whole
+from logart.errors import UserError
+from logart.runtime import peak_memory_mb, progress_bar, resolve_device, seed_everything, write_whole
 
 
 @pytest.fixture(autouse=True)

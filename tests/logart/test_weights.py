@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from logart.runtime import UserError
+from logart.errors import UserError
 from logart.weights import (
     fetch_state_dict,
     file_sha256,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import logart.network
 from logart.data import Preprocessing
-from logart.runtime import UserError
+from logart.errors import UserError
 from logart.weights import file_sha256, state_sha256
 from logart_cnn import models
 from logart_cnn.models import ARCHS, load_network

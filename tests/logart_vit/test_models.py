@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import logart.network
 from logart.data import Preprocessing
+from logart.errors import UserError
 from logart.network import Network
-from logart.runtime import UserError
 from logart.surgery import find_units, layers_to_quantize
 from logart.weights import file_sha256, state_sha256
 from logart_vit import models

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logart.config import SearchMethod
+from logart.errors import UserError
 from logart.grid import ScaleMethod
-from logart.runtime import UserError
 from logart.search import ScaleSearch
 from logart_vit.settings import OPTIM_METRICS, OPTIM_MODES, Config, load_config
 
