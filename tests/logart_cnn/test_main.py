@@ -150,7 +150,8 @@ RESOLVED = {
     "fast": (FAST, "rounding=compensated calib_samples=256 "),
     "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
     "best": (QuantConfig(**MOST), "rounding=compensated calib_samples=1024 "),
-    "best --n_bits_w 5": (QuantConfig(**MOST | PLAIN, n_bits=5), "zero_code=False rounding=compensated "),
+    "best --n_bits_w 6": (QuantConfig(**MOST | PLAIN, n_bits=6), "zero_code=False rounding=compensated "),
+    "best --n_bits_w 5": (QuantConfig(**MOST | {"zero_code": False}, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --n_bits_w 8 --zero_code": (QuantConfig(**MOST | PLAIN | {"zero_code": True}, n_bits=8), "zero_code=True "),
     "best --rounding both": (QuantConfig(**MOST | {"rounding": Rounding.BOTH}), "iters_w=500 "),
     "fast --n_bits_w 2 --scale_search half_step --asymmetric --zero_code --calib_samples 32": (

@@ -211,7 +211,8 @@ RESOLVED = {
     "fast": (FAST, "rounding=compensated "),
     "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
     "best": (replace(BEST, **MOST), "rounding=compensated "),
-    "best --w_bit 5": (replace(BEST, **MOST | PLAIN, n_bits=5), "zero_code=False "),
+    "best --w_bit 6": (replace(BEST, **MOST | PLAIN, n_bits=6), "zero_code=False "),
+    "best --w_bit 5": (replace(BEST, **MOST | {"zero_code": False}, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --optimize": (replace(BEST, **MOST | {"rounding": Rounding.BOTH}), "iters_w=500 lr=0.03 "),
     "fast --w_bit 2 --scale_search half_step --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
