@@ -23,14 +23,10 @@ from logart.errors import UserError
 from logart.results import COLUMNS, NAMES, append_row, check_results, columns_markdown, environment
 
 HEADER = ",".join(NAMES) + "\n"
-# Loaded by its path: importing the package may import torch, which eight processes would pay for.
-LOAD = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("results_alone", {logart.results.__file__!r})
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
-"""
 APPEND_50 = """
+import sys
+from logart import results
+
 path, writer = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -277,7 +273,7 @@ def test_a_full_disk_leaves_no_part_of_a_row(tmp_path: Path) -> None:
 
 def test_eight_processes_at_once_lose_and_garble_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    command = [sys.executable, "-c", LOAD + APPEND_50, str(path)]
+    command = [sys.executable, "-c", APPEND_50, str(path)]
     writers = [
         subprocess.Popen([*command, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for i in range(8)
@@ -301,7 +297,7 @@ def test_eight_processes_at_once_lose_and_garble_nothing(tmp_path: Path) -> None
 
 
 def test_the_module_alone_imports_neither_torch_nor_timm() -> None:
-    check = LOAD + "print(sorted({'torch', 'timm'} & set(sys.modules)))"
+    check = "import sys, logart.results; print(sorted({'torch', 'timm'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert out == "[]\n"
 
