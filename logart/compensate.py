@@ -26,8 +26,9 @@ from logart.config import QuantConfig
 from logart.dbs import layer_moments, per_codebook
 from logart.grid import Codebook, Spacing
 from logart.layers import QuantizedLayer
+from logart.measures import OutputMoments
 from logart.rounding import dequantize, nearest
-from logart.search import OutputMoments, choose_codebook
+from logart.search import choose_codebook
 from logart.surgery import Unit
 
 RIDGE = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂

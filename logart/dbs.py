@@ -11,16 +11,8 @@ from logart.cache import Captured
 from logart.capture import run_to
 from logart.config import QuantConfig, SearchMethod
 from logart.layers import QuantizedLayer
-from logart.search import (
-    BlockSensitivity,
-    ErrorFunction,
-    OutputMoments,
-    OutputResidual,
-    choose_codebook,
-    moments_are_cheaper,
-    n_candidates,
-    squared_error,
-)
+from logart.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
+from logart.search import ErrorFunction, choose_codebook, n_candidates, squared_error
 from logart.surgery import Unit
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error

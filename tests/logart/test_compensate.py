@@ -16,9 +16,10 @@ from logart.data import calibration_images, open_images
 from logart.dbs import layer_moments
 from logart.grid import Codebook, ScaleMethod, log_codebook
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
+from logart.measures import OutputMoments
 from logart.pipeline import quantize_model
 from logart.rounding import dequantize, nearest
-from logart.search import OutputMoments, ScaleSearch, choose_codebook
+from logart.search import ScaleSearch, choose_codebook
 from logart.surgery import Unit, clone_sharing, replace_layers
 from logart_cnn.models import load_network
 

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from logart.grid import ScaleMethod, Spacing
+from logart.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.search import (
     HALF_STEPS,
     SCALES,
-    BlockSensitivity,
-    OutputMoments,
-    OutputResidual,
     ScaleSearch,
     choose_codebook,
     least_error,
     log_candidates,
-    moments_are_cheaper,
     n_candidates,
     rounding_error,
     rounding_errors,
