@@ -37,8 +37,8 @@ class Place(str, Enum):
         return self.value
 
 
-# Each falls back to the next; never to half precision by itself, because that changes the codes.
-_NEXT = {Place.DEVICE: Place.CPU, Place.CPU: Place.DISK, Place.HALF: Place.DISK}
+# Each falls back to the next; never to half precision or from it, because that changes the codes.
+_NEXT = {Place.DEVICE: Place.CPU, Place.CPU: Place.DISK}
 
 
 class Kept:

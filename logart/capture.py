@@ -35,6 +35,7 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
         ValueError: the forward never reaches the module, or the module takes anything but one tensor.
     """
     seen: list[tuple[Tensor, Tensor | None]] = []
+    entered: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
@@ -45,9 +46,13 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
         if not through:
             seen.append((args[0], None))
             raise _Seen
+        entered.append(args[0].clone())  # the module may begin with an operation in place
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.append((args[0], output))
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            told = f"{type(module).__name__} gave a {type(output).__name__}"
+            raise NetworkError(f"{told}; what is reconstructed must give one tensor")
+        seen.append((entered[0], output))
         raise _Seen
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
@@ -88,7 +93,7 @@ def inputs_and_outputs(
 
     def output(x: Tensor) -> Tensor:
         entered, left = _through(model, module, x)
-        given.add(entered)
+        given.add(entered, len(x))
         return left
 
     targets = _collect(output, images, batch_size, cache, name)
@@ -115,21 +120,25 @@ def _collect(
 ) -> Captured:
     result = _Gathered(len(images), cache, name)
     for start in range(0, len(images), batch_size):
-        result.add(function(images[start : start + batch_size].to(cache.device)))
+        batch = images[start : start + batch_size].to(cache.device)
+        result.add(function(batch), len(batch))
     return result.whole()
 
 
 class _Gathered:
     """Batches in one tensor whose memory is taken at the first of them, whole; no second copy ever exists.
 
-    With the name of a block, batches must be finite.
+    Batches must have a row for every image; with the name of a block, they must be finite, too.
     """
 
     def __init__(self, count: int, cache: Cache, name: str | None = None) -> None:
         self._count, self._cache, self._name, self._filled = count, cache, name, 0
         self._memory: tuple[Tensor, Captured] | None = None
 
-    def add(self, batch: Tensor) -> None:
+    def add(self, batch: Tensor, images: int) -> None:
+        if len(batch) != images:
+            what = "what is captured" if self._name is None else f"block {self._name}"
+            raise NetworkError(f"{what} has {len(batch)} rows for {images} images; expected a row for each")
         if self._memory is None:
             self._memory = self._cache.empty(self._count, batch)
         rows = self._memory[0][self._filled : self._filled + len(batch)]

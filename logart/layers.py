@@ -56,6 +56,8 @@ class SoftRounding(nn.Module):
 
 # What a layer keeps of a log codebook beside its levels, and how short.
 _STORED = {"half_steps": torch.int16, "signs": torch.int8, "n_base2": torch.int16, "scale": torch.float64}
+
+
 _MEMBERS = ("_parameters", "_buffers", "_modules")  # where a module keeps its tensors
 
 
@@ -97,8 +99,9 @@ class QuantizedLayer(nn.Module):
     def from_float(cls, module: nn.Module, n_bits: int, n_codebooks: int) -> QuantizedLayer:
         """A quantized twin of `module` that shares its parameters, still holding float weights."""
         layer = copy.copy(module)
-        for name in _MEMBERS:
-            layer.__dict__[name] = layer.__dict__[name].copy()
+        for name, member in vars(module).items():
+            if isinstance(member, dict):  # of tensors, and of hooks, which must not run on the float layer
+                layer.__dict__[name] = member.copy()
         layer.__class__ = cls
         assert isinstance(layer, QuantizedLayer)
         weight = layer._parameters.pop("weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +73,10 @@ def _traffic(model: nn.Module, names: Sequence[str], example: Tensor, *, saved: 
     def enter(name: str, *_: object) -> None:
         inside.append(seen[name])
 
-    def leave(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inside.pop()
-        seen[name].given, seen[name].left = args[0][0].nbytes, output[0].nbytes
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):  # capturing refuses all others
+            seen[name].given, seen[name].left = args[0][0].nbytes, output[0].nbytes
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -23,6 +23,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # matrix products have float32's mantissa already, convolutions had not
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # the gradients of this attention kernel vary from run to run
 
 
 def resolve_device(name: str) -> torch.device:

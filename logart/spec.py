@@ -209,7 +209,8 @@ def _log_columns(codebook: Codebook) -> dict[str, Tensor]:
     shorter = torch.where(negative, tops[-1], tops[1])
     free = torch.where(empty, 0, (base > shorter[:, None]).sum(1))
     positives = (signs > 0).sum(1)
-    one_sided = (free > 0) & torch.where(negative, positives == 2 * n_levels, positives == 0)
+    # All free codes are on the longer side; it lacks one where the shorter has a level left, as a weight of 0 needs.
+    one_sided = (free > 0) & (positives == n_levels + torch.where(negative, free, -free))
     from_moving = (free % 2 == 1) & ~one_sided  # an odd number of free codes leaves a zero by itself
     zero = (signs == 0).any(1) & ~empty & ~from_moving
     flags = EMPTY * empty + ZERO * zero + (free > 0) * (NEGATIVE * negative + ONE_SIDED * one_sided)

@@ -44,7 +44,7 @@ def clone_sharing(model: nn.Module) -> nn.Module:
 
 
 class _Uses(TorchFunctionMode):
-    """Counts how often each watched tensor enters a torch function that computes a tensor."""
+    """Counts how often each watched tensor enters a torch function that computes a tensor, or changes one in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # None: y[...] = value
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self.watched:
                     self.count[id(leaf)] += 1
@@ -211,7 +211,7 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
     runs: Counter[str] = Counter()
     handles = []
     for name, module in model.named_modules():
-        if type(module) in QUANTIZED_TYPES:
+        if _is_plain(module):
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: runs.update([name])))
     try:
         model(example)
@@ -227,11 +227,18 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
                 raise NetworkError(f"layer {name}: its {kind} holds NaN or infinite values")
     skipped = []
     for name, module in model.named_modules():
-        if type(module) in QUANTIZED_TYPES and name not in runs:
+        if _is_plain(module) and name not in runs:
             skipped.append((name, "did not run in the forward pass"))
+        elif type(module) in QUANTIZED_TYPES and not _is_plain(module):
+            skipped.append((name, "its weight is computed from other tensors, by pruning or a norm"))
         elif type(module) not in QUANTIZED_TYPES and name and _holds_matrix(module):
             skipped.append((name, f"{type(module).__name__} is not one of the layer types that are quantized"))
     return list(runs), skipped
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a layer that can be quantized: of such a type, with a weight of its own."""
+    return type(module) in QUANTIZED_TYPES and "weight" in module._parameters
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -175,6 +175,12 @@ def test_a_changed_flag_is_refused(
     assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")} == before
 
 
+def test_other_codes_by_half_precision_are_refused(interrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    message = f"the run in {interrupted} began with another precision of captured tensors: full, now half"
+    argv = ["--resume", str(interrupted), "--cache", "half"]
+    assert_refused(logart_cnn.main.main, argv, f"logart-cnn: --resume: {message}", capfd)
+
+
 def test_a_changed_checkpoint_config_or_data_set_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, weights = tmp_path / "config.py", tmp_path / "weights.pth"
     config.write_text("class Config:\n    lr = 0.1\n")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from logart import capture
 from logart.cache import Cache
+from logart.errors import NetworkError
 
 CACHE = Cache(torch.device("cpu"))
 
@@ -73,6 +74,38 @@ def test_an_operation_in_place_leaves_the_images_alone() -> None:
     first = capture.inputs(model, "1", x, 2, CACHE)
     assert torch.equal(x, before)
     assert torch.equal(capture.inputs(model, "1", x, 2, CACHE), first)
+
+
+class Halving(nn.Module):
+    """Begins with an operation in place that does not come to the same when done twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(0.5).add_(1)
+
+
+def test_the_input_is_the_one_before_an_operation_in_place() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), Halving()).requires_grad_(False), torch.randn(5, 4)
+    given, left = capture.inputs_and_outputs(model, "1", x, 2, CACHE)
+    assert torch.equal(given[:], capture.inputs(model, "1", x, 2, CACHE)[:])
+    torch.testing.assert_close(left[:], given[:] * 0.5 + 1)
+
+
+class Table(nn.Module):
+    """Its inner module runs on something that is no batch, or on windows of one."""
+
+    def __init__(self, windows: int) -> None:
+        super().__init__()
+        self.windows, self.inner = windows, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.repeat(self.windows, 1) if self.windows else torch.ones(1, 4)).sum() + x
+
+
+@pytest.mark.parametrize(("windows", "rows"), [(0, 1), (4, 12)])
+@pytest.mark.parametrize("look", [capture.inputs, capture.outputs, capture.inputs_and_outputs])
+def test_rows_that_are_not_the_images_are_refused(look: Callable[..., object], windows: int, rows: int) -> None:
+    with pytest.raises(NetworkError, match=f"block inner has {rows} rows for 3 images; expected a row for each"):
+        look(Table(windows), "inner", torch.randn(6, 4), 3, CACHE)
 
 
 class Odd(nn.Module):

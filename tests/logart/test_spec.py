@@ -24,6 +24,9 @@ def weights(seed: int, channels: int = 12, size: int = 9) -> Tensor:
     w[7, 0] = torch.finfo(torch.float32).max
     w[8] = -0.75
     w[9] *= 1e-30
+    w[10] = -w[10].abs()
+    w[11] = w[11].abs()
+    w[10:, ::2] = 0  # pruned: 0 goes to the least positive level
     return w
 
 

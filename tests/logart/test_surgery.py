@@ -7,6 +7,7 @@ import torch
 from networks import Graph, SmallResNet, hooks_of, smooth_images
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from logart.layers import QuantConv2d, QuantLinear
 from logart.surgery import (
@@ -87,6 +88,14 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
     reasons = dict(skipped)
     assert "OtherConv" in reasons["other"] and "ConvTranspose2d" in reasons["up"] and "Embedding" in reasons["table"]
     assert "not run" in reasons["idle"]
+
+
+def test_a_weight_that_is_computed_is_skipped_with_the_reason() -> None:
+    pruned, normed = nn.Conv2d(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    layers, skipped = layers_to_quantize(nn.Sequential(nn.Conv2d(3, 3, 1), pruned, normed), IMAGES.float())
+    assert layers == ["0"] and [name for name, _ in skipped][:1] == ["1"]
+    assert "pruning or a norm" in dict(skipped)["1"] and len(skipped) >= 2
 
 
 def tied(norms: bool) -> nn.Module:

@@ -79,6 +79,11 @@ class OtherConv(nn.Conv2d):
     pass
 
 
+def first_zero(y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    return y
+
+
 NOT_FOLDED: dict[str, tuple[nn.Module, Tensor]] = {
     "norm before the convolution": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)), IMAGES),
     "pre-activation": (
@@ -96,6 +101,10 @@ NOT_FOLDED: dict[str, tuple[nn.Module, Tensor]] = {
     ),
     "output changed in place": (
         Graph(lambda m, x: m.b(m.a(x).mul_(2)), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+    "output written to": (
+        Graph(lambda m, x: m.b(first_zero(m.a(x))), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
         IMAGES,
     ),
     "convolution run twice": (
