@@ -81,6 +81,7 @@ def quantize_model(
 
     quantized = surgery.clone_sharing(reference)
     surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise, row_groups)
+    surgery.check_replaced(quantized, example)
     cache = Cache(device) if cache is None else cache
     work = _Work(reference, quantized, units, images, config, device, quiet, cache, keeper or Keeper())
     work.look_at_memory(example)

@@ -91,11 +91,6 @@ def power_error(delta: Tensor) -> Tensor:
     return delta.double().abs().pow(2.4).sum(1)
 
 
-def weight_error(w: Tensor, codebook: Codebook) -> Tensor:
-    """Σ (w - q)² per channel of w [C, K] rounded to nearest, [C] float64."""
-    return squared_error(rounding_error(w, codebook))
-
-
 def rounding_error(w: Tensor, codebook: Codebook) -> Tensor:
     """δ = q - w [C, K] float64 of rounding w to nearest."""
     return dequantize(nearest(w, codebook), codebook.levels) - w.double()

@@ -187,6 +187,15 @@ def replace_layers(
         replace_layer(model, name, n_bits, n_codebooks)
 
 
+@torch.no_grad()
+def check_replaced(model: nn.Module, example: Tensor) -> None:
+    """Raise NetworkError where a forward of `example` does not run every quantized layer, but a float one it kept."""
+    ran = _count_runs(model, lambda module: isinstance(module, QuantizedLayer), example)
+    for name in quantized_layers(model):
+        if name not in ran:
+            raise NetworkError(f"layer {name} is also held elsewhere, in a list for instance, and is run from there")
+
+
 def replace_layer(model: nn.Module, name: str, n_bits: int, n_codebooks: int) -> QuantizedLayer:
     """Put a quantized layer, sharing the float weight, in the place of one layer."""
     layer = model.get_submodule(name)
@@ -208,16 +217,9 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
         ValueError: a layer runs more than once in a forward, shares its weight with another module, or holds a
             weight or bias that is not finite; the message names it.
     """
-    runs: Counter[str] = Counter()
-    handles = []
-    for name, module in model.named_modules():
-        if _is_plain(module):
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: runs.update([name])))
-    try:
-        model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    if _is_plain(model):
+        raise NetworkError(f"the network is a single {type(model).__name__}; expected it inside nn.Sequential")
+    runs = _count_runs(model, _is_plain, example)
     _refuse_sharing(model)
     for name, count in runs.items():
         if count > 1:
@@ -234,6 +236,21 @@ def layers_to_quantize(model: nn.Module, example: Tensor) -> tuple[list[str], li
         elif type(module) not in QUANTIZED_TYPES and name and _holds_matrix(module):
             skipped.append((name, f"{type(module).__name__} is not one of the layer types that are quantized"))
     return list(runs), skipped
+
+
+def _count_runs(model: nn.Module, which: Callable[[nn.Module], bool], example: Tensor) -> Counter[str]:
+    """How often each of these modules, by name, runs in one forward, in the order they first do."""
+    runs: Counter[str] = Counter()
+    handles = []
+    for name, module in model.named_modules():
+        if which(module):
+            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: runs.update([name])))
+    try:
+        model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return runs
 
 
 def _is_plain(module: nn.Module) -> bool:

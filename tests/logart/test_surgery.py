@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from logart.errors import NetworkError
 from logart.layers import QuantConv2d, QuantLinear
 from logart.surgery import (
     Unit,
+    check_replaced,
     clone_sharing,
     find_units,
     fold_batch_norms,
@@ -98,6 +100,17 @@ def test_a_weight_that_is_computed_is_skipped_with_the_reason() -> None:
     assert "pruning or a norm" in dict(skipped)["1"] and len(skipped) >= 2
 
 
+def test_a_layer_that_is_run_from_a_list_is_refused() -> None:
+    layer = nn.Conv2d(3, 3, 1)
+    model = Graph(lambda m, x: m.held[0](x), conv=layer)  # type: ignore[index]
+    model.held = [layer]  # type: ignore[assignment]
+    clone = clone_sharing(model)
+    replace_layers(clone, {"conv": 3}, channel_wise=True)
+    with pytest.raises(NetworkError, match="layer conv is also held elsewhere"):
+        check_replaced(clone, IMAGES.float())
+    assert hooks_of(clone) == 0 and hooks_of(model) == 0
+
+
 def tied(norms: bool) -> nn.Module:
     first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
     second.weight = first.weight
@@ -129,6 +142,7 @@ def bad_statistics() -> nn.Module:
         (lambda: tied(False), "layers 0 and 2.0 share one weight"),
         (lambda: tied(True), "layers 0 and 2.0 share one weight"),
         (alias, "layers one and two share one weight"),
+        (lambda: nn.Conv2d(3, 3, 1), "the network is a single Conv2d; expected it inside nn.Sequential"),
         (lambda: Graph(lambda m, x: m.a(m.a(m.a(x))), a=nn.Conv2d(3, 3, 1)), "layer a runs 3 times"),
         (lambda: spoilt("weight", torch.nan), "layer 1.0: its weight holds NaN"),
         (lambda: spoilt("weight", -torch.inf), "layer 1.0: its weight holds NaN"),
