@@ -31,6 +31,9 @@ ErrorFunction = Callable[[Tensor], Tensor]
 # for finer small levels. 1 comes last, which on equal errors wins.
 SCALES = (*(i / 32 for i in range(12, 41) if i != 32), 1.0)
 HALF_STEPS = (-4, -3, -2, -1, 1, 0)
+_LEVELS_AT_ONCE = (
+    2**24
+)  # of candidates held together, about 21 bytes each: 8 bits with scale search has 957,696 a channel
 
 
 class ScaleSearch(str, Enum):
@@ -127,8 +130,12 @@ def least_error(w: Tensor, candidates: Sequence[Codebook], error: ErrorFunction)
         The chosen codebooks, and all errors [candidates, G] float64.
     """
     errors = torch.stack([error(delta) for delta in rounding_errors(w, candidates)])
-    chosen = len(candidates) - 1 - errors.flip(0).argmin(0)
-    return _pick(candidates, chosen), errors
+    return _pick(candidates, _last_least(errors)), errors
+
+
+def _last_least(errors: Tensor) -> Tensor:
+    """The last row that holds the least error of each column."""
+    return len(errors) - 1 - errors.flip(0).argmin(0)
 
 
 def _pick(candidates: Sequence[Codebook], chosen: Tensor) -> Codebook:
@@ -167,10 +174,20 @@ def choose_codebook(
         return minmax_codebook(w, n_bits)
     if method is ScaleMethod.LINEAR_MSE:
         return mse_codebook(w, n_bits)
-    mixes = {ScaleMethod.LOG_2: (2 ** (n_bits - 1),), ScaleMethod.LOG_SQRT2: (0,)}.get(method)
-    candidates = log_candidates(w.abs().amax(1), n_bits, mixes, terms=terms, dtype=w.dtype, scale_search=scale_search)
-    if asymmetric or zero_code:
-        candidates = [
-            spend_free_codes(c, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for c in candidates
-        ]
-    return candidates[0] if len(candidates) == 1 else least_error(w, candidates, error)[0]
+    every = 2 ** (n_bits - 1)
+    mixes = {ScaleMethod.LOG_2: range(every, every + 1), ScaleMethod.LOG_SQRT2: range(1)}.get(method, range(every + 1))
+    levels = len(w) * 2**n_bits * n_candidates(ScaleMethod.LOG_2, n_bits, scale_search)  # of one mix
+    at_once = max(1, _LEVELS_AT_ONCE // levels)
+    chosen: list[Codebook] = []
+    least: list[Tensor] = []
+    for start in range(0, len(mixes), at_once):
+        some = mixes[start : start + at_once]
+        books = log_candidates(w.abs().amax(1), n_bits, some, terms=terms, dtype=w.dtype, scale_search=scale_search)
+        if asymmetric or zero_code:
+            books = [spend_free_codes(b, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for b in books]
+        if n_candidates(method, n_bits, scale_search) == 1:
+            return books[0]
+        book, errors = least_error(w, books, error)
+        chosen.append(book)
+        least.append(errors.amin(0))
+    return _pick(chosen, _last_least(torch.stack(least)))

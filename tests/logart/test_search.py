@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import logart.search
 from logart.grid import ScaleMethod, Spacing
 from logart.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.search import (
@@ -301,3 +302,19 @@ def test_one_search_through_all_borders_rounds_as_each_candidate_alone() -> None
             assert len(together) == len(candidates)
             for delta, candidate in zip(together, candidates, strict=True):
                 assert torch.equal(delta, rounding_error(weights, candidate))
+
+
+@pytest.mark.parametrize("zero_code", [False, True])
+@pytest.mark.parametrize("method", [ScaleMethod.DYNAMIC, ScaleMethod.LOG_2])
+@pytest.mark.parametrize("search", ScaleSearch)
+def test_how_many_candidates_are_held_together_changes_nothing(
+    search: ScaleSearch, method: ScaleMethod, zero_code: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = torch.cat([weights(6, 30, seed=1), torch.zeros(1, 30, dtype=torch.float64)])  # equal errors: the last one wins
+    expected = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
+    per_mix = len(w) * 2**4 * n_candidates(ScaleMethod.LOG_2, 4, search)
+    for at_once in (1, 2, 4):
+        monkeypatch.setattr(logart.search, "_LEVELS_AT_ONCE", at_once * per_mix)
+        found = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
+        for name in ("levels", "n_base2", "half_steps", "signs"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
