@@ -37,10 +37,6 @@ class Place(str, Enum):
         return self.value
 
 
-# Each falls back to the next; never to half precision or from it, because that changes the codes.
-_NEXT = {Place.DEVICE: Place.CPU, Place.CPU: Place.DISK}
-
-
 class Kept:
     """A tensor [n, ...] that lives elsewhere than where it is computed with.
 
@@ -133,15 +129,19 @@ class Cache:
         return max(share * need.captured + shared * need.working for need in needs.values())
 
     def fall_back(self) -> Place | None:
-        """Go on with the next place, which is larger; None if there is none."""
-        self.place = None if self.place is None else _NEXT.get(self.place)
-        if self.place is Place.CPU and self.device.type == "cpu":
-            self.place = Place.DISK
+        """Leave the GPU that ran out of memory; None where nothing of its memory is captured tensors.
+
+        Never to half precision, which changes the codes; nor from host memory to disk, which frees nothing of a GPU.
+        """
+        self.place = Place.CPU if self.place is Place.DEVICE else None
         return self.place
 
     def _free(self) -> dict[Place, int]:
         host = int(psutil.virtual_memory().available)
-        device = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else host
+        device = host
+        if self.device.type == "cuda":  # what torch holds in reserve is free to it too
+            idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            device = torch.cuda.mem_get_info(self.device)[0] + idle
         disk = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
         return {Place.DEVICE: device, Place.CPU: host, Place.HALF: host, Place.DISK: disk}
 

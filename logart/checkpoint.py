@@ -62,7 +62,8 @@ def save_packed(model: nn.Module, path: str | Path, info: Mapping[str, Any] | No
         What takes how much.
 
     Raises:
-        ValueError: nothing in it is quantized, a layer is not rounded yet, or the info is no JSON.
+        ValueError: nothing in it is quantized, a layer is not rounded yet or was moved to another type since, or the
+            info is no JSON.
         OSError: the file cannot be written.
     """
     file = to_packed(model, info)

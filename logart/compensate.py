@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from logart.cache import Captured
 from logart.config import QuantConfig
 from logart.dbs import layer_moments, per_codebook
+from logart.errors import NetworkError
 from logart.grid import Codebook, Spacing
 from logart.layers import QuantizedLayer
 from logart.measures import OutputMoments
@@ -49,6 +50,9 @@ def compensate_unit(
 
     Returns:
         T of each layer, in the weight's shape and type.
+
+    Raises:
+        NetworkError: a layer's inputs are finite, but their second moments are not.
     """
     targets = []
     blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
@@ -56,6 +60,10 @@ def compensate_unit(
         layer, float_layer = quantized.get_submodule(name), reference.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         moments = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
+        if not all(moment.isfinite().all() for moment in (moments.gram, moments.cross)):
+            raise NetworkError(
+                f"layer {name}: its inputs are so large that their products overflow {layer.weight.dtype}"
+            )
         w, centred = layer.rows.reshape(layer.shape[0], -1), moments.centred()
         a = metric(centred)
         t = target(w, a, centred)

@@ -77,7 +77,7 @@ def layer_error(
     rows = len(inputs) * given[0].numel() // shape[0]
     if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
         return layer_moments(*arguments, batch_size=batch_size).error
-    return layer_residual(*arguments).error
+    return layer_residual(*arguments, batch_size=batch_size).error
 
 
 @torch.no_grad()
@@ -88,12 +88,20 @@ def layer_residual(
     layer: nn.Module,
     float_inputs: Captured,
     inputs: Captured,
+    *,
+    batch_size: int = 32,
 ) -> OutputResidual:
     """The LW measure of one layer through its outputs; arguments as `layer_moments`."""
-    _, wanted = run_to(float_block, float_layer, float_inputs[:], through=True)
-    x, given = run_to(block, layer, inputs[:], through=True)
-    assert wanted is not None and given is not None
-    return OutputResidual(lambda delta: _apply(layer, x, delta), _positions_last(layer, wanted - given))
+    fed, residual = [], []
+    for start in range(0, len(inputs), batch_size):
+        batch = slice(start, start + batch_size)
+        _, wanted = run_to(float_block, float_layer, float_inputs[batch], through=True)
+        x, given = run_to(block, layer, inputs[batch], through=True)
+        assert wanted is not None and given is not None
+        fed.append(x)
+        residual.append(_positions_last(layer, wanted - given))
+    x = torch.cat(fed)
+    return OutputResidual(lambda delta: _apply(layer, x, delta), torch.cat(residual))
 
 
 @torch.no_grad()

@@ -225,6 +225,7 @@ def network_columns(args: argparse.Namespace, network: Network, track: str, data
         "network_options": " ".join(words),
         "data": data,
         "preset": args.preset,
+        "capture_precision": args.cache if args.cache == Place.HALF.value else None,
     }
 
 

@@ -158,7 +158,7 @@ class QuantizedLayer(nn.Module):
         if self.float_weight is not None:
             self.dtype = self.float_weight.dtype  # the module may have been moved to another since
         self.codes = codes.reshape(self.shape)
-        self.expanded = dequantize(codes, self.levels).to(self.dtype).reshape(self.shape)
+        self.expanded = self._read_off()
         self.soft = None
 
     def start_learning(self, target: Tensor | None = None) -> SoftRounding:
@@ -206,12 +206,39 @@ class QuantizedLayer(nn.Module):
         kept = {k: v.copy() if k in _MEMBERS else v for k, v in self.__dict__.items()}
         return partial(self.__setstate__, kept)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """What torch moves a module with: levels keep their type, and weights of a new type are read off them anew."""
+        exact = {name: getattr(self, name) for name in ("levels", "scale")}
+        before = self.expanded
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        now = self.expanded
+        if before is not None and now is not None and now.dtype != before.dtype:
+            self.expanded = self._expand() if self.packed_codes is not None else self._read_off().to(now.dtype)
+        return self
+
+    def _read_off(self) -> Tensor:
+        """The levels that the codes stand for, in the weight's shape and own type."""
+        assert self.codes is not None and self.levels is not None
+        rows = self.codes.reshape(self.n_codebooks, -1)
+        return dequantize(rows, self.levels).to(self.dtype).reshape(self.shape)
+
     def drop_float(self) -> None:
         """Forget the float weight: from here on the codes are all there is."""
         self.float_weight = None
 
     def packed(self) -> tuple[Tensor, CodebookSpec]:
-        """The codes, packed, and what makes the codebooks; ValueError while the layer is not rounded."""
+        """The codes, packed, and what makes the codebooks.
+
+        Raises:
+            ValueError: the layer is not rounded, or was moved to another type since.
+        """
+        holder = self.expanded if self.packed_codes is None else self.like
+        if holder is not None and self.soft is None and holder.dtype != self.dtype:
+            told = f"quantized as {self.dtype}, but moved to {holder.dtype} since"
+            raise ValueError(f"{told}; expected the network in the type it was quantized in")
         if self.packed_codes is not None and self.spec is not None:
             return self.packed_codes, self.spec
         if self.codes is None or self.soft is not None:

@@ -59,6 +59,8 @@ class OutputMoments:
             patches: [groups, n, K] rows of X̂.
             residual: [groups, n, C/groups], r at the same n positions.
         """
+        if patches.dtype.itemsize < 4:  # products in half precision would leave no positive definite gram
+            patches, residual = patches.float(), residual.float()
         if self.shift is not None:
             patches = patches - self.shift[:, None]
         self.gram += patches.mT @ patches

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from logart.cache import Need
-from logart.config import QuantConfig, ReconInput
+from logart.config import QuantConfig, ReconInput, SearchMethod
+from logart.dbs import PROBES
 from logart.surgery import Unit
 
 # Measured on the CPU, where a library's own copies count too (EXPERIMENTS.md).
 _LEARNING = 26  # times a block's weights: α and Adam, the levels, the soft weight, the gradients, the start in float64
 _COMPENSATING = 7  # times A [G, K, K] of float64: moments, centred moments, A, its inverse and factors
 _STEP = 3  # times a batch of a block's inputs and outputs, beside what the backward saves
+_RESIDUAL = (
+    4  # times a layer's outputs of all search images: LW's residual, and a candidate's on their way to its error
+)
+_PULLS = 2 * (PROBES + 1) + 2  # likewise BW's pulls and probes, twice while batches are joined, and a candidate's
 _PASS = 4  # times a batch of the largest of all inputs and outputs: running the network up to a block
 
 
@@ -39,6 +44,9 @@ def foresee(reference: nn.Module, units: Sequence[Unit], example: Tensor, config
     """
     traffic = _traffic(reference, [unit.name for unit in units], example, saved=config.learns)
     prefixes = 2 if config.compensates or config.recon_input is ReconInput.MIXED else 1
+    layers = [name for unit in units for name in unit.layers] if config.searches_data else []
+    searched = _traffic(reference, layers, example, saved=False) if layers else {}
+    held = _PULLS if config.search_method is SearchMethod.BLOCK_WISE else _RESIDUAL
     largest = max(max(seen.given, seen.left) for seen in traffic.values())
     needs = {}
     for unit in units:
@@ -48,6 +56,9 @@ def foresee(reference: nn.Module, units: Sequence[Unit], example: Tensor, config
             working = activations + _LEARNING * sum(_weight(reference, name).nbytes for name in unit.layers)
         if config.compensates:
             working = max(working, *(_gram_bytes(reference, name) for name in unit.layers))
+        if config.searches_data:
+            most = max(2 * searched[name].given + held * searched[name].left for name in unit.layers)
+            working = max(working, config.search_samples * most)
         working = max(working, _PASS * config.batch_size * largest)
         needs[unit.name] = Need(config.images_needed * (prefixes * seen.given + seen.left), working)
     return needs

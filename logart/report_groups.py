@@ -15,8 +15,8 @@ NETWORK = ("track", "arch", "checkpoint_sha256", "network_options", "data", "val
 GRID = (
     "first_last_bits channel_wise scale_search asymmetric zero_code hardware_approx hardware_approx_terms device"
 ).split()
-SEARCH = ("search_samples", "search_batch_size", "calib_augment", "calib_list")
-CALIBRATION = ("calib_samples", "batch_size", "calib_augment", "calib_list")
+SEARCH = ("search_samples", "search_batch_size", "calib_augment", "calib_list", "capture_precision")
+CALIBRATION = ("calib_samples", "batch_size", "calib_augment", "calib_list", "capture_precision")
 LLR = (
     *CALIBRATION,
     *"iters_w lr rrweight b_start b_end warmup recon_input recon_metric drop_prob temperature".split(),

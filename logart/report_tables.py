@@ -148,7 +148,7 @@ def _table(grid: dict[str, str], llr: dict[str, str], groups: Iterable[Group]) -
             if len({other[3 + i] for other in same}) > 1
             # a closed form may have seen other images than the LLR that the table's title tells of
             or (
-                name in ("calib_samples", "calib_augment", "calib_list")
+                name in ("calib_samples", "calib_augment", "calib_list", "capture_precision")
                 and method[3 + i] not in ("", "False", llr.get(name))
             )
         ]

@@ -70,6 +70,7 @@ COLUMNS = (
     Column("hardware_approx_terms", "", "how many powers of two, there or at test only: 1 + 1/2 are 2"),
     Column("calib_augment", "", "`True`: calibration images are randomly cropped and flipped"),
     Column("calib_list", "hex", "start of the SHA-256 of the names in `--calib_list`; empty where the seed chose"),
+    Column("capture_precision", "", "`half`: captured inputs and targets were rounded by `--cache half`; else empty"),
     Column("seed", "", "seed of every random choice"),
     Column("config", "", "the settings file of the run; ViT only"),
     Column("val_images", "images", "test images behind each accuracy"),

@@ -29,7 +29,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from logart.cache import Place
 from logart.config import QuantConfig
 from logart.errors import Interrupted, UserError
 from logart.evaluate import Accuracy
@@ -159,7 +158,6 @@ def identity(
     images: Tensor,
     val_names: Sequence[str],
     device: torch.device,
-    cache: Place | None,
 ) -> dict[str, Any]:
     """What decides the codes and the accuracies, by the name that a user knows it by."""
     versions = {name: value for name, value in environment().items() if name.endswith("_version")}
@@ -174,7 +172,7 @@ def identity(
         "calibration images": hashlib.sha256(_bytes(images)).hexdigest(),
         "validation images": hashlib.sha256("\n".join(val_names).encode("utf-8", "surrogateescape")).hexdigest(),
         "device": device.type,
-        "precision of captured tensors": "half" if cache is Place.HALF else "full",
+        "precision of captured tensors": columns["capture_precision"] or "full",
         "versions": versions,
     }
 

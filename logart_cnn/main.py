@@ -134,7 +134,7 @@ def command(args: argparse.Namespace) -> None:
     with claimed(options.results, settings_columns(columns, config, options.test_with_terms), options.once):
         images, chosen = _calibration_images(args, config, source, names)
         check_network(network.model, images, network.num_classes, flags=options.network_flags)
-        who = identity(config, columns, network.model, images, source.val.names, options.device, options.cache)
+        who = identity(config, columns, network.model, images, source.val.names, options.device)
         with opened(args, who, chosen, started) as folder:
             if not options.quiet:
                 origin = f"{network.arch} ({network.source}) on {source.name}"

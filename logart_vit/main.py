@@ -155,7 +155,7 @@ def command(args: argparse.Namespace) -> None:
         count = max(2, config.images_needed)
         images, chosen = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
         check_network(network.model, images, network.num_classes, flags=options.network_flags)
-        who = identity(config, columns, network.model, images, source.val.names, options.device, options.cache)
+        who = identity(config, columns, network.model, images, source.val.names, options.device)
         with opened(args, who, chosen, started) as folder:
             if not options.quiet:
                 origin = f"{network.arch} ({network.source}) on {source.name}"

@@ -126,6 +126,15 @@ def test_working_memory_grows_with_the_batch_by_what_autograd_saves() -> None:
     assert plain.working < working[0]
 
 
+@pytest.mark.parametrize(("method", "copies"), [("layer_wise", 4), ("block_wise", 2 * 33 + 2)])
+def test_the_search_by_outputs_needs_the_largest_layer_of_all_search_images(method: str, copies: int) -> None:
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(OrderedDict(block=block)).requires_grad_(False)
+    config = QuantConfig(rounding="nearest", search_method=method, search_samples=40)
+    need = foresee(model, [Unit("block", ("block.0", "block.2"))], torch.rand(2, 3, 5, 5), config)["block"]
+    assert need.working == 40 * 25 * 4 * (2 * 3 + copies * 8)
+
+
 CONFIGS = {
     "LW": {"search_method": "layer_wise", "search_samples": 6, "rounding": "nearest"},
     "BW": {"search_method": "block_wise", "search_samples": 6, "rounding": "nearest"},
@@ -168,17 +177,28 @@ def test_a_gpu_that_runs_out_falls_back_a_step(
 
     monkeypatch.setattr(logart.pipeline, where, running_out)
     assert codes_of(CONFIGS[name], cache) == expected
-    assert seen[:4] == [Place.DEVICE, Place.DEVICE, Place.DISK, Place.DISK]
-    assert "out of memory on cpu: captured tensors go from device to disk" in capsys.readouterr().err
+    assert seen[:4] == [Place.DEVICE, Place.DEVICE, Place.CPU, Place.CPU]
+    assert "out of memory on cpu: captured tensors go from device to cpu" in capsys.readouterr().err
 
 
-def test_out_of_memory_with_nowhere_to_go_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [Place.CPU, Place.HALF, Place.DISK])
+def test_out_of_memory_that_holds_no_captured_tensors_is_one_error(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def running_out(*args: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
 
     monkeypatch.setattr(logart.pipeline, "compensate_unit", running_out)
     with pytest.raises(NetworkError, match="out of memory on cpu"):
-        codes_of(CONFIGS["compensated"], Cache(CPU, Place.DISK, tmp_path))
+        codes_of(CONFIGS["compensated"], Cache(CPU, place, tmp_path))
+
+
+def test_what_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 8 * 2**20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
+    told = Cache(torch.device("cuda"), Place.DEVICE).choose({"a": Need(0, 0)})
+    assert told.endswith("kept on device (6.0 MiB free)")
 
 
 class Divides(nn.Module):

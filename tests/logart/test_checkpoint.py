@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,35 @@ def test_a_loaded_network_goes_to_another_type_as_a_float_one_does(
     with hardware_approximation(loaded, 2):
         assert loaded(images.to(dtype)).dtype == dtype
     assert torch.equal(plain(images.to(dtype)), loaded(images.to(dtype)))
+
+
+@pytest.mark.parametrize("dequantize", [None, "once", "on-the-fly"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{"scale_search": "grid", "asymmetric": True}, {"scale_method": "linear_mse"}])
+def test_a_quantized_network_comes_back_from_another_type_as_it_was(
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    dequantize: str | None,
+    digits: tuple[nn.Module, Tensor],
+    tmp_path: Path,
+) -> None:
+    """Not its weights: levels of base sqrt 2 are none of a short type."""
+    model, images = trained(Odd()), torch.randn(8, 2, 7, 7)
+    quantized, _ = quantize_model(model, QuantConfig(n_bits=3, rounding="nearest", **settings), images, quiet=True)
+    sizes = save_packed(quantized, tmp_path / "a.safetensors")
+    if dequantize is not None:
+        quantized = load_packed(tmp_path / "a.safetensors", trained(Odd()), dequantize=dequantize)
+    weights = {name: layer.weight.clone() for name, layer in quantized_layers(quantized).items()}
+    quantized.to(dtype)
+    for name, layer in quantized_layers(quantized).items():
+        assert torch.equal(layer.weight, weights[name].to(dtype)) and layer.weight.dtype == dtype
+    with pytest.raises(ValueError, match=f"layer first: quantized as torch.float32, but moved to {dtype} since"):
+        save_packed(quantized, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+    quantized.float()
+    assert all(torch.equal(layer.weight, weights[name]) for name, layer in quantized_layers(quantized).items())
+    assert save_packed(quantized, tmp_path / "b.safetensors") == sizes
+    load_packed(tmp_path / "b.safetensors", trained(Odd()))
 
 
 def test_a_reloaded_network_holds_no_float_weight_and_on_the_fly_no_expanded_one(

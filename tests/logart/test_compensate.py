@@ -14,13 +14,14 @@ from logart.compensate import compensate_unit, descend, feed_back, metric, quadr
 from logart.config import QuantConfig, Rounding
 from logart.data import calibration_images, open_images
 from logart.dbs import layer_moments
+from logart.errors import NetworkError
 from logart.grid import Codebook, ScaleMethod, log_codebook
 from logart.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.measures import OutputMoments
 from logart.pipeline import quantize_model
 from logart.rounding import dequantize, nearest
 from logart.search import ScaleSearch, choose_codebook
-from logart.surgery import Unit, clone_sharing, replace_layers
+from logart.surgery import Unit, clone_sharing, quantized_layers, replace_layers
 from logart_cnn.models import load_network
 
 IMAGES = (6, 4, 6, 5)  # neither square nor divisible by the strides
@@ -450,3 +451,25 @@ def test_a_trained_network_gains_in_every_channel(monkeypatch: pytest.MonkeyPatc
         feedback_wins += float((fed_back < rounded).double().mean()) / len(seen)
         descent_wins += float((reached < 0.999 * fed_back).double().mean()) / len(seen)
     assert feedback_wins > 0.9 and descent_wins > 0.5, (feedback_wins, descent_wins)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_networks_of_short_types_are_compensated(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()).to(dtype).eval()
+    model.requires_grad_(False)
+    images = torch.rand(16, 3, 8, 8).to(dtype)
+    errors = {}
+    for rounding in ("nearest", "compensated"):
+        config = QuantConfig(n_bits=3, rounding=rounding, calib_samples=16, batch_size=5)
+        quantized, _ = quantize_model(model, config, images, quiet=True)
+        errors[rounding] = float((quantized(images) - model(images)).float().square().mean())
+        assert all(layer.weight.dtype == dtype for layer in quantized_layers(quantized).values())
+    assert errors["compensated"] < 0.5 * errors["nearest"]
+
+
+def test_inputs_whose_squares_overflow_are_an_error_that_names_the_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()).eval()
+    config = QuantConfig(rounding="compensated", calib_samples=4)
+    with pytest.raises(NetworkError, match=r"layer 0: its inputs are so large .* overflow torch.float32"):
+        quantize_model(model, config, 1e20 * torch.rand(4, 3, 5, 5), quiet=True)
