@@ -3,9 +3,10 @@
     python benchmarks/layer_wise_search.py [--size 7] [--images 32] [--bits 4] [--channels 512] [--kernel 3]
         [--scale_search none]
 
-Reference 1 runs one forward pass of the layer per candidate, all channels rounded at once. Reference 2 runs one per
-candidate and channel, only that channel rounded, as a search that cannot separate channels would; it is timed on a few
-channels and candidates and extrapolated. All three measure the same errors; the choices are compared first.
+Reference 1 runs one forward pass of the layer per candidate, all channels rounded at once; its candidates are all
+mixes, 0..N, times the scales. Reference 2 runs one per candidate and channel, only that channel rounded, as a search
+that cannot separate channels would; it is timed on a few channels and candidates and extrapolated. The choices are
+compared by the reference's errors first.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart.dbs import layer_error, layer_moments
-from logart.grid import Codebook
+from logart.grid import Codebook, ScaleMethod
 from logart.layers import QuantConv2d
 from logart.rounding import dequantize, nearest
-from logart.search import ScaleSearch, least_error, log_candidates
+from logart.search import (
+    ErrorFunction,
+    ScaleSearch,
+    choose_codebook,
+    log_candidates,
+    n_candidates,
+)
 
 FEW = 2  # channels that reference 2 is timed on
 FEW_CANDIDATES = 9  # and candidates; 4 bits without scale search have no more
@@ -45,15 +52,18 @@ def main() -> None:
     x_float = torch.randn(args.images, c, args.size, args.size).relu_()
     x = x_float + 0.05 * torch.randn_like(x_float)
     w = layer.rows
-    candidates = log_candidates(w.abs().amax(1), args.bits, scale_search=ScaleSearch(args.scale_search))
+    every, search = range(2 ** (args.bits - 1) + 1), ScaleSearch(args.scale_search)
+    candidates = list(log_candidates(w.abs().amax(1), args.bits, every, scale_search=search))
+    searched = n_candidates(ScaleMethod.DYNAMIC, args.bits, search)
 
-    def by_moments() -> Tensor:
-        moments = layer_moments(conv, layer, conv, layer, x_float, x)
-        return least_error(w, candidates, moments.error)[1]
+    def choose(error: ErrorFunction) -> Codebook:
+        return choose_codebook(w, ScaleMethod.DYNAMIC, args.bits, error=error, scale_search=search)
 
-    def as_chosen() -> Tensor:
-        error = layer_error(conv, layer, conv, layer, x_float, x, candidates=len(candidates))
-        return least_error(w, candidates, error)[1]
+    def by_moments() -> Codebook:
+        return choose(layer_moments(conv, layer, conv, layer, x_float, x).error)
+
+    def as_chosen() -> Codebook:
+        return choose(layer_error(conv, layer, conv, layer, x_float, x, candidates=searched))
 
     def rounded(codebook: Codebook) -> Tensor:
         return dequantize(nearest(w, codebook), codebook.levels).to(w.dtype).reshape(conv.weight.shape)
@@ -80,8 +90,9 @@ def main() -> None:
         return errors
 
     plain = per_candidate()
-    for fast in (as_chosen(), by_moments()):
-        assert torch.allclose(fast.float(), plain, rtol=1e-3), "the search measures other errors than forward passes"
+    wanted = F.conv2d(x_float, conv.weight, padding=padding)
+    for found in (as_chosen(), by_moments()):
+        assert torch.allclose(error(rounded(found), wanted), plain.amin(0), rtol=1e-3), "forward passes choose better"
     assert torch.allclose(plain[:FEW_CANDIDATES, :FEW], per_channel(FEW), rtol=1e-3)
     fast_seconds, plain_seconds = in_turn(as_chosen, per_candidate, args.runs)
     moment_seconds, _ = in_turn(by_moments, lambda: None, args.runs)
@@ -90,7 +101,7 @@ def main() -> None:
     channel_seconds = (time.perf_counter() - start) * c / FEW * len(candidates) / min(len(candidates), FEW_CANDIDATES)
     print(
         f"{c}→{c} {args.kernel}×{args.kernel} at {args.size}×{args.size}, {args.images} images, {args.bits} bits "
-        f"({len(candidates)} candidates), {torch.get_num_threads()} threads"
+        f"({len(candidates)} candidates, {searched} searched), {torch.get_num_threads()} threads"
     )
     rows = [
         ("as chosen", fast_seconds),

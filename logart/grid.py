@@ -194,6 +194,24 @@ def mixed_half_steps(top: Tensor, n_base2: Tensor, n_levels: int) -> Tensor:
     return torch.where(position < k, base2, sqrt2)
 
 
+def distinct_n_base2(absmax: Tensor, n_bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The mixes that have levels of their own, about half of all; of those with equal levels the largest k.
+
+    Where h + k is odd, h the channel's top half-step, the lowest √2-spaced level lies where a base-2 one would: k + 1
+    has the same levels.
+
+    Args:
+        absmax: [C], of weights of `dtype`.
+
+    Returns:
+        [N / 2 + 1, C] int64, ascending along the first dimension up to N.
+    """
+    n_levels = 2 ** (n_bits - 1)
+    _, top_half_step = _top_levels(absmax.double(), dtype)
+    even = torch.arange(0, n_levels + 1, 2, device=absmax.device)
+    return (even[:, None] + top_half_step % 2).clamp(max=n_levels)
+
+
 def _top_levels(absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """floor(log2 a + 1/2) and floor(2·log2 a + 1/2), each [C] int64, no larger than `dtype` can hold.
 

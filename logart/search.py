@@ -15,12 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from enum import Enum
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logart.grid import Codebook, ScaleMethod, linear_codebook, log_codebook, minmax_codebook
+from logart.grid import (
+    Codebook,
+    ScaleMethod,
+    distinct_n_base2,
+    linear_codebook,
+    log_codebook,
+    minmax_codebook,
+)
 from logart.rounding import count_below, dequantize, nearest
 from logart.spare_codes import spend_free_codes
 
@@ -31,9 +40,8 @@ ErrorFunction = Callable[[Tensor], Tensor]
 # for finer small levels. 1 comes last, which on equal errors wins.
 SCALES = (*(i / 32 for i in range(12, 41) if i != 32), 1.0)
 HALF_STEPS = (-4, -3, -2, -1, 1, 0)
-_LEVELS_AT_ONCE = (
-    2**24
-)  # of candidates held together, about 21 bytes each: 8 bits with scale search has 957,696 a channel
+# Of candidates held together, about 21 bytes each: 8 bits with scale search has 482,560 a channel.
+_LEVELS_AT_ONCE = 2**24
 
 
 class ScaleSearch(str, Enum):
@@ -52,28 +60,30 @@ def log_candidates(
     terms: int = 0,
     dtype: torch.dtype = torch.float32,
     scale_search: ScaleSearch = ScaleSearch.NONE,
-) -> list[Codebook]:
-    """The codebooks of every channel for each n_base2 (default: all, 0..N) and each scale; n_base2 ascends.
+) -> Iterator[Codebook]:
+    """The codebooks of every channel for each n_base2 and each scale, one after the other; n_base2 ascends.
 
     Args:
         absmax: [C].
         n_bits, terms, dtype: as `log_codebook`.
+        n_base2: the mixes; default: every one that has levels of its own, see `distinct_n_base2`.
         scale_search: which factors are tried; 1 always is.
     """
     steps = HALF_STEPS if scale_search is ScaleSearch.HALF_STEP else (0,)
-    books = []
-    for k in range(2 ** (n_bits - 1) + 1) if n_base2 is None else n_base2:
-        for step in steps:
-            top = (absmax.double() * 2 ** (step / 2)).clamp(max=torch.finfo(absmax.dtype).max)
-            book = log_codebook(top if step else absmax, n_bits, k, terms=terms, dtype=dtype)
+    largest = torch.finfo(absmax.dtype).max
+    tops = [(absmax.double() * 2 ** (step / 2)).clamp(max=largest) if step else absmax for step in steps]
+    each: list[Sequence[int] | Tensor]
+    each = [distinct_n_base2(top, n_bits, dtype) if n_base2 is None else n_base2 for top in tops]
+    for mixes in zip(*each, strict=True):
+        for top, k in zip(tops, mixes, strict=True):
+            book = log_codebook(top, n_bits, k, terms=terms, dtype=dtype)
             scales = SCALES if scale_search is ScaleSearch.GRID else ()
-            books += [book.scaled(scale, terms, dtype) for scale in scales] or [book]
-    return books
+            yield from [book.scaled(scale, terms, dtype) for scale in scales] or [book]
 
 
 def n_candidates(method: ScaleMethod, n_bits: int, scale_search: ScaleSearch) -> int:
     """How many codebooks a search looks at."""
-    mixes = 2 ** (n_bits - 1) + 1 if method is ScaleMethod.DYNAMIC else 1
+    mixes = 2 ** (n_bits - 2) + 1 if method is ScaleMethod.DYNAMIC else 1
     scales = {ScaleSearch.NONE: 1, ScaleSearch.GRID: len(SCALES), ScaleSearch.HALF_STEP: len(HALF_STEPS)}
     return mixes * scales[scale_search]
 
@@ -174,20 +184,19 @@ def choose_codebook(
         return minmax_codebook(w, n_bits)
     if method is ScaleMethod.LINEAR_MSE:
         return mse_codebook(w, n_bits)
-    every = 2 ** (n_bits - 1)
-    mixes = {ScaleMethod.LOG_2: range(every, every + 1), ScaleMethod.LOG_SQRT2: range(1)}.get(method, range(every + 1))
-    levels = len(w) * 2**n_bits * n_candidates(ScaleMethod.LOG_2, n_bits, scale_search)  # of one mix
-    at_once = max(1, _LEVELS_AT_ONCE // levels)
+    mixes = {ScaleMethod.LOG_2: (2 ** (n_bits - 1),), ScaleMethod.LOG_SQRT2: (0,)}.get(method)
+    candidates = partial(log_candidates, w.abs().amax(1), n_bits, terms=terms, dtype=w.dtype, scale_search=scale_search)
+    books: Iterator[Codebook] = candidates(mixes)
+    if asymmetric and mixes is None:  # below equal levels, k = 0 spaces the codes that move by √2, k = 1 by 2
+        books = chain(candidates((0,)), books)
+    if asymmetric or zero_code:
+        books = (spend_free_codes(b, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for b in books)
+    if n_candidates(method, n_bits, scale_search) == 1:
+        return next(books)
     chosen: list[Codebook] = []
     least: list[Tensor] = []
-    for start in range(0, len(mixes), at_once):
-        some = mixes[start : start + at_once]
-        books = log_candidates(w.abs().amax(1), n_bits, some, terms=terms, dtype=w.dtype, scale_search=scale_search)
-        if asymmetric or zero_code:
-            books = [spend_free_codes(b, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for b in books]
-        if n_candidates(method, n_bits, scale_search) == 1:
-            return books[0]
-        book, errors = least_error(w, books, error)
+    while some := list(islice(books, max(1, _LEVELS_AT_ONCE // (len(w) * 2**n_bits)))):
+        book, errors = least_error(w, some, error)
         chosen.append(book)
         least.append(errors.amin(0))
     return _pick(chosen, _last_least(torch.stack(least)))

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 SQUARE_OF_ROOT2 = {0: Fraction(2), 2: Fraction(3, 2) ** 2, 3: Fraction(23, 16) ** 2, 4: Fraction(91, 64) ** 2}
 TERMS = tuple(SQUARE_OF_ROOT2)
-TOP_EXPONENT = {"float32": 127, "float64": 1023}  # the largest power of two that is finite
+TOP_EXPONENT = {"float16": 15, "float32": 127, "float64": 1023}  # the largest power of two that is finite
 SHRINK_PERCENTS = tuple(range(100, 20, -1))
 
 

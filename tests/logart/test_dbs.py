@@ -72,8 +72,9 @@ def last_least(errors: Tensor) -> list[int]:
 
 
 def candidate_deltas(layer: QuantizedLayer) -> list[Tensor]:
-    rows = layer.rows
-    return [rounding_error(rows, c) for c in log_candidates(rows.abs().amax(1), layer.n_bits, dtype=rows.dtype)]
+    """Of every mix, 0..N, also of those whose levels are another's."""
+    rows, mixes = layer.rows, range(2 ** (layer.n_bits - 1) + 1)
+    return [rounding_error(rows, c) for c in log_candidates(rows.abs().amax(1), layer.n_bits, mixes, dtype=rows.dtype)]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -148,7 +149,8 @@ def scaled_candidates(w: Tensor, config: QuantConfig) -> list[Codebook]:
     """What a search with the options of `config` looks at."""
     terms, spending = config.hardware_terms, {"asymmetric": config.asymmetric, "zero_code": config.zero_code}
     absmax, search = w.abs().amax(1), config.scale_search
-    books = log_candidates(absmax, config.n_bits, terms=terms, dtype=w.dtype, scale_search=search)
+    mixes = range(2 ** (config.n_bits - 1) + 1)
+    books = list(log_candidates(absmax, config.n_bits, mixes, terms=terms, dtype=w.dtype, scale_search=search))
     return [spend_free_codes(book, w, **spending, terms=terms) for book in books] if any(spending.values()) else books
 
 
@@ -249,7 +251,7 @@ def test_block_wise_agrees_with_the_exact_search(n_bits: int, seeds: range) -> N
         for name, layer in list(quantized.named_modules()):
             if not isinstance(layer, QuantizedLayer):
                 continue
-            candidates = log_candidates(layer.rows.abs().amax(1), n_bits, dtype=torch.float64)
+            candidates = list(log_candidates(layer.rows.abs().amax(1), n_bits, dtype=torch.float64))
             exact = exact_errors(model, quantized, layer, x, x_hat, candidate_deltas(layer))
             block_error = dbs.block_sensitivity(model, quantized, layer, x, x_hat, seed=seed).error
             codebook = least_error(layer.rows, candidates, block_error)[0]

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import oracle
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import logart.search
-from logart.grid import ScaleMethod, Spacing
+from logart.grid import ScaleMethod, Spacing, distinct_n_base2
 from logart.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.search import (
     HALF_STEPS,
@@ -23,6 +24,7 @@ from logart.search import (
     rounding_errors,
     squared_error,
 )
+from logart.spare_codes import spend_free_codes
 
 
 def weights(channels: int, elements: int, seed: int = 0) -> Tensor:
@@ -43,8 +45,8 @@ def oracle_error(row: list[float], n_bits: int, k: int, terms: int, scale: float
 @pytest.mark.parametrize("terms", [0, 2])
 def test_tensor_wise_errors_and_choice_equal_the_oracle(n_bits: int, terms: int) -> None:
     w = weights(6, 30, seed=n_bits)
-    candidates = log_candidates(w.abs().amax(1), n_bits, terms=terms, dtype=w.dtype)
     n_levels = 2 ** (n_bits - 1)
+    candidates = list(log_candidates(w.abs().amax(1), n_bits, range(n_levels + 1), terms=terms, dtype=w.dtype))
     assert [c.n_base2.unique().tolist() for c in candidates] == [[k] for k in range(n_levels + 1)]  # type: ignore[union-attr]
     expected = torch.tensor(
         [[oracle_error(row, n_bits, k, terms) for row in w.tolist()] for k in range(n_levels + 1)], dtype=torch.float64
@@ -70,7 +72,7 @@ def test_ties_go_to_the_larger_k() -> None:
 def test_any_error_function_decides() -> None:
     """The candidate that the function likes wins, channel by channel."""
     w = weights(5, 12)
-    candidates = log_candidates(w.abs().amax(1), 4, dtype=w.dtype)
+    candidates = list(log_candidates(w.abs().amax(1), 4, range(9), dtype=w.dtype))
     wanted = torch.tensor([3, 0, 8, 5, 1])
     liked = torch.stack([rounding_error(w, candidates[int(k)])[c] for c, k in enumerate(wanted)])
     error = lambda delta: (delta - liked).square().sum(1)  # noqa: E731
@@ -99,9 +101,9 @@ def test_fixed_grids_ignore_the_error_function(method: ScaleMethod) -> None:
 @pytest.mark.parametrize("search", [ScaleSearch.GRID, ScaleSearch.HALF_STEP])
 def test_tensor_wise_scale_search_equals_the_oracle(search: ScaleSearch, n_bits: int) -> None:
     w = weights(5, 20, seed=n_bits)
-    candidates = log_candidates(w.abs().amax(1), n_bits, dtype=w.dtype, scale_search=search)
-    factors = [(s, 0) for s in SCALES] if search is ScaleSearch.GRID else [(1.0, j) for j in HALF_STEPS]
     mixes = range(2 ** (n_bits - 1) + 1)
+    candidates = list(log_candidates(w.abs().amax(1), n_bits, mixes, dtype=w.dtype, scale_search=search))
+    factors = [(s, 0) for s in SCALES] if search is ScaleSearch.GRID else [(1.0, j) for j in HALF_STEPS]
     expected = torch.tensor(
         [[oracle_error(row, n_bits, k, 0, *f) for row in w.tolist()] for k in mixes for f in factors],
         dtype=torch.float64,
@@ -122,8 +124,8 @@ def test_tensor_wise_scale_search_equals_the_oracle(search: ScaleSearch, n_bits:
 
 def test_scales_multiply_the_plain_levels_and_one_is_among_them() -> None:
     absmax = torch.tensor([0.3, 1.0, 1e-30])
-    plain = log_candidates(absmax, 3, terms=2)
-    scaled = log_candidates(absmax, 3, terms=2, scale_search=ScaleSearch.GRID)
+    plain = list(log_candidates(absmax, 3, range(5), terms=2))
+    scaled = log_candidates(absmax, 3, range(5), terms=2, scale_search=ScaleSearch.GRID)
     assert len(SCALES) == len(set(SCALES)) and SCALES[-1] == 1.0
     assert sorted(SCALES) == [i / 32 for i in range(12, 41)]
     for i, book in enumerate(scaled):
@@ -136,8 +138,9 @@ def test_scales_multiply_the_plain_levels_and_one_is_among_them() -> None:
 def test_half_steps_shift_the_top_and_nothing_else(n_bits: int) -> None:
     """Levels stay whole half-steps, without a factor; base-2 tops, all even, take the nearest."""
     absmax = torch.tensor([0.3, 0.9, 1.4e-30], dtype=torch.float64)
-    plain = log_candidates(absmax, n_bits, dtype=absmax.dtype)
-    shifted = log_candidates(absmax, n_bits, dtype=absmax.dtype, scale_search=ScaleSearch.HALF_STEP)
+    mixes = range(2 ** (n_bits - 1) + 1)
+    plain = list(log_candidates(absmax, n_bits, mixes, dtype=absmax.dtype))
+    shifted = log_candidates(absmax, n_bits, mixes, dtype=absmax.dtype, scale_search=ScaleSearch.HALF_STEP)
     assert sorted(HALF_STEPS) == [-4, -3, -2, -1, 0, 1] and HALF_STEPS[-1] == 0
     for i, book in enumerate(shifted):
         k, step = i // len(HALF_STEPS), HALF_STEPS[i % len(HALF_STEPS)]
@@ -170,16 +173,16 @@ def test_equal_errors_prefer_the_plain_grid(method: ScaleMethod, search: ScaleSe
 @pytest.mark.parametrize("n_bits", [2, 5])
 @pytest.mark.parametrize("search", ScaleSearch)
 def test_candidates_are_counted(search: ScaleSearch, n_bits: int) -> None:
-    candidates = log_candidates(torch.ones(1), n_bits, scale_search=search)
+    candidates = list(log_candidates(torch.ones(1), n_bits, scale_search=search))
     assert n_candidates(ScaleMethod.DYNAMIC, n_bits, search) == len(candidates)
-    assert n_candidates(ScaleMethod.LOG_2, n_bits, search) * (2 ** (n_bits - 1) + 1) == len(candidates)
+    assert n_candidates(ScaleMethod.LOG_2, n_bits, search) * (2 ** (n_bits - 2) + 1) == len(candidates)
 
 
 def test_a_fixed_log_grid_is_searched_for_its_scale_only() -> None:
     w = weights(4, 30)
     wanted = [0.375, 0.5, 1.25, 31 / 32]
-    liked = torch.stack([rounding_error(w, log_candidates(w.abs().amax(1), 3, (4,), dtype=w.dtype)[0].scaled(s, 0))[c]
-                         for c, s in enumerate(wanted)])  # fmt: skip
+    plain = next(log_candidates(w.abs().amax(1), 3, (4,), dtype=w.dtype))
+    liked = torch.stack([rounding_error(w, plain.scaled(scale, 0))[c] for c, scale in enumerate(wanted)])
     error = lambda delta: (delta - liked).square().sum(1)  # noqa: E731
     found = choose_codebook(w, ScaleMethod.LOG_2, 3, error=error, scale_search=ScaleSearch.GRID)
     assert found.n_base2 is not None and found.n_base2.tolist() == [4] * 4
@@ -293,7 +296,8 @@ def test_one_search_through_all_borders_rounds_as_each_candidate_alone() -> None
     w = torch.randn(6, 400, generator=generator) * torch.logspace(-40, 30, 6)[:, None]
     w[:, :8] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0])
     w[2], w[3] = 0.0, -0.7
-    for candidates in (log_candidates(w.abs().amax(1), 4), log_candidates(w.abs().amax(1), 3, terms=2)):
+    absmax = w.abs().amax(1)
+    for candidates in (list(log_candidates(absmax, 4, range(9))), list(log_candidates(absmax, 3, range(5), terms=2))):
         borders = torch.cat([candidate.borders for candidate in candidates], dim=1)
         assert borders.shape[1] < w.shape[1], "the case would not take the short way"
         on_borders = torch.cat([w.double(), borders], dim=1)  # ties are decided alike
@@ -312,9 +316,45 @@ def test_how_many_candidates_are_held_together_changes_nothing(
 ) -> None:
     w = torch.cat([weights(6, 30, seed=1), torch.zeros(1, 30, dtype=torch.float64)])  # equal errors: the last one wins
     expected = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
-    per_mix = len(w) * 2**4 * n_candidates(ScaleMethod.LOG_2, 4, search)
-    for at_once in (1, 2, 4):
-        monkeypatch.setattr(logart.search, "_LEVELS_AT_ONCE", at_once * per_mix)
+    for at_once in (1, 2, 4, 7):
+        monkeypatch.setattr(logart.search, "_LEVELS_AT_ONCE", at_once * len(w) * 2**4)
         found = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
         for name in ("levels", "n_base2", "half_steps", "signs"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+# ---------------------------------------------------------------- mixes that name the same levels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n_bits", range(2, 9))
+def test_every_mix_is_searched_once_by_its_largest_k(n_bits: int, dtype: torch.dtype) -> None:
+    """Against the oracle's levels of every k; tops at borders, the largest floats and the smallest included."""
+    limits = torch.finfo(dtype)
+    near = torch.tensor([2.0 ** (i / 8) for i in range(-16, 17)], dtype=dtype)
+    absmax = torch.cat([near, near.nextafter(near + 1), torch.tensor([limits.max, limits.tiny], dtype=dtype)])
+    found = distinct_n_base2(absmax, n_bits, dtype)
+    named = str(dtype).removeprefix("torch.")
+    for channel, top in enumerate(absmax.tolist()):
+        largest_k: dict[tuple[int, ...], int] = {}
+        for k in range(2 ** (n_bits - 1) + 1):
+            largest_k[tuple(oracle.half_steps(top, n_bits, k, named))] = k
+        assert found[:, channel].tolist() == sorted(largest_k.values()), top
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_code": True}, {"asymmetric": True}, {"asymmetric": True, "terms": 2}])
+@pytest.mark.parametrize("search", ScaleSearch)
+def test_what_the_search_leaves_out_could_not_have_won(search: ScaleSearch, options: dict[str, Any]) -> None:
+    """The choice among all mixes, of which about half repeat another's levels; channels of both signs and of one."""
+    w = weights(24, 40, seed=5)
+    w[::3] = w[::3].abs() + w[::3] / 4
+    terms = options.get("terms", 0)
+    books = log_candidates(w.abs().amax(1), 3, range(5), terms=terms, dtype=w.dtype, scale_search=search)
+    spending = {name: options.get(name, False) for name in ("asymmetric", "zero_code")}
+    every = [spend_free_codes(book, w, **spending, terms=terms) for book in books]
+    expected = least_error(w, every, squared_error)[0]
+    found = choose_codebook(w, ScaleMethod.DYNAMIC, 3, scale_search=search, **options)
+    assert torch.equal(found.levels, expected.levels)
+    assert torch.equal(found.n_base2, expected.n_base2)  # type: ignore[arg-type]
+    if options.get("asymmetric"):
+        assert 0 in found.n_base2.tolist()  # type: ignore[union-attr] # else k = 0 could be left out
