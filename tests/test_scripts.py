@@ -214,7 +214,7 @@ def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(
 
 @pytest.mark.parametrize("failing", [0, 1, 2, None])
 def test_lint_types_and_tests_run_in_order_until_one_fails(project: Project, failing: int | None) -> None:
-    steps = ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist loadfile -k two words"]
+    steps = ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist worksteal -k two words"]
     project.run("scripts/demo.sh")
     fail = "" if failing is None else steps[failing]
     done = project.run("scripts/test.sh", "-k", "two words", fail=fail)
