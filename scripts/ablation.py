@@ -6,8 +6,6 @@ the work.
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 import os
 import shlex
 import signal
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 from logart.claims import CLAIMED_ELSEWHERE, claims_folder
 from logart.cli import FlagParser
 from logart.errors import UserError
-from logart.runtime import resolve_device
+from logart.fresh import run_fresh
 
 GRIDS = {
     "base 2": "--scale_method log_2",
@@ -115,8 +113,11 @@ def _words(environment: Mapping[str, str], name: str) -> list[str]:
 def worker_device(environment: Mapping[str, str]) -> str:
     """DEVICE; where that is auto, and torchrun started this process on a machine with GPUs, the worker's own."""
     asked = environment.get("DEVICE") or "auto"
-    if asked == "auto" and "LOCAL_RANK" in environment and resolve_device("auto").type == "cuda":
-        return f"cuda:{environment['LOCAL_RANK']}"
+    if asked == "auto" and "LOCAL_RANK" in environment:
+        from logart.runtime import resolve_device  # imports torch, for which no other worker has to wait
+
+        if resolve_device("auto").type == "cuda":
+            return f"cuda:{environment['LOCAL_RANK']}"
     return asked
 
 
@@ -130,27 +131,8 @@ def own_order(rows: list[Row], environment: Mapping[str, str]) -> list[Row]:
 
 
 def run_row(words: list[str]) -> int:
-    """Run a row in a process of its own, so that memory and seeds are fresh; returns its exit code."""
-    # A fork of a process that has imported all and done nothing: torch takes seconds to import, a row that is there
-    # a tenth of one. Not of this process, which has asked for GPUs.
-    known = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
-    if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload([words[0]])
-    process = context.Process(target=_row, args=(words,))
-    process.start()
-    try:
-        process.join()
-    except BaseException:  # Ctrl-C and SIGTERM
-        process.terminate()  # it releases its claim
-        process.join()
-        raise
-    code: int = process.exitcode
-    return code
-
-
-def _row(words: list[str]) -> None:
-    sys.exit(importlib.import_module(words[0]).main(words[1:]))
+    """Run a row in a process of its own; returns its exit code."""
+    return run_fresh(words, *(["sklearn.datasets"] if "digits" in words else []))  # which holds the digits
 
 
 def run_all(rows: list[Row], claims: Path, wait: bool) -> tuple[list[Row], list[Row]]:

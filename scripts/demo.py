@@ -6,10 +6,9 @@ Flags that are not this script's go on to every run (`--seed`, `--device`, `--qu
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 
-import pandas as pd
+from logart.fresh import run_fresh
 
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COLUMNS = {
@@ -36,10 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     runs = [[track, "--preset", "paper", "--iters_w", args.iters_w] for track in TRACKS]
     runs += [[track, "--preset", "fast"] for track in TRACKS]
     for run in sorted(runs):
-        command = [sys.executable, "-m", *run, "--results", args.results, *others]
-        code = subprocess.run(command).returncode
+        code = run_fresh([*run, "--results", args.results, *others], *TRACKS, "sklearn.datasets")
         if code:
             return code
+    import pandas as pd  # here, since each run's process imports this file too
+
     rows = pd.read_csv(args.results).tail(len(runs))[list(COLUMNS)].rename(columns=COLUMNS)
     print(f"\nside by side ({args.iters_w} steps a block in `paper`, none in `fast`):")
     print(rows.to_string(index=False, na_rep="-"))

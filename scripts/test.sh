@@ -7,4 +7,4 @@ use_venv test,report
 cd "$PROJECT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
+"$PYTHON" -m pytest -q -n 2 --dist worksteal "$@"

@@ -7,7 +7,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -170,17 +169,16 @@ class Demo:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = -1) -> None:
         self.calls: list[list[str]] = []
         self.failing = failing
+        monkeypatch.setattr("logart.fresh.run_fresh", self.ran)
         self.main = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]
-        monkeypatch.setattr(subprocess, "run", self.ran)
 
-    def ran(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        assert command[:2] == [sys.executable, "-m"]
-        self.calls.append(command[2:])
+    def ran(self, words: list[str], *also: str) -> int:
+        self.calls.append(words)
         if len(self.calls) == self.failing + 1:
-            return subprocess.CompletedProcess(command, 3)
-        results = command[command.index("--results") + 1]
-        append_row(results, {"arch": f"network {len(self.calls)}", "preset": command[4], "Acc@1": 90 + len(self.calls)})
-        return subprocess.CompletedProcess(command, 0)
+            return 3
+        results = words[words.index("--results") + 1]
+        append_row(results, {"arch": f"network {len(self.calls)}", "preset": words[2], "Acc@1": 90 + len(self.calls)})
+        return 0
 
 
 RUNS = [
@@ -214,7 +212,7 @@ def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(
 
 @pytest.mark.parametrize("failing", [0, 1, 2, None])
 def test_lint_types_and_tests_run_in_order_until_one_fails(project: Project, failing: int | None) -> None:
-    steps = ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist loadfile -k two words"]
+    steps = ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist worksteal -k two words"]
     project.run("scripts/demo.sh")
     fail = "" if failing is None else steps[failing]
     done = project.run("scripts/test.sh", "-k", "two words", fail=fail)
