@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -165,6 +166,25 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
             if _is_there(path):
                 _refuse_content(path)
             _write_whole(path, _csv_line(row.get(name) for name in NAMES))
+
+
+def row_digest(row: Mapping[str, Cell]) -> str:
+    """What tells this very row, with its times, from every other: hex digits, the same before and after writing."""
+    return hashlib.sha256(_csv_line(row.get(name) for name in NAMES)).hexdigest()[:32]
+
+
+def holds_row(path: str | Path, digests: Collection[str]) -> bool:
+    """Whether one of these rows is in a file; a file that is not there, or is none of ours, holds none of them.
+
+    Args:
+        path: the CSV file.
+        digests: of the rows, as `row_digest` gives them.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            return any(row_digest(dict(zip(NAMES, cells, strict=False))) in digests for cells in csv.reader(file))
+    except (OSError, csv.Error):
+        return False
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,19 +146,29 @@ def run(
     row |= environment()
     settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
     info = {**quantized.packed_info, **run_info(network, source, stages), **settings}  # type: ignore[dict-item]
-    sizes, problems = _write(quantized, info, report, row, options, folder)
+    left = _write(quantized, info, report, row, options, folder)
     if not options.quiet:
         print(layer_table(report))
-        if sizes is not None:
-            print(f"{sizes}\nsaved as {options.save}")
+        if left.sizes is not None:
+            print(f"{left.sizes}\nsaved as {options.save}")
         rounding = "LLR" if config.learns and not config.compensates else "rounding"
         print(
             f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
-            + f"; row appended to {options.results}" * (not problems)
+            + f"; {left.row}" * (not left.problems)
         )
-    if problems:
-        raise UserError("; ".join(problems))
+    if left.problems:
+        raise UserError("; ".join(left.problems))
     return report
+
+
+class _Left(NamedTuple):
+    """What `_write` came to: the sizes of `--save`, what became of the row, and, where something could not be written,
+    what that was and what was written.
+    """
+
+    sizes: SizeTable | None
+    row: str
+    problems: list[str]
 
 
 def _write(
@@ -168,29 +178,42 @@ def _write(
     row: Mapping[str, Cell],
     options: RunOptions,
     folder: RunFolder | None,
-) -> tuple[SizeTable | None, list[str]]:
-    """Write all that a run leaves, the run's folder first.
-
-    Returns:
-        The packed file's sizes; and what could not be written, with what was, where something could not.
-    """
+) -> _Left:
+    """Write all that a run leaves, the run's folder first and, once all else is there, the note that it is finished."""
     problems: list[str] = []
     written: list[str] = []
-    sizes = None
+    sizes, told, kept = None, "", False
     if folder is not None:
         with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
             folder.finish(report, row, None)
-            written.append(f"the run is kept in {folder.path}")
             save_packed(quantized, folder.path / PACKED, info)
-    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
-        append_row(options.results, row)
-        written.append(f"the row is in {options.results}")
-        if folder is not None and len(written) == 2:
-            folder.finish(report, row, options.results)
+            written.append(f"the run is kept in {folder.path}")
+            kept = True
     if options.save is not None:
         with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
             sizes = save_packed(quantized, options.save, info)
-    return sizes, problems and problems + written
+    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
+        place, told = _record(row, options.results, folder, problems)
+        written.append(f"the row is in {place}")
+        if folder is not None and kept:
+            folder.finish(report, row, os.path.abspath(place))
+    if folder is not None and not kept:
+        written.append(f"--resume {folder.path} writes the rest when it can")
+    return _Left(sizes, told, problems and problems + written)
+
+
+def _record(row: Mapping[str, Cell], results: str, folder: RunFolder | None, problems: list[str]) -> tuple[str, str]:
+    """Append the row, unless an earlier part of this run did; returns the file that has it, and what happened."""
+    if folder is not None:
+        earlier = folder.recorded_in(results)
+        if earlier is not None:
+            if os.path.abspath(earlier) != os.path.abspath(results):
+                folder.warn(f"--results: the row of this run was in {earlier} already; {results} gets none")
+            return earlier, f"its row was in {earlier} already"
+        with _going_on(problems, f"--run_dir: cannot note in {folder.path} which row is appended"):
+            folder.announce(row, results)
+    append_row(results, row)
+    return results, f"row appended to {results}"
 
 
 @contextmanager
@@ -201,7 +224,7 @@ def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...]
     except UserError as error:
         problems.append(str(error))
     except kinds as error:
-        problems.append(f"{what} ({one_line(error)})")
+        problems.append(f"{what} ({getattr(error, 'strerror', None) or one_line(error)})")
 
 
 def check_outputs(

@@ -7,6 +7,7 @@
     blocks/STAGE-N        the state of each block that a stage is through with (`state`)
     packed.safetensors    the quantized network
     report.json           the results row, and what became of each layer and block
+    row-DIGEST            while a row is being appended: which, and the results file
 
 Every file is written whole or not at all.
 """
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,12 +37,13 @@ from logart.evaluate import Accuracy
 from logart.layers import QuantizedLayer
 from logart.outcome import Report
 from logart.packed_file import PackedFileError
-from logart.results import Cell, environment
+from logart.results import Cell, environment, holds_row, row_digest
 from logart.runtime import write_whole
 from logart.state import Done, Keeper, load_state, save_state
 
 FORMAT = 1
 RUN, REPORT, ACCURACIES, PACKED = "run.json", "report.json", "accuracies.json", "packed.safetensors"
+ROW = "row-"
 # Flags that may differ when a run goes on: they decide where things go and how fast, not what comes out.
 FREE_FLAGS = (
     "results",
@@ -101,6 +104,39 @@ class RunFolder(Keeper):
         """Keep the report and the results row, and in which file the row is by now; OSError where that fails."""
         content = {"format": FORMAT, "recorded": recorded, "row": dict(row)} | asdict(report)
         write_whole(self.path / REPORT, _json(content))
+        if recorded is not None:
+            for note in self._announced():
+                with suppress(OSError):  # it says nothing any more
+                    note.unlink()
+
+    def announce(self, row: Mapping[str, Cell], results: str) -> None:
+        """Note that this row is about to be appended there, so that a resumed run can look whether it was.
+
+        The note's name alone tells the row: a full disk still takes an empty file. OSError where not even that.
+        """
+        with open(self.path / f"{ROW}{row_digest(row)}", "wb") as file:
+            with suppress(OSError):
+                file.write(os.fsencode(os.path.abspath(results)))
+                file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):  # Windows opens no folder
+            folder = os.open(self.path, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    def recorded_in(self, results: str) -> str | None:
+        """The results file that has a row of this run already, this one or where one was to go; else None."""
+        for note in self._announced():
+            there = ""
+            with suppress(OSError):
+                there = os.fsdecode(note.read_bytes())
+            for path in filter(None, (there, results)):
+                if holds_row(path, (note.name.removeprefix(ROW),)):
+                    return path
+        return None
+
+    def _announced(self) -> list[Path]:
+        return sorted(self.path.glob(f"{ROW}*"))
 
     def warn(self, message: str) -> None:
         """See `Keeper`; the log has it too."""
