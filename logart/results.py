@@ -128,21 +128,45 @@ def check_results(path: str | Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """Every row of a results file, as text by column name, for those who only look; nothing is locked or made.
+def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
+    """Every row of a results file, whole or not, for those who only look; nothing is locked or made.
+
+    A row that a quote left open runs into the next ones ends with its line, so that it takes no others with it.
+
+    Returns:
+        The line that each row begins at, and its cells: as many as `NAMES` has if it is whole, and UTF-8 text then.
 
     Raises:
-        UserError: there is no such file, or it has another header or a cut row.
+        UserError: there is no such file, or it has another header.
     """
     path = Path(path)
     try:
         if not path.is_file():
             raise _user_error(f"{str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; expected a CSV file")
-        _refuse_content(path)
-        with open(path, encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if row]
+        lines = list(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"), newline=""))
     except OSError as error:
         raise _user_error(f"cannot read {str(path)!r}: {error.strerror or error}; pass another path") from None
+    header, at = _cells(lines, 0)
+    if lines and tuple(header) != NAMES:
+        raise _user_error(f"{_difference(path, header)}; rename it or pass another path")
+    rows = []
+    while at < len(lines):
+        cells, end = _cells(lines, at)
+        if cells:
+            rows.append((at + 1, cells))
+        at = end if len(cells) == len(NAMES) else at + 1
+    return rows
+
+
+def _cells(lines: list[str], start: int) -> tuple[list[str], int]:
+    """The row that begins at a line, and where it ends; of one that is no CSV or no text, its line as the one cell."""
+    reader = csv.reader(lines[start:], strict=True)
+    try:
+        cells = next(reader, [])
+        "".join(cells).encode("utf-8")
+    except (csv.Error, UnicodeEncodeError):
+        return lines[start : start + 1], start + 1
+    return cells, start + reader.line_num
 
 
 def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
