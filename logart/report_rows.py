@@ -8,7 +8,8 @@ from typing import NamedTuple
 from logart.errors import UserError
 from logart.grid import MAX_BITS, MIN_BITS
 from logart.report_groups import Row, number
-from logart.results import NAMES, read_lines
+from logart.results import read_lines
+from logart.results_schema import NAMES
 
 _RANGES = {
     "bits": (MIN_BITS, MAX_BITS),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from logart.cache import Cache, Place
-from logart.checkpoint import SizeTable, can_be_loaded, save_packed
+from logart.checkpoint import SizeTable, save_packed
 from logart.config import QuantConfig
 from logart.data import ImageSource, validation_batches
 from logart.errors import NetworkError, NonFiniteError, NoRoomError, UserError
@@ -25,7 +23,8 @@ from logart.layers import hardware_approximation
 from logart.network import Network
 from logart.outcome import Report
 from logart.pipeline import quantize_model
-from logart.results import Cell, append_row, check_results, environment
+from logart.results import append_row, environment
+from logart.results_schema import Cell
 from logart.run_columns import config_columns, cost_columns, settings_columns
 from logart.run_folder import PACKED, RunFolder
 from logart.runtime import progress_bar
@@ -46,6 +45,8 @@ class RunOptions:
         quiet: print no progress and no table, only the accuracies.
         network_flags: the flags that choose the network, for errors about it.
         save: the packed file that gets the network; None saves none.
+        run_dir: the new folder that gets the run; None keeps none.
+        resume: the folder of an interrupted run, in place of `run_dir`.
         cache: where captured inputs live; None decides by what is free.
         once: do no run whose row is there or being run, see `claims.claimed`: the silent minutes; None does it anyway.
     """
@@ -59,36 +60,10 @@ class RunOptions:
     quiet: bool = False
     network_flags: str = "--arch, --checkpoint"
     save: str | None = None
+    run_dir: str | None = None
+    resume: str | None = None
     cache: Place | None = None
     once: float | None = None
-
-
-def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: str = "--arch, --checkpoint") -> None:
-    """Run the float network once, so that one that does not fit its images shows before any long work.
-
-    Args:
-        model: on the CPU, in eval mode.
-        images: [n, C, H, W]; the first two are looked at.
-        num_classes: how many logits an image must get.
-        flags: what errors name.
-
-    Raises:
-        UserError: it cannot run on these images, or gives anything but finite logits [n, num_classes].
-    """
-    images = images[:2].clone()  # some networks normalise in place
-    size = "×".join(map(str, images.shape[1:]))
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's answers to a size that is wrong
-        reason = f"({one_line(error)}); see --input_size"
-        raise UserError(f"{flags}: the network cannot run on images of {size} {reason}") from error
-    expected = [len(images), num_classes]
-    seen = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if seen != expected:
-        raise UserError(f"{flags}: expected logits {expected} for {len(images)} images, got {seen}")
-    if not logits.isfinite().all():
-        raise UserError(f"{flags}: the float network's logits are not all finite")
 
 
 def run(
@@ -225,43 +200,6 @@ def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...]
         problems.append(str(error))
     except kinds as error:
         problems.append(f"{what} ({getattr(error, 'strerror', None) or one_line(error)})")
-
-
-def check_outputs(
-    options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None, *, run_dir: str | None = None
-) -> None:
-    """Raise UserError where the results row or the packed file could not be written at the end of the run.
-
-    Args:
-        options: names both files.
-        model_kwargs: of the network, which the packed file must be able to say.
-        checkpoint: the file of float weights, which the packed file must not replace.
-        run_dir: the run's folder, which gets a packed file too.
-    """
-    check_results(options.results)
-    if options.save is not None:
-        _check_place(options.save, checkpoint)
-    if options.save is None and run_dir is None:
-        return
-    try:
-        if not can_be_loaded(json.loads(json.dumps(model_kwargs, allow_nan=False))):
-            raise ValueError("a packed file could not be loaded with these")
-    except (TypeError, ValueError) as error:
-        flag = "--save" if options.save is not None else "--run_dir"
-        raise UserError(f"--model-kwargs: {one_line(error)}; with {flag}, expected numbers, texts and lists") from error
-
-
-def _check_place(save: str, checkpoint: str | None) -> None:
-    path, place = save, Path(save)
-    if place.suffix != ".safetensors":
-        raise UserError(f"--save: {path!r}; expected a file that ends in .safetensors")
-    if place.is_dir() or not place.parent.is_dir():
-        problem = "is a folder" if place.is_dir() else "lies in no folder that exists"
-        raise UserError(f"--save: {path!r} {problem}; expected the path of a file")
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--save: {str(place.parent)!r} is not writable; expected a folder that takes the file")
-    if checkpoint is not None and place.resolve() == Path(checkpoint).resolve():
-        raise UserError(f"--save: {path!r} is the file that --checkpoint reads; expected another")
 
 
 def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from logart.report_rows import damage, read_rows
 from logart.report_run_plots import run_figures
 from logart.report_runs import code_histogram, common_levels, read_run
 from logart.report_tables import sections
-from logart.results import NAMES
+from logart.results_schema import NAMES
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import resource
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import quiet_main, rows
+from small_runs import disk_with, quiet_main, rows
 
 import logart.run
 from logart.run_folder import RunFolder
@@ -56,17 +53,6 @@ def kill(moment: str, argv: list[str], folder: Path = Path()) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@contextmanager
-def files_up_to(limit: int) -> Iterator[None]:
-    """Let no file grow beyond `limit` bytes; the system's answer to a larger one is an error, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_around_its_row_has_it_once(
     moment: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -98,7 +84,7 @@ def test_a_folder_that_filled_up_knows_that_its_row_is_written(
     """Neither report nor packed file fits, nor the path of the results file; the row has room elsewhere."""
     run, results = tmp_path / "run", tmp_path / "results.csv"
     argv = [*ARGV, "--run_dir", str(run), "--results", str(results)]
-    with files_up_to(4096), pytest.raises(SystemExit) as stopped:
+    with disk_with(4096), pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2 and len(rows(results)) == 1
     *_, line = capfd.readouterr().err.splitlines()
