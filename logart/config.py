@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from logart.grid import MAX_BITS, MIN_BITS, ScaleMethod, Spacing, root2
+from logart.grid import MAX_BITS, MIN_BITS, ROOT2_TEXT, ScaleMethod, Spacing, root2
 from logart.search import ScaleSearch
 
 
@@ -197,3 +197,25 @@ class QuantConfig:
         if self.first_last_bits is not None and layers:
             bits[layers[0]] = bits[layers[-1]] = self.first_last_bits
         return bits
+
+
+def describe(config: QuantConfig) -> str:
+    """The settings in a line, those that act."""
+    grid = f"{config.n_bits} bits, {config.scale_method.value}"
+    if config.searches and not config.compensates:
+        grid += f" ({config.search_method.value} DBS)"
+    words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]
+    if config.scale_search is not ScaleSearch.NONE:
+        words.append(f"{config.scale_search.value} scale search")
+    words += [name for name in ("asymmetric", "zero_code") if getattr(config, name)]
+    if config.compensates:
+        words.append(f"compensated rounding, {config.calib_samples} images")
+    if config.learns:
+        mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
+        how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
+        words.append(f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})")
+    if not (config.compensates or config.learns):
+        words.append("plain rounding")
+    if config.hardware_terms:
+        words.append(f"√2 ≈ {ROOT2_TEXT[config.hardware_terms]}")
+    return ", ".join([*words, f"seed {config.seed}"])

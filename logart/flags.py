@@ -12,12 +12,13 @@ from typing import Any
 from logart.cache import Place
 from logart.claims import SILENT_MINUTES
 from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
-from logart.config import PRESETS, QuantConfig, ReconInput, Rounding, SearchMethod
+from logart.config import PRESETS, QuantConfig, Rounding, SearchMethod
 from logart.data import DIGITS
 from logart.errors import UserError
 from logart.grid import ROOT2_TEXT, ScaleMethod, Spacing
 from logart.network import INTERPOLATIONS, Network
-from logart.results import Cell
+from logart.results_schema import Cell
+from logart.resume import stored_flags
 from logart.run import RunOptions
 from logart.runtime import resolve_device
 from logart.search import ScaleSearch
@@ -93,6 +94,24 @@ def add_run_flags(parser: FlagParser) -> None:
                 help="do nothing where the results file has this row or another process is at it; one without a sign "
                 f"of life for so many minutes is taken over (without a value: {SILENT_MINUTES:g})")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
+
+
+def with_stored(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the run that `--resume` names, with those given now on top; without it, `args` as they are.
+
+    Raises:
+        UserError: as `resume.stored_flags`; or `--run_dir` was given too.
+    """
+    if args.resume is None:
+        return args
+    if args.run_dir is not None:
+        raise UserError(f"--run_dir: {args.run_dir} and --resume {args.resume} were both given; expected one of them")
+    return argparse.Namespace(**vars(args) | stored_flags(args.resume, given(args, vars(args))))
+
+
+def kept_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run's folder keeps of the flags given."""
+    return {name: value for name, value in given(args, vars(args)).items() if name != "run_dir"}
 
 
 def _scale_method(text: str) -> str:
@@ -207,6 +226,8 @@ def run_options(
         quiet=bool(args.quiet),
         network_flags=network_flags,
         save=args.save,
+        run_dir=args.run_dir,
+        resume=args.resume,
         cache=None if args.cache in (None, "auto") else Place(args.cache),
         once=args.once,
     )
@@ -227,28 +248,6 @@ def network_columns(args: argparse.Namespace, network: Network, track: str, data
         "preset": args.preset,
         "capture_precision": args.cache if args.cache == Place.HALF.value else None,
     }
-
-
-def describe(config: QuantConfig) -> str:
-    """The settings in a line, those that act."""
-    grid = f"{config.n_bits} bits, {config.scale_method.value}"
-    if config.searches and not config.compensates:
-        grid += f" ({config.search_method.value} DBS)"
-    words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]
-    if config.scale_search is not ScaleSearch.NONE:
-        words.append(f"{config.scale_search.value} scale search")
-    words += [name for name in ("asymmetric", "zero_code") if getattr(config, name)]
-    if config.compensates:
-        words.append(f"compensated rounding, {config.calib_samples} images")
-    if config.learns:
-        mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
-        how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
-        words.append(f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})")
-    if not (config.compensates or config.learns):
-        words.append("plain rounding")
-    if config.hardware_terms:
-        words.append(f"√2 ≈ {ROOT2_TEXT[config.hardware_terms]}")
-    return ", ".join([*words, f"seed {config.seed}"])
 
 
 def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any) -> str:

@@ -16,13 +16,13 @@ from logart.report_groups import Group, Row, signed
 from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figure_names, figures, markdown, page
 from logart.report_paper import Sources, paper_figures
 from logart.report_plots import against_bits, against_time, costs
+from logart.report_rows import read_rows
 from logart.report_run_plots import run_figures
 from logart.report_runs import Run, RunLayer, read_run
 from logart.report_tables import Section, Table, sections
-from logart.results import read_rows
 from logart.runtime import write_whole
 
-TITLE = "LogART report"
+PROG, TITLE = "logart-report", "LogART report"
 KINDS = ("png", "svg")
 HOW_TO_READ = (
     "Top-1 accuracy in %, mean ± standard deviation over n seeds; below it the distance to the float network in points "
@@ -31,20 +31,20 @@ HOW_TO_READ = (
 SEVERAL_FILES = "(same settings; given by {})"
 
 
-def results_blocks(rows: Sequence[Row], paper: Sequence[Row]) -> list[Block]:
+def results_blocks(rows: Sequence[Row], paper: Sequence[Row], left_out: str = "") -> list[Block]:
     """The tables and plots of a results file.
 
     Args:
-        rows: as `results.read_rows` gives them.
+        rows: as `report_rows.read_rows` gives them.
         paper: figures to show beside, as `report_paper.paper_figures` gives them.
+        left_out: what to say of rows that are not among them.
 
     Raises:
-        UserError: as `report_tables.sections`; no rows; matplotlib is missing.
+        UserError: matplotlib is missing.
     """
-    if not rows:
-        raise UserError("results: the file holds no rows; expected at least one run")
     found, notes = sections(rows)
     sources = Sources(paper)
+    notes = [left_out, *notes] if left_out else notes
     blocks: list[Block] = [Paragraph(f"{len(rows)} runs. {HOW_TO_READ}"), *map(Paragraph, notes)]
     for index, section in enumerate(found, 1):
         blocks += _section(section, f"network{index}", sources)
@@ -190,22 +190,25 @@ def command(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out!r} is a file; expected a folder")
     runs = [read_run(path) for path in args.run or []]  # before the plots, which take seconds
     blocks: list[Block] = []
+    left_out = ""
     if args.results is not None:
         try:
-            rows = read_rows(args.results)
+            rows, left_out = read_rows(args.results)
         except UserError as error:
             raise UserError(str(error).removeprefix("--")) from None  # here it is no flag
-        blocks += results_blocks(rows, paper_figures())
+        blocks += results_blocks(rows, paper_figures(), left_out)
     for index, run in enumerate(runs, 1):
         blocks += run_blocks(run, f"run{index}")
     write_report(report_files(blocks), args.out)
+    if left_out:
+        print(f"{PROG}: {left_out}", file=sys.stderr)
     print(f"report: {Path(args.out) / 'report.html'}")
 
 
 def build_parser() -> FlagParser:
     """The command line."""
     parser = FlagParser(
-        prog="logart-report",
+        prog=PROG,
         description="Tables and plots of a results file, packed files and run folders, as one HTML page.",
     )
     parser.add_argument("results", nargs="?", metavar="RESULTS.csv", help="a results file, as the runs write it")

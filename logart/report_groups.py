@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from logart.config import Rounding
-from logart.errors import UserError
-from logart.grid import MAX_BITS, MIN_BITS
 
 Row = dict[str, str]
 NETWORK = ("track", "arch", "checkpoint_sha256", "network_options", "data", "val_images")
@@ -22,11 +20,6 @@ LLR = (
     *"iters_w lr rrweight b_start b_end warmup recon_input recon_metric drop_prob temperature".split(),
 )
 DEFAULTS = ("preset", "config")
-_RANGES = {
-    "bits": (MIN_BITS, MAX_BITS),
-    **dict.fromkeys(("Acc@1", "float_Acc@1", "search_Acc@1", "approx_Acc@1"), (0, 100)),
-    **dict.fromkeys(("search_seconds", "reconstruction_seconds", "peak_memory_mb"), (0, 1e9)),
-}
 
 
 @dataclass(frozen=True)
@@ -135,38 +128,16 @@ def groups_of(rows: Sequence[Row]) -> tuple[list[Group], list[str]]:
     """Group the rows of a results file.
 
     Args:
-        rows: as `results.read_rows` gives them.
+        rows: as `report_rows.read_rows` gives them.
 
     Returns:
         The groups, in the order of the file; and what the reader should know of the rows.
-
-    Raises:
-        UserError: a figure that is no number, or a row without an accuracy.
     """
-    for index, row in enumerate(rows):
-        _check(row, index)
     measures, notes = _newest(measure for row in rows for measure in _measures(row))
     groups: dict[object, list[Measure]] = {}
     for measure in measures:
         groups.setdefault(measure.settings, []).append(measure)
     return [Group(tuple(members)) for members in groups.values()], notes
-
-
-def _check(row: Row, index: int) -> None:
-    for name, (low, high) in _RANGES.items():
-        try:
-            value = number(row[name])
-            if name == "bits":
-                int(row[name] or 0)
-            if value is not None and not low <= value <= high:  # nan is in no range
-                raise ValueError
-        except ValueError:
-            seen = f"row {index + 1} has {name} {row[name][:40]!r}"
-            kind = "whole number" if name == "bits" else "number"
-            raise UserError(f"results: {seen}; expected a {kind} from {low:g} to {high:g}") from None
-    for name in ("bits", "Acc@1"):
-        if not row[name]:
-            raise UserError(f"results: row {index + 1} has no {name}; expected a number")
 
 
 def _measures(row: Row) -> Iterable[Measure]:

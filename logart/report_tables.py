@@ -77,13 +77,10 @@ def sections(rows: Sequence[Row]) -> tuple[list[Section], list[str]]:
     """The tables of a results file.
 
     Args:
-        rows: as `results.read_rows` gives them.
+        rows: as `report_rows.read_rows` gives them.
 
     Returns:
         A section per network and data, in the order of the file; and what the reader should know of the rows.
-
-    Raises:
-        UserError: as `report_groups.groups_of`.
     """
     groups, notes = groups_of(rows)
     networks: dict[tuple[str, ...], list[Group]] = {}
@@ -168,4 +165,4 @@ def _place(method: tuple[str, ...]) -> tuple[object, ...]:
     known = [*SEARCH_NAMES]
     return (bool(closed), _ORDER.index(grid) if grid in _ORDER else len(_ORDER), grid,
             known.index(search) if search in known else -1,
-            [(text.isdigit() and int(text), text) for text in method])  # fmt: skip
+            [(text.isdecimal() and int(text), text) for text in method])  # fmt: skip

@@ -1,4 +1,4 @@
-"""results.csv: one header, one row a run, the same columns for both tracks.
+"""results.csv: one header (`results_schema`), one row a run.
 
 Rows are appended whole and under a lock, so that runs side by side can share one file. A file with a cut row
 is refused, not repaired: a number cut to "9" still reads as a number, so only its owner can say what it was.
@@ -8,97 +8,22 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock
 
 from logart.errors import UserError
+from logart.results_schema import NAMES, SETTINGS, Cell
 
-Cell = str | int | float | Path | None
 LOCK_SECONDS = 60.0  # an append takes milliseconds: whoever holds the lock this long is stuck
-
-
-class Column(NamedTuple):
-    """One column: its name in the header, its unit ("" when it has none) and what it says."""
-
-    name: str
-    unit: str
-    meaning: str
-
-
-COLUMNS = (
-    Column("utc_time", "ISO 8601, UTC", "when the row was written"),
-    Column("track", "", "`cnn` or `vit`, the entry point that ran"),
-    Column("arch", "", "the network's name, as given to the entry point"),
-    Column("checkpoint", "", "where the float weights come from: a file, a URL or timm's full tag"),
-    Column("checkpoint_sha256", "hex", "SHA-256 of the float weights' file"),
-    Column("network_options", "", "overrides of the network's own settings: model kwargs, input size, mean, …"),
-    Column("data", "", "the data set: `digits`, or the name of its folder"),
-    Column("bits", "bits", "width of a weight's code"),
-    Column("first_last_bits", "bits", "width in the first and last layer, or `same`"),
-    Column("channel_wise", "", "`True`: a codebook per output channel; `False`: one per layer"),
-    Column("scale_method", "", "the grid: linear, base 2, base sqrt 2 or dynamic"),
-    Column("scale_search", "", "`grid`, `half_step` or `none`: which factors of the levels were tried, per channel"),
-    Column("asymmetric", "", "`True`: codes that a channel's shorter sign never reaches are small levels"),
-    Column("zero_code", "", "`True`: one code is zero"),
-    Column("search_method", "", "the error that DBS and scale search minimise; compensated rounding has its own"),
-    Column("search_samples", "images", "calibration images seen by DBS"),
-    Column("search_batch_size", "images", "calibration images at a time in DBS"),
-    Column("preset", "", "the preset that gave the defaults"),
-    Column("rounding", "", "`nearest`, `compensated`, `learned` (LLR) or `both`"),
-    Column("calib_samples", "images", "calibration images seen by LLR and compensated rounding"),
-    Column("batch_size", "images", "calibration images per LLR step"),
-    Column("iters_w", "steps", "LLR steps per block; 0: no LLR"),
-    Column("lr", "", "LLR's learning rate at the start"),
-    Column("rrweight", "", "weight of the rounding penalty against the reconstruction loss"),
-    Column("b_start", "", "exponent of the rounding penalty at the start"),
-    Column("b_end", "", "exponent of the rounding penalty at the end"),
-    Column("warmup", "fraction", "share of the LLR steps without the rounding penalty"),
-    Column("recon_input", "", "a block's input in LLR: from the `quantized` or `float` prefix, or a mix"),
-    Column("recon_metric", "", "LLR's reconstruction loss; `+kl`: the last layer's is the KL divergence"),
-    Column("drop_prob", "probability", "share of a `mixed` input taken from the quantized prefix"),
-    Column("temperature", "", "of the KL divergence behind `hessian_perturb`"),
-    Column("hardware_approx", "", "`True`: sqrt 2 is a sum of powers of two during search, rounding and evaluation"),
-    Column("hardware_approx_terms", "", "how many powers of two, there or at test only: 1 + 1/2 are 2"),
-    Column("calib_augment", "", "`True`: calibration images are randomly cropped and flipped"),
-    Column("calib_list", "hex", "start of the SHA-256 of the names in `--calib_list`; empty where the seed chose"),
-    Column("capture_precision", "", "`half`: captured inputs and targets were rounded by `--cache half`; else empty"),
-    Column("seed", "", "seed of every random choice"),
-    Column("config", "", "the settings file of the run; ViT only"),
-    Column("val_images", "images", "test images behind each accuracy"),
-    Column("Acc@1", "%", "top-1 accuracy of the final quantized network"),
-    Column("Acc@5", "%", "top-5 accuracy of the final quantized network"),
-    Column("float_Acc@1", "%", "top-1 accuracy of the float network"),
-    Column("float_Acc@5", "%", "top-5 accuracy of the float network"),
-    Column("search_Acc@1", "%", "top-1 accuracy after DBS, before LLR"),
-    Column("search_Acc@5", "%", "top-5 accuracy after DBS, before LLR"),
-    Column("approx_Acc@1", "%", "top-1 accuracy with the hardware approximation at test only"),
-    Column("approx_Acc@5", "%", "top-5 accuracy with the hardware approximation at test only"),
-    Column("search_seconds", "s", "time of DBS"),
-    Column("reconstruction_seconds", "s", "time of compensated rounding and LLR"),
-    Column("total_seconds", "s", "time of the whole run, evaluations included"),
-    Column("peak_memory_mb", "MiB", "most memory used: the GPU's on CUDA, the process's on the CPU"),
-    Column("device", "", "where the run computed"),
-    Column("torch_version", "", "version of torch"),
-    Column("timm_version", "", "version of timm"),
-    Column("project_version", "", "version of this project"),
-)
-NAMES = tuple(column.name for column in COLUMNS)
-SETTINGS = NAMES[NAMES.index("track") : NAMES.index("val_images")]  # what decides a run; the others say how it went
-
-
-def columns_markdown() -> str:
-    """The table of every column with its unit and meaning, as the README shows it."""
-    head = ["| column | unit | meaning |", "|---|---|---|"]
-    return "\n".join(head + [f"| `{name}` | {unit} | {meaning} |" for name, unit, meaning in COLUMNS])
 
 
 def environment() -> dict[str, str]:
@@ -127,21 +52,45 @@ def check_results(path: str | Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """Every row of a results file, as text by column name, for those who only look; nothing is locked or made.
+def read_lines(path: str | Path) -> list[tuple[int, list[str]]]:
+    """Every row of a results file, whole or not, for those who only look; nothing is locked or made.
+
+    A row that a quote left open runs into the next ones ends with its line, so that it takes no others with it.
+
+    Returns:
+        The line that each row begins at, and its cells: as many as `NAMES` has if it is whole, and UTF-8 text then.
 
     Raises:
-        UserError: there is no such file, or it has another header or a cut row.
+        UserError: there is no such file, or it has another header.
     """
     path = Path(path)
     try:
         if not path.is_file():
             raise _user_error(f"{str(path)!r} is {'a folder' if path.is_dir() else 'not there'}; expected a CSV file")
-        _refuse_content(path)
-        with open(path, encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if row]
+        lines = list(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"), newline=""))
     except OSError as error:
         raise _user_error(f"cannot read {str(path)!r}: {error.strerror or error}; pass another path") from None
+    header, at = _cells(lines, 0)
+    if lines and tuple(header) != NAMES:
+        raise _user_error(f"{_difference(path, header)}; rename it or pass another path")
+    rows = []
+    while at < len(lines):
+        cells, end = _cells(lines, at)
+        if cells:
+            rows.append((at + 1, cells))
+        at = end if len(cells) == len(NAMES) else at + 1
+    return rows
+
+
+def _cells(lines: list[str], start: int) -> tuple[list[str], int]:
+    """The row that begins at a line, and where it ends; of one that is no CSV or no text, its line as the one cell."""
+    reader = csv.reader(lines[start:], strict=True)
+    try:
+        cells = next(reader, [])
+        "".join(cells).encode("utf-8")
+    except (csv.Error, UnicodeEncodeError):
+        return lines[start : start + 1], start + 1
+    return cells, start + reader.line_num
 
 
 def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
@@ -157,7 +106,7 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
     """
     unknown = sorted(set(row) - set(NAMES))
     if unknown:
-        raise ValueError(f"results row has unknown columns {unknown}; the schema is logart.results.COLUMNS")
+        raise ValueError(f"results row has unknown columns {unknown}; the schema is logart.results_schema.COLUMNS")
     path = Path(path)
     with _named_errors(path):
         _refuse_place(path)
@@ -165,6 +114,25 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
             if _is_there(path):
                 _refuse_content(path)
             _write_whole(path, _csv_line(row.get(name) for name in NAMES))
+
+
+def row_digest(row: Mapping[str, Cell]) -> str:
+    """What tells this very row, with its times, from every other: hex digits, the same before and after writing."""
+    return hashlib.sha256(_csv_line(row.get(name) for name in NAMES)).hexdigest()[:32]
+
+
+def holds_row(path: str | Path, digests: Collection[str]) -> bool:
+    """Whether one of these rows is in a file; a file that is not there, or is none of ours, holds none of them.
+
+    Args:
+        path: the CSV file.
+        digests: of the rows, as `row_digest` gives them.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            return any(row_digest(dict(zip(NAMES, cells, strict=False))) in digests for cells in csv.reader(file))
+    except (OSError, csv.Error):
+        return False
 
 
 @contextmanager

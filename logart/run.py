@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from logart.cache import Cache, Place
-from logart.checkpoint import SizeTable, can_be_loaded, save_packed
+from logart.checkpoint import SizeTable, save_packed
 from logart.config import QuantConfig
 from logart.data import ImageSource, validation_batches
 from logart.errors import NetworkError, NonFiniteError, NoRoomError, UserError
@@ -25,7 +23,8 @@ from logart.layers import hardware_approximation
 from logart.network import Network
 from logart.outcome import Report
 from logart.pipeline import quantize_model
-from logart.results import Cell, append_row, check_results, environment
+from logart.results import append_row, environment
+from logart.results_schema import Cell
 from logart.run_columns import config_columns, cost_columns, settings_columns
 from logart.run_folder import PACKED, RunFolder
 from logart.runtime import progress_bar
@@ -46,6 +45,8 @@ class RunOptions:
         quiet: print no progress and no table, only the accuracies.
         network_flags: the flags that choose the network, for errors about it.
         save: the packed file that gets the network; None saves none.
+        run_dir: the new folder that gets the run; None keeps none.
+        resume: the folder of an interrupted run, in place of `run_dir`.
         cache: where captured inputs live; None decides by what is free.
         once: do no run whose row is there or being run, see `claims.claimed`: the silent minutes; None does it anyway.
     """
@@ -59,36 +60,10 @@ class RunOptions:
     quiet: bool = False
     network_flags: str = "--arch, --checkpoint"
     save: str | None = None
+    run_dir: str | None = None
+    resume: str | None = None
     cache: Place | None = None
     once: float | None = None
-
-
-def check_network(model: nn.Module, images: Tensor, num_classes: int, *, flags: str = "--arch, --checkpoint") -> None:
-    """Run the float network once, so that one that does not fit its images shows before any long work.
-
-    Args:
-        model: on the CPU, in eval mode.
-        images: [n, C, H, W]; the first two are looked at.
-        num_classes: how many logits an image must get.
-        flags: what errors name.
-
-    Raises:
-        UserError: it cannot run on these images, or gives anything but finite logits [n, num_classes].
-    """
-    images = images[:2].clone()  # some networks normalise in place
-    size = "×".join(map(str, images.shape[1:]))
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's answers to a size that is wrong
-        reason = f"({one_line(error)}); see --input_size"
-        raise UserError(f"{flags}: the network cannot run on images of {size} {reason}") from error
-    expected = [len(images), num_classes]
-    seen = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if seen != expected:
-        raise UserError(f"{flags}: expected logits {expected} for {len(images)} images, got {seen}")
-    if not logits.isfinite().all():
-        raise UserError(f"{flags}: the float network's logits are not all finite")
 
 
 def run(
@@ -146,19 +121,29 @@ def run(
     row |= environment()
     settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
     info = {**quantized.packed_info, **run_info(network, source, stages), **settings}  # type: ignore[dict-item]
-    sizes, problems = _write(quantized, info, report, row, options, folder)
+    left = _write(quantized, info, report, row, options, folder)
     if not options.quiet:
         print(layer_table(report))
-        if sizes is not None:
-            print(f"{sizes}\nsaved as {options.save}")
+        if left.sizes is not None:
+            print(f"{left.sizes}\nsaved as {options.save}")
         rounding = "LLR" if config.learns and not config.compensates else "rounding"
         print(
             f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
-            + f"; row appended to {options.results}" * (not problems)
+            + f"; {left.row}" * (not left.problems)
         )
-    if problems:
-        raise UserError("; ".join(problems))
+    if left.problems:
+        raise UserError("; ".join(left.problems))
     return report
+
+
+class _Left(NamedTuple):
+    """What `_write` came to: the sizes of `--save`, what became of the row, and, where something could not be written,
+    what that was and what was written.
+    """
+
+    sizes: SizeTable | None
+    row: str
+    problems: list[str]
 
 
 def _write(
@@ -168,29 +153,42 @@ def _write(
     row: Mapping[str, Cell],
     options: RunOptions,
     folder: RunFolder | None,
-) -> tuple[SizeTable | None, list[str]]:
-    """Write all that a run leaves, the run's folder first.
-
-    Returns:
-        The packed file's sizes; and what could not be written, with what was, where something could not.
-    """
+) -> _Left:
+    """Write all that a run leaves, the run's folder first and, once all else is there, the note that it is finished."""
     problems: list[str] = []
     written: list[str] = []
-    sizes = None
+    sizes, told, kept = None, "", False
     if folder is not None:
         with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
             folder.finish(report, row, None)
-            written.append(f"the run is kept in {folder.path}")
             save_packed(quantized, folder.path / PACKED, info)
-    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
-        append_row(options.results, row)
-        written.append(f"the row is in {options.results}")
-        if folder is not None and len(written) == 2:
-            folder.finish(report, row, options.results)
+            written.append(f"the run is kept in {folder.path}")
+            kept = True
     if options.save is not None:
         with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
             sizes = save_packed(quantized, options.save, info)
-    return sizes, problems and problems + written
+    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
+        place, told = _record(row, options.results, folder, problems)
+        written.append(f"the row is in {place}")
+        if folder is not None and kept:
+            folder.finish(report, row, os.path.abspath(place))
+    if folder is not None and not kept:
+        written.append(f"--resume {folder.path} writes the rest when it can")
+    return _Left(sizes, told, problems and problems + written)
+
+
+def _record(row: Mapping[str, Cell], results: str, folder: RunFolder | None, problems: list[str]) -> tuple[str, str]:
+    """Append the row, unless an earlier part of this run did; returns the file that has it, and what happened."""
+    if folder is not None:
+        earlier = folder.recorded_in(results)
+        if earlier is not None:
+            if os.path.abspath(earlier) != os.path.abspath(results):
+                folder.warn(f"--results: the row of this run was in {earlier} already; {results} gets none")
+            return earlier, f"its row was in {earlier} already"
+        with _going_on(problems, f"--run_dir: cannot note in {folder.path} which row is appended"):
+            folder.announce(row, results)
+    append_row(results, row)
+    return results, f"row appended to {results}"
 
 
 @contextmanager
@@ -201,44 +199,7 @@ def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...]
     except UserError as error:
         problems.append(str(error))
     except kinds as error:
-        problems.append(f"{what} ({one_line(error)})")
-
-
-def check_outputs(
-    options: RunOptions, model_kwargs: Mapping[str, Any] | None, checkpoint: str | None, *, run_dir: str | None = None
-) -> None:
-    """Raise UserError where the results row or the packed file could not be written at the end of the run.
-
-    Args:
-        options: names both files.
-        model_kwargs: of the network, which the packed file must be able to say.
-        checkpoint: the file of float weights, which the packed file must not replace.
-        run_dir: the run's folder, which gets a packed file too.
-    """
-    check_results(options.results)
-    if options.save is not None:
-        _check_place(options.save, checkpoint)
-    if options.save is None and run_dir is None:
-        return
-    try:
-        if not can_be_loaded(json.loads(json.dumps(model_kwargs, allow_nan=False))):
-            raise ValueError("a packed file could not be loaded with these")
-    except (TypeError, ValueError) as error:
-        flag = "--save" if options.save is not None else "--run_dir"
-        raise UserError(f"--model-kwargs: {one_line(error)}; with {flag}, expected numbers, texts and lists") from error
-
-
-def _check_place(save: str, checkpoint: str | None) -> None:
-    path, place = save, Path(save)
-    if place.suffix != ".safetensors":
-        raise UserError(f"--save: {path!r}; expected a file that ends in .safetensors")
-    if place.is_dir() or not place.parent.is_dir():
-        problem = "is a folder" if place.is_dir() else "lies in no folder that exists"
-        raise UserError(f"--save: {path!r} {problem}; expected the path of a file")
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--save: {str(place.parent)!r} is not writable; expected a folder that takes the file")
-    if checkpoint is not None and place.resolve() == Path(checkpoint).resolve():
-        raise UserError(f"--save: {path!r} is the file that --checkpoint reads; expected another")
+        problems.append(f"{what} ({getattr(error, 'strerror', None) or one_line(error)})")
 
 
 def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:

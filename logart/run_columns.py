@@ -9,7 +9,7 @@ import torch
 from logart.config import QuantConfig, ReconInput, ReconMetric
 from logart.grid import Spacing
 from logart.outcome import Report
-from logart.results import Cell
+from logart.results_schema import Cell
 from logart.runtime import peak_memory_mb
 
 
@@ -54,7 +54,7 @@ def config_columns(config: QuantConfig) -> dict[str, Cell]:
 
 
 def settings_columns(columns: Mapping[str, Cell], config: QuantConfig, test_with_terms: int) -> dict[str, Cell]:
-    """All results columns that are known before the run, and decide it: those of `results.SETTINGS`."""
+    """All results columns that are known before the run, and decide it: those of `results_schema.SETTINGS`."""
     row = dict(columns) | config_columns(config)
     if test_with_terms:
         row["hardware_approx_terms"] = test_with_terms

@@ -11,15 +11,13 @@ from pathlib import Path
 from torch import Tensor
 
 from logart import flags
-from logart.claims import claimed
+from logart.calibration import calibration_images, load_names, names_digest, save_names
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import QuantConfig, ReconInput, Rounding, preset
-from logart.data import DIGITS, ImageSource, calibration_images, load_names, names_digest, open_images, save_names
+from logart.data import DIGITS, ImageSource, open_images
 from logart.errors import UserError
-from logart.flags import describe
-from logart.run import check_network, check_outputs, run
-from logart.run_columns import settings_columns
-from logart.run_folder import check_folder, identity, opened, stored_flags
+from logart.job import Job
+from logart.run_checks import check_outputs
 from logart.runtime import seed_everything
 from logart_cnn.models import load_network
 
@@ -106,7 +104,7 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
 def command(args: argparse.Namespace) -> None:
     """One run from flags to results row."""
     started = time.perf_counter()
-    args = stored_flags(args)
+    args = flags.with_stored(args)
     config = build_config(args)
     data_path, workers = otherwise(args.data_path, DIGITS), otherwise(args.workers, 2)
     if workers < 0:
@@ -115,8 +113,7 @@ def command(args: argparse.Namespace) -> None:
         args, config, data=data_path, workers=workers, val_batch_size=128, network_flags="--arch, --checkpoint"
     )
     network_arguments = flags.network_arguments(args)
-    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint, run_dir=args.run_dir)
-    check_folder(args)
+    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
     if args.save_calib_list is not None:
         _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
     names = None if args.calib_list is None else load_names(args.calib_list)
@@ -131,16 +128,9 @@ def command(args: argparse.Namespace) -> None:
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
         columns["calib_list"] = None if names is None else names_digest(names)
-    with claimed(options.results, settings_columns(columns, config, options.test_with_terms), options.once):
-        images, chosen = _calibration_images(args, config, source, names)
-        check_network(network.model, images, network.num_classes, flags=options.network_flags)
-        who = identity(config, columns, network.model, images, source.val.names, options.device)
-        with opened(args, who, chosen, started) as folder:
-            if not options.quiet:
-                origin = f"{network.arch} ({network.source}) on {source.name}"
-                print(f"{origin}: {describe(config)}, on {options.device}")
-                print(flags.settings_line(config, FIELDS), flush=True)
-            run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
+    settings = flags.settings_line(config, FIELDS)
+    job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
+    chosen = job.do(lambda: _calibration_images(args, config, source, names))
     if args.save_calib_list is not None:
         save_names(args.save_calib_list, chosen)
 

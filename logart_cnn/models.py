@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import timm
 import torchvision
@@ -15,7 +16,8 @@ from logart.data import Preprocessing
 from logart.errors import UserError
 from logart.network import DIGITS_PREPROCESSING as DIGITS
 from logart.network import INTERPOLATIONS as INTERPOLATIONS
-from logart.network import TIMM, Network, build_timm, check_counts, load_timm, network_recipe, override, unknown_network
+from logart.network import TIMM, Network, load_by, unknown_network
+from logart.timm_network import build_timm, load_timm
 from logart.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet
@@ -96,37 +98,20 @@ class _Stock:
     num_classes: int = 1000
 
 
-def load_network(
+def load_network(arch: str, checkpoint: str | Path | None = None, **settings: Any) -> Network:
+    """The network of one of `ARCHS`, or of 'timm:' and a name that timm knows; `settings` as for `network.load_by`."""
+    return load_by(_load, "cnn", arch, checkpoint, **settings)
+
+
+def _load(
     arch: str,
-    checkpoint: str | Path | None = None,
-    *,
-    model_kwargs: Mapping[str, object] | None = None,
-    num_classes: int | None = None,
-    input_size: int | None = None,
-    crop_pct: float | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
+    checkpoint: str | Path | None,
+    model_kwargs: Mapping[str, object] | None,
+    num_classes: int | None,
+    input_size: int | None,
 ) -> Network:
-    """Build a network, load its trained weights, and say which images it expects.
-
-    Args:
-        arch: One of `ARCHS`, or 'timm:' and a name that timm knows.
-        checkpoint: A file of weights, in place of those that `arch` has by default.
-        model_kwargs: Passed to `timm.create_model`; only with 'timm:'.
-        num_classes: The network's outputs, where they differ from the default.
-        input_size: Height and width; this and the following override the network's data settings.
-        crop_pct: The part of the resized image that the centre crop keeps, in (0, 1].
-        mean: Of pixels in [0, 1], one value or one per channel.
-        std: Likewise, positive.
-        interpolation: One of `INTERPOLATIONS`.
-
-    Raises:
-        UserError: An unknown name, settings that do not fit, or weights that are missing or do not fit.
-    """
-    check_counts(num_classes, input_size)
     if arch.startswith(TIMM):
-        network = load_timm(
+        return load_timm(
             arch,
             arch.removeprefix(TIMM),
             checkpoint,
@@ -136,16 +121,11 @@ def load_network(
             num_classes=num_classes,
             input_size=input_size,
         )
-    elif model_kwargs:
+    if model_kwargs:
         raise UserError(f"--model-kwargs: only for --arch {TIMM}NAME, not for {arch}")
-    elif arch in _STOCK:
-        network = _load_stock(arch, checkpoint, num_classes)
-    else:
+    if arch not in _STOCK:
         raise unknown_network(arch, ARCHS, flag="--arch")
-    network.model.eval().float()
-    settings = override(network.preprocessing, input_size, crop_pct, mean, std, interpolation)
-    recipe = network_recipe("cnn", arch, model_kwargs, num_classes, input_size)
-    return replace(network, preprocessing=settings, recipe=recipe)
+    return _load_stock(arch, checkpoint, num_classes)
 
 
 def build_network(

@@ -8,15 +8,13 @@ import time
 from typing import Any, get_type_hints
 
 from logart import flags
-from logart.claims import claimed
+from logart.calibration import calibration_images
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
 from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
-from logart.data import DIGITS, calibration_images, open_images
+from logart.data import DIGITS, open_images
 from logart.errors import UserError
-from logart.flags import describe
-from logart.run import check_network, check_outputs, run
-from logart.run_columns import settings_columns
-from logart.run_folder import check_folder, identity, opened, stored_flags
+from logart.job import Job
+from logart.run_checks import check_outputs
 from logart.runtime import seed_everything
 from logart_vit.models import MODELS, load_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config
@@ -127,7 +125,7 @@ def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
 def command(args: argparse.Namespace) -> None:
     """One run from flags to results row."""
     started = time.perf_counter()
-    args = stored_flags(args)
+    args = flags.with_stored(args)
     config, loading = build_settings(args)
     dataset = otherwise(args.dataset, DIGITS)
     options = flags.run_options(
@@ -139,8 +137,7 @@ def command(args: argparse.Namespace) -> None:
         network_flags="--model, --checkpoint",
     )
     network_arguments = flags.network_arguments(args)
-    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint, run_dir=args.run_dir)
-    check_folder(args)
+    check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
     seed_everything(config.seed)
     network = load_network(
         otherwise(args.model, "digits_vit"),
@@ -150,19 +147,12 @@ def command(args: argparse.Namespace) -> None:
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     columns = flags.network_columns(args, network, "vit", source.name)
     columns["config"] = args.config
-    with claimed(options.results, settings_columns(columns, config, options.test_with_terms), options.once):
-        flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
-        count = max(2, config.images_needed)
-        images, chosen = calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet)
-        check_network(network.model, images, network.num_classes, flags=options.network_flags)
-        who = identity(config, columns, network.model, images, source.val.names, options.device)
-        with opened(args, who, chosen, started) as folder:
-            if not options.quiet:
-                origin = f"{network.arch} ({network.source}) on {source.name}"
-                print(f"{origin}: {describe(config)}, on {options.device}")
-                mode = next(name for name, value in MODES.items() if value is config.recon_input)
-                print(flags.settings_line(config, FIELDS, optim_mode=mode, **loading), flush=True)
-            run(network, source, images, config, options, columns, started, names=chosen, folder=folder)
+    mode = next(name for name, value in MODES.items() if value is config.recon_input)
+    settings = flags.settings_line(config, FIELDS, optim_mode=mode, **loading)
+    job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
+    flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
+    count = max(2, config.images_needed)
+    job.do(lambda: calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet))
 
 
 def main(argv: list[str] | None = None) -> int:

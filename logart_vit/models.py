@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from logart.errors import UserError
-from logart.network import (
-    DIGITS_PREPROCESSING,
-    TIMM,
-    Network,
-    build_timm,
-    check_counts,
-    load_timm,
-    network_recipe,
-    override,
-    unknown_network,
-)
+from logart.network import DIGITS_PREPROCESSING, TIMM, Network, load_by, unknown_network
+from logart.timm_network import build_timm, load_timm
 
 # timm's bare names have changed their weights over the years; these are the weights of the older papers.
 MODELS = {
@@ -125,37 +117,28 @@ BETWEEN_BLOCKS = (
 )
 
 
-def load_network(
-    model: str,
-    checkpoint: str | Path | None = None,
-    *,
-    model_kwargs: Mapping[str, object] | None = None,
-    num_classes: int | None = None,
-    input_size: int | None = None,
-    crop_pct: float | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
-) -> Network:
-    """Build a vision transformer, load its trained weights, and say which images it expects.
+def load_network(model: str, checkpoint: str | Path | None = None, **settings: Any) -> Network:
+    """A vision transformer: one of `MODELS`, or 'timm:' and a name that timm knows.
 
     Args:
-        model: One of `MODELS`, or 'timm:' and a name that timm knows.
+        model: Its name.
         checkpoint: A file of weights. Without one, the file `<timm's name>.bin` under `RAW_WEIGHTS` where there is
             one, else timm's pretrained weights; for digits_vit those of this package.
-        model_kwargs: Passed to `timm.create_model`.
-        num_classes: The network's outputs, where they differ from the default.
-        input_size: Height and width, for which the network is built; this and the following override its data settings.
-        crop_pct: The part of the resized image that the centre crop keeps, in (0, 1].
-        mean: Of pixels in [0, 1], one value or one per channel.
-        std: Likewise, positive.
-        interpolation: One of `logart.network.INTERPOLATIONS`.
+        settings: As for `network.load_by`.
 
     Raises:
-        UserError: An unknown name, a network without transformer blocks, settings that do not fit, or weights that
-            are missing or do not fit.
+        UserError: As there; or a network without transformer blocks.
     """
-    check_counts(num_classes, input_size)
+    return load_by(_load, "vit", model, checkpoint, **settings)
+
+
+def _load(
+    model: str,
+    checkpoint: str | Path | None,
+    model_kwargs: Mapping[str, object] | None,
+    num_classes: int | None,
+    input_size: int | None,
+) -> Network:
     if model not in MODELS and not model.startswith(TIMM):
         raise unknown_network(model, tuple(MODELS), flag="--model")
     name = MODELS.get(model, model.removeprefix(TIMM))
@@ -172,13 +155,10 @@ def load_network(
             num_classes=num_classes,
             input_size=input_size,
         )
-    network.model.eval().float()
     settings = network.preprocessing
     if is_digits:
         settings = replace(DIGITS_PREPROCESSING, input_size=settings.input_size)
-    settings = override(settings, input_size, crop_pct, mean, std, interpolation)
-    recipe = network_recipe("vit", model, model_kwargs, num_classes, input_size)
-    return replace(network, preprocessing=settings, row_groups=ROW_GROUPS, recipe=recipe)
+    return replace(network, preprocessing=settings, row_groups=ROW_GROUPS)
 
 
 def build_network(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import nn
 import logart.run
 from logart.claims import CLAIMED_ELSEWHERE, claimed
 from logart.cli import key_values
-from logart.results import SETTINGS
+from logart.results_schema import SETTINGS
 from logart.surgery import quantized_layers
 from logart.weights import file_sha256
 from logart_vit.models import DIGITS_VIT_KWARGS
@@ -248,6 +249,17 @@ def check_cache(argv: list[str], outcome: Callable[..., Outcome]) -> None:
     half = outcome(*argv, "--cache", "half")
     assert half.losses != device.losses
     assert half.losses[0][0] == pytest.approx(device.losses[0][0], rel=0.05)
+
+
+@contextmanager
+def disk_with(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes: the operating system then writes a part, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def quiet_main(main: Callable[[list[str]], int], argv: list[str]) -> None:

@@ -29,7 +29,7 @@ from logart.inspect import build_parser as build_inspect_parser
 from logart.inspect import main as inspect_main
 from logart.report import build_parser as build_report_parser
 from logart.report import main as report_main
-from logart.results import columns_markdown
+from logart.results_schema import columns_markdown
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
 from logart_vit import models as vit_models

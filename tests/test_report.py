@@ -30,10 +30,11 @@ from logart.report import main, report_files, results_blocks
 from logart.report_page import Figure
 from logart.report_paper import KEYS, paper_figures
 from logart.report_plots import _searches, against_bits, against_time, costs, drawing, finished, plain_numbers
+from logart.report_rows import damage, read_rows
 from logart.report_run_plots import run_figures
 from logart.report_runs import code_histogram, common_levels, read_run
 from logart.report_tables import sections
-from logart.results import NAMES, read_rows
+from logart.results_schema import NAMES
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -471,8 +472,8 @@ def test_wrong_calls_take_one_line_and_write_nothing(
     good = write_csv(tmp_path / "good.csv")
     (tmp_path / "header.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.csv").write_text("")
-    none = tmp_path / "none.csv"
-    none.write_text(good.read_text().splitlines()[0] + "\n")
+    bare = tmp_path / "bare.csv"
+    bare.write_text(good.read_text().splitlines()[0] + "\n")
     (tmp_path / "cut.csv").write_text(good.read_text()[:-9])
     words = write_csv(tmp_path / "words.csv", Acc_at_1="fine")
     (tmp_path / "folder").mkdir()
@@ -483,19 +484,20 @@ def test_wrong_calls_take_one_line_and_write_nothing(
     (bad_json / "report.json").write_text("[NaN]")
     short = run_folder(tmp_path / "short", packed, layers=[{"name": "0"}])
     other = run_folder(tmp_path / "other", packed, format=2)
-    out = tmp_path / "out"
+    out, none, shown = tmp_path / "out", "results: none of the 1 rows", "can be shown; the first, at line 2, has"
     for argv, line in (
         ([], "nothing to report: expected a results file, or --run PATH"),
         ([tmp_path / "absent.csv"], f"results: '{tmp_path / 'absent.csv'}' is not there"),
         ([tmp_path / "folder"], f"results: '{tmp_path / 'folder'}' is a folder"),
         ([tmp_path / "header.csv"], f"results: '{tmp_path / 'header.csv'}' has another header"),
-        ([tmp_path / "cut.csv"], f"results: '{tmp_path / 'cut.csv'}' has a cut row"),
+        ([tmp_path / "cut.csv"], f"{none} of '{tmp_path / 'cut.csv'}' can be shown; the first, "
+                                 f"at line 2, has {len(NAMES) - 4} cells; expected {len(NAMES)}"),
         ([tmp_path / "empty.csv"], "results: the file holds no rows"),
-        ([none], "results: the file holds no rows"),
-        ([words], "results: row 1 has Acc@1 'fine'; expected a number from 0 to 100"),
-        ([half], "results: row 1 has bits '4.5'; expected a whole number from 2 to 8"),
-        ([wide], "results: row 1 has bits '1e300'; expected a whole number from 2 to 8"),
-        ([nan], "results: row 1 has search_Acc@1 'nan'; expected"),
+        ([bare], "results: the file holds no rows"),
+        ([words], f"{none} of '{words}' {shown} Acc@1 'fine'; expected a number from 0 to 100"),
+        ([half], f"{none} of '{half}' {shown} bits '4.5'; expected a whole number from 2 to 8"),
+        ([wide], f"{none} of '{wide}' {shown} bits '1e300'; expected a whole number from 2 to 8"),
+        ([nan], f"{none} of '{nan}' {shown} search_Acc@1 'nan'; expected"),
         (["--run", tmp_path / "absent"],
          f"--run: {tmp_path / 'absent'}: does not exist; expected a packed file or a run folder"),
         (["--run", good], f"--run: {good}: is no safetensors file"),
@@ -512,6 +514,50 @@ def test_wrong_calls_take_one_line_and_write_nothing(
     assert_refused(main, [str(good)], "logart-report: the following arguments are required", capfd)
 
 
+DAMAGED = {
+    "no accuracy": (row(Acc_at_1=""), "has no Acc@1; expected a number from 0 to 100"),
+    "no bits": (row(bits=""), "has no bits; expected a whole number from 2 to 8"),
+    "a text": (row(float_Acc_at_1="fine"), "has float_Acc@1 'fine'; expected a number from 0 to 100"),
+    "the header again": (dict(zip(NAMES, NAMES, strict=True)), "has bits 'bits'; expected a whole number from 2 to 8"),
+    "short": (b"2026,cnn\n", f"has 2 cells; expected {len(NAMES)}"),
+    "long": (b"," * len(NAMES) + b"\n", f"has {len(NAMES) + 1} cells; expected {len(NAMES)}"),
+    "an open quote": (b'2026,"cnn,net\n', f"has 1 cell; expected {len(NAMES)}"),
+    "no text": (b"," * (len(NAMES) - 1) + b"\xff\n", f"has 1 cell; expected {len(NAMES)}"),
+    "zeros": (b"\0" * 512 + b"\n", f"has 1 cell; expected {len(NAMES)}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_row_takes_no_other_with_it(name: str, tmp_path: Path) -> None:
+    wrong, reason = DAMAGED[name]
+    path = tmp_path / "r.csv"
+    quoted = row(checkpoint='a "b"\nc.pth')
+    cells = write_csv(path, wrong).read_bytes().partition(b"\n")[2] if isinstance(wrong, dict) else wrong
+    header, _, good = write_csv(path, quoted).read_bytes().partition(b"\n")
+    path.write_bytes(header + b"\n\n" + good + cells + good + cells)
+    rows = [quoted, quoted]
+    assert read_rows(path) == (rows, f"results: left out 2 of the 4 rows of '{path}'; the first, at line 5, {reason}")
+    path.write_bytes(header + b"\n" + good[:-1])  # nothing but the last column can be cut there
+    assert read_rows(path) == ([quoted], "")
+
+
+def test_rows_left_out_are_told_on_stderr_and_on_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, out = write_csv(tmp_path / "r.csv", row(), row(seed=1, Acc_at_1=""), row(seed=2, Acc_at_1=60)), tmp_path / "o"
+    assert main([str(path), "--out", str(out)]) == 0
+    line = f"left out 1 of the 3 rows of '{path}'; the first, at line 3, has no Acc@1; expected a number from 0 to 100"
+    printed = capfd.readouterr()
+    assert printed.err == f"logart-report: results: {line}\n" and printed.out.startswith("report: ")
+    told = Page((out / "report.html").read_text("utf-8"))
+    assert "2 runs." in told.text and line in told.text
+    assert told.cell(0, "dynamic, TW", "4 bits, LLR")[0] == "70.00 ± 14.14"
+
+
+def test_a_row_without_damage_is_whole() -> None:
+    assert damage(row()) == "" and damage(row(peak_memory_mb="", float_Acc_at_1="")) == ""
+    for value in ("-1", "101", "inf", "0x10", "1,5", "80 %"):
+        assert damage(row(Acc_at_1=value)).startswith(f"has Acc@1 '{value}'; ")
+
+
 def test_matplotlib_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"needs the extra \[report\] .*install logart\[report\]"):
@@ -519,5 +565,5 @@ def test_matplotlib_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sections_keep_the_order_of_the_file() -> None:
-    found, notes = sections(read_rows(ROOT / "results.csv"))
+    found, notes = sections(read_rows(ROOT / "results.csv").rows)
     assert [s.row["arch"] for s in found] == [*dict.fromkeys(pd.read_csv(ROOT / "results.csv").arch)] and notes == []

@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from small_runs import assert_refused, quiet_main, rows
 
 import logart.pipeline
+import logart.resume
 import logart.run
 import logart.run_folder
 import logart_cnn.main
@@ -223,7 +224,7 @@ def test_another_version_is_refused(
     interrupted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = {"torch_version": "9.9", "timm_version": "1", "project_version": "0"}
-    monkeypatch.setattr(logart.run_folder, "environment", lambda: other)
+    monkeypatch.setattr(logart.resume, "environment", lambda: other)
     begin = f"logart-cnn: --resume: the run in {interrupted} began with another torch_version (versions): "
     assert_refused(logart_cnn.main.main, ["--resume", str(interrupted)], begin, capfd)
 

@@ -18,7 +18,8 @@ import logart
 from logart import claims
 from logart.claims import CLAIMED_ELSEWHERE, claim_path, claimed, claims_folder
 from logart.errors import NothingToDo, UserError
-from logart.results import NAMES, SETTINGS, append_row, locked_results, recorded, settings_line
+from logart.results import append_row, locked_results, recorded, settings_line
+from logart.results_schema import NAMES, SETTINGS
 
 ROW = {"track": "cnn", "arch": "a net", "bits": 4, "lr": 0.01, "seed": 0, "config": None}
 # Does rows side by side with others: each takes what nobody has, and writes down what it did.

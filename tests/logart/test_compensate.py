@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from logart import compensate
+from logart.calibration import calibration_images
 from logart.compensate import compensate_unit, descend, feed_back, metric, quadratic_error, round_compensated, target
 from logart.config import QuantConfig, Rounding
-from logart.data import calibration_images, open_images
+from logart.data import open_images
 from logart.dbs import layer_moments
 from logart.errors import NetworkError
 from logart.grid import Codebook, ScaleMethod, log_codebook

@@ -9,14 +9,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from logart.data import (
-    Preprocessing,
-    calibration_images,
-    load_names,
-    open_images,
-    save_names,
-    validation_batches,
-)
+from logart.calibration import calibration_images, load_names, save_names
+from logart.data import Preprocessing, open_images, validation_batches
 from logart.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

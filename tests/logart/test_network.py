@@ -12,10 +12,11 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from logart import network
+from logart import timm_network
 from logart.data import Preprocessing
 from logart.errors import UserError
-from logart.network import check_counts, load_timm, override, unknown_network
+from logart.network import check_counts, override, unknown_network
+from logart.timm_network import load_timm
 from logart.weights import file_sha256, state_sha256
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -216,7 +217,7 @@ def test_a_refused_network_fetches_no_weights(monkeypatch: pytest.MonkeyPatch) -
     def refuse(model: nn.Module) -> tuple[str, ...]:
         raise UserError("no")
 
-    monkeypatch.setattr(network, "_pretrained", None)
+    monkeypatch.setattr(timm_network, "_pretrained", None)
     with pytest.raises(UserError, match="^no$"):
         load_timm("mine", "lcnet_035", None, flag="--net", find_blocks=refuse)
 

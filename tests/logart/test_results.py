@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,10 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
+from small_runs import disk_with
 
 import logart.results
 from logart.errors import UserError
-from logart.results import COLUMNS, NAMES, append_row, check_results, columns_markdown, environment
+from logart.results import append_row, check_results, environment
+from logart.results_schema import COLUMNS, NAMES, columns_markdown
 
 HEADER = ",".join(NAMES) + "\n"
 APPEND_50 = """
@@ -247,17 +248,6 @@ def test_the_check_leaves_nothing_behind(tmp_path: Path) -> None:
     written = path.read_bytes()
     check_results(path)
     assert path.read_bytes() == written
-
-
-@contextmanager
-def disk_with(limit: int) -> Iterator[None]:
-    """Let no file grow beyond `limit` bytes: the operating system then writes a part, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_no_part_of_a_row(tmp_path: Path) -> None:

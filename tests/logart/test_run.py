@@ -26,8 +26,9 @@ from logart.grid import ScaleMethod
 from logart.network import Network
 from logart.outcome import LayerReport, Report
 from logart.reconstruct import BlockReport
-from logart.results import NAMES
-from logart.run import RunOptions, check_network, layer_table, run
+from logart.results_schema import NAMES
+from logart.run import RunOptions, layer_table, run
+from logart.run_checks import check_network
 from logart.run_columns import config_columns
 from logart.search import ScaleSearch
 from logart.surgery import quantized_layers

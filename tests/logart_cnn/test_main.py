@@ -16,6 +16,7 @@ import torchvision
 from small_runs import SURROUNDINGS, Files, Outcome, seeded, told
 from torch import Tensor, nn
 
+import logart.job
 import logart.pipeline
 import logart.run
 import logart_cnn.main
@@ -90,7 +91,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         called["run"] = args
 
     monkeypatch.setattr(logart_cnn.main, "load_network", load)
-    monkeypatch.setattr(logart_cnn.main, "run", run)
+    monkeypatch.setattr(logart.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
@@ -175,7 +176,7 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
     flags: str, files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(logart_cnn.main, "run", lambda *args, **_: called.extend(args))
+    monkeypatch.setattr(logart.job, "run", lambda *args, **_: called.extend(args))
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
     _, _, images, settings, _, columns, _ = called

@@ -22,10 +22,10 @@ from small_runs import (
     rows,
 )
 
+import logart.job
 import logart.run
-import logart_cnn.main
 from logart import load_packed
-from logart.data import names_digest
+from logart.calibration import names_digest
 from logart.packed_file import PackedFile
 from logart_cnn.main import build_parser, main
 
@@ -145,7 +145,7 @@ def test_device_decides_where(files: Files, outcome: Callable[..., Outcome], mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     seen: list[torch.device] = []
-    monkeypatch.setattr(logart_cnn.main, "run", lambda *args, **_: seen.append(args[4].device))
+    monkeypatch.setattr(logart.job, "run", lambda *args, **_: seen.append(args[4].device))
     argv = files.on_images()
     for device in ("auto", "cuda:0", "cpu"):
         assert main([*argv, "--device", device]) == 0

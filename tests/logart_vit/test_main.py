@@ -17,6 +17,7 @@ from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+import logart.job
 import logart.pipeline
 import logart.run
 import logart_vit.main
@@ -82,7 +83,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
         called["run"] = args
 
     monkeypatch.setattr(logart_vit.main, "load_network", load)
-    monkeypatch.setattr(logart_vit.main, "run", run)
+    monkeypatch.setattr(logart.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
     assert main(["--optimize"]) == 0
@@ -236,7 +237,7 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
     flags: str, files: VitFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(logart_vit.main, "run", lambda *args, **_: called.extend(args))
+    monkeypatch.setattr(logart.job, "run", lambda *args, **_: called.extend(args))
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
     _, _, images, config, _, columns, _ = called

@@ -20,8 +20,8 @@ from small_runs import (
     rows,
 )
 
+import logart.job
 import logart.run
-import logart_vit.main
 from logart import load_packed
 from logart.packed_file import PackedFile
 from logart_vit.main import build_parser, main
@@ -164,7 +164,7 @@ def test_device_decides_where(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     seen: list[torch.device] = []
-    monkeypatch.setattr(logart_vit.main, "run", lambda *args, **_: seen.append(args[4].device))
+    monkeypatch.setattr(logart.job, "run", lambda *args, **_: seen.append(args[4].device))
     argv = files.on_images()
     for device in ("auto", "cuda:0", "cpu"):
         assert main([*argv, "--device", device]) == 0
