@@ -164,7 +164,7 @@ class Cost:
         multiplications: what a linear grid multiplies, one a weight and output position; here all are replaced.
         shifts, adds: one of each for every term of a weight that is not zero, at every output position: 1 for a
             base-2 level, 2 for an odd half-step with √2 ≈ 1 + 1/2; a scale adds its shifts, and one add fewer.
-        storage_bits: codes and the packed integers of the codebooks.
+        storage_bits: codes and the integers of the codebooks, in whole bytes.
         linear_storage_bits: the same weights on a linear grid, codes with a 32-bit scale and a zero point a channel.
     """
 

@@ -16,18 +16,20 @@ from logart.cli import FlagParser, run_command
 from logart.errors import UserError
 from logart.packed_file import PackedFile
 from logart.packed_layer import PackedLayer
+from logart.spec import Ranges
 
 _AT_ONCE = 2**16  # levels, or weights
 
 
-def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
+def describe_layer(layer: PackedLayer, ranges: Ranges, info: Any) -> dict[str, Any]:
     """A layer in a few figures, as JSON can say them.
 
     Args:
         layer: as read.
+        ranges: of the codebooks' integers in its file.
         info: what the file says became of it; anything, a file need not know.
     """
-    codes, codebooks = layer.n_bytes
+    codes, codebooks = layer.n_bytes(ranges)
     known = info if isinstance(info, dict) else {}
     return {
         "kind": layer.kind,
@@ -71,7 +73,8 @@ def describe(file: PackedFile) -> dict[str, Any]:
     """The whole file in figures, as JSON can say them."""
     told = file.info.get("layers")
     told = told if isinstance(told, dict) else {}
-    layers = {name: describe_layer(layer, told.get(name)) for name, layer in file.layers.items()}
+    ranges = file.ranges
+    layers = {name: describe_layer(layer, ranges, told.get(name)) for name, layer in file.layers.items()}
     rest = {name: {"shape": list(t.shape), "bytes": t.numel() * t.element_size()} for name, t in file.rest.items()}
     info = {name: value for name, value in file.info.items() if name != "layers"}
     return {"info": info, "layers": layers, "rest": rest}

@@ -1,16 +1,22 @@
 """The packed file: one safetensors file that holds a quantized network, and nothing that could be run.
 
-Few tensors, because every name costs bytes that small networks feel; all are one-dimensional:
+It has one tensor, `packed`, uint8 and one-dimensional, because every name in the header of a safetensors file costs
+bytes that small networks feel. In it are, one after the other and each begun on a byte:
 
-    codes        uint8   the codes of the layers' weights (`packing`), layer after layer, each begun on a byte
-    codebooks    uint8   the integers of their codebooks, row by row (`spec`), layer after layer
-    DTYPE        itself  every parameter and buffer of that type (`float32`, say) that is not quantized, end to end
-    description  uint8   JSON, ASCII, compressed by zlib with `packed_words` as its preset dictionary
+    the description
+    layer after layer, its codes (`packing`) and the integers of its codebooks (`spec`)
+    every parameter and buffer that is not quantized, its elements little-endian
 
-The description is an object of `layers`, a list in the order of codes and codebooks (name, kind, shape, bits; dtype,
-number of codebooks, terms of √2 and columns of the codebook where they are not the usual ones), `rest`, shapes by name
-by DTYPE in the order of the elements, and `info`, what is known of the network and its run. One metadata entry,
-`logart`, is JSON too: the format's name and version.
+The description is JSON, ASCII, compressed by zlib with `packed_words` as its preset dictionary: an object of
+
+    layers      by column, in the order above: name, kind, shape, bits; and number of codebooks, dtype, terms of √2 and
+                columns of the codebook where a layer's are not the usual ones, null for one whose are
+    ranges      by name the range of a column of all codebooks: the least integer, and the bits of what lies above it
+    rest        shapes by name by type (`float32`, say) of what is not quantized, in the order above
+    report      where `info` has `layers`, an object by layer of objects alike: these by column, in the order above
+    info        what else is known of the network and its run
+
+One metadata entry, `logart`, is JSON too, and says the format's version.
 
 Reading checks all of it before anything is built on it: a file that is damaged, hostile or of another kind raises one
 `PackedFileError`, and no size it claims is believed before bytes stand behind it. Equal networks give equal bytes as
@@ -21,8 +27,7 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +39,22 @@ from torch import Tensor
 
 from logart.errors import UserError
 from logart.packed_layer import Flat, PackedLayer
-from logart.packed_words import WORDS
+from logart.packed_text import MAX_TEXT, MAX_ZIPPED, parsed, to_columns, to_rows, unzipped, zipped
 from logart.runtime import write_whole
+from logart.spec import Ranges, column_ranges, read_ranges
 from logart.weights import one_line
 
-FORMAT, VERSION = "logart-packed", 3
-_METADATA = "logart"
+VERSION = 4
+_METADATA, _TENSOR = "logart", "packed"
 _MAX_HEADER = 2**25
-_MAX_TEXT = 2**22  # of a description; a few bytes can expand to any size
 _MAX_TENSORS = 2**16
+_TYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool, torch.uint8,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2,
+    )
+}  # fmt: skip
 
 
 class PackedFileError(UserError):
@@ -66,38 +78,48 @@ class PackedFile:
     rest: dict[str, Tensor]
     info: dict[str, Any]
 
+    @property
+    def ranges(self) -> Ranges:
+        """The ranges of the codebooks' integers, over all layers."""
+        return column_ranges(layer.spec for layer in self.layers.values())
+
     def to_bytes(self) -> bytes:
         """The file's content.
 
         Raises:
             ValueError: info that JSON cannot say, or more than is read.
         """
-        rest = _by_type(self.rest)
-        tensors = {
-            "codes": _joined(layer.codes for layer in self.layers.values()),
-            "codebooks": _joined(layer.spec.to_bytes() for layer in self.layers.values()),
-            **{dtype: _joined(named.values(), getattr(torch, dtype)) for dtype, named in rest.items()},
-        }
+        rest, ranges = _by_type(self.rest), self.ranges
+        description = bytearray(zipped(self._description(rest, ranges)))
+        parts = [torch.frombuffer(description, dtype=torch.uint8)]
+        for layer in self.layers.values():
+            parts += [layer.codes.cpu(), layer.spec.to_bytes(ranges)]
+        for named in rest.values():
+            parts += [tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in named.values()]
+        # One entry, not several: safetensors writes them in no particular order.
+        version = json.dumps({"version": VERSION}, separators=(",", ":"))
+        data: bytes = safetensors.torch.save({_TENSOR: torch.cat(parts)}, metadata={_METADATA: version})
+        return data
+
+    def _description(self, rest: Mapping[str, Mapping[str, Tensor]], ranges: Ranges) -> str:
+        layers = to_columns([{"name": name, **layer.entry(ranges)} for name, layer in self.layers.items()])
+        report = _by_column(self.info.get("layers"), list(self.layers))
         content = {
-            "layers": [{"name": name, **layer.entry()} for name, layer in self.layers.items()],
+            "layers": {key: values for key, values in layers.items() if any(value is not None for value in values)},
+            "ranges": ranges,
             "rest": {dtype: {name: list(t.shape) for name, t in named.items()} for dtype, named in rest.items()},
-            "info": self.info,
+            **({"report": report} if report else {}),
+            "info": {key: value for key, value in self.info.items() if key != "layers" or not report},
         }
         try:
             text = json.dumps(content, allow_nan=False, separators=(",", ":"))  # ASCII: names may be no UTF-8
         except (TypeError, ValueError) as error:
             raise ValueError(f"the file's info must be JSON: {one_line(error)}") from error
-        most = {"layers": _MAX_TENSORS, "tensors": _MAX_TENSORS, "characters": _MAX_TEXT}
+        most = {"layers": _MAX_TENSORS, "tensors": _MAX_TENSORS, "characters": MAX_TEXT}
         for what, count in zip(most, (len(self.layers), len(self.rest), len(text)), strict=True):
             if count > most[what]:
                 raise ValueError(f"the file would describe {count} {what}; at most {most[what]} are read")
-        zipped = zlib.compressobj(9, zdict=WORDS)
-        described = bytearray(zipped.compress(text.encode()) + zipped.flush())
-        tensors["description"] = torch.frombuffer(described, dtype=torch.uint8)
-        # One entry, not several: safetensors writes them in no particular order.
-        version = json.dumps({"format": FORMAT, "version": VERSION}, separators=(",", ":"))
-        data: bytes = safetensors.torch.save(tensors, metadata={_METADATA: version})
-        return data
+        return text
 
     def write(self, path: str | Path) -> int:
         """Write the file whole or not at all, in place of any that is there; its size in bytes.
@@ -120,13 +142,17 @@ class PackedFile:
         try:
             if not path.is_file():
                 raise PackedFileError("is a folder" if path.is_dir() else "does not exist")
-            tensors = _tensors(_read(path))
-            content = _description(tensors.pop("description", None))
-            layers = _layers(content["layers"], tensors.pop("codes", None), tensors.pop("codebooks", None))
-            rest = _rest(content["rest"], tensors)
+            packed = Flat(_packed(_read(path)))
+            with _naming("description"):
+                content = _description(packed)
+            layers = _layers(content, packed)
+            rest = _rest(content["rest"], packed)
+            info = _info(content, list(layers))
+            if packed.left:
+                raise PackedFileError(f"holds {packed.left} bytes that its description does not claim")
         except (PackedFileError, OSError, MemoryError) as error:
             raise PackedFileError(f"{path}: {one_line(error)}; expected a packed network (.safetensors)") from None
-        return cls(layers, rest, content["info"])
+        return cls(layers, rest, info)
 
 
 def _read(path: Path) -> bytes:
@@ -138,7 +164,8 @@ def _read(path: Path) -> bytes:
         if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
             raise PackedFileError("is no safetensors file, or cut short")
         head = start + file.read(length)
-        header = _json(head[8:], "header")
+        with _naming("header"):
+            header = parsed(head[8:])
         _check_version(header.get("__metadata__"))
         ends = [entry["data_offsets"][1] for entry in header.values() if _has_offsets(entry)]
         if size != len(head) + max(ends, default=0):
@@ -155,98 +182,81 @@ def _check_version(metadata: Any) -> None:
     text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise PackedFileError("is a safetensors file, but not one that LogART packed")
-    content = _json(text, "metadata")
-    version = content.get("version")
-    if content.get("format") != FORMAT or type(version) is not int or version < 1:
-        raise PackedFileError(f"has metadata of another kind (format {content.get('format')!r:.40})")
+    with _naming("metadata"):
+        version = parsed(text).get("version")
+    if type(version) is not int or version < 1:
+        raise PackedFileError(f"has metadata of another kind (version {version!r:.40})")
     if version > VERSION:
         raise PackedFileError(f"has format version {version}, and this LogART reads up to {VERSION}; update it")
     if version < VERSION:
         raise PackedFileError(f"has format version {version}, and this LogART reads {VERSION} alone; save it again")
 
 
-def _description(packed: Tensor | None) -> dict[str, Any]:
-    """The checked outer form of the description."""
-    try:
-        flat = Flat(packed, torch.uint8)
-        unzip = zlib.decompressobj(zdict=WORDS)
-        text = unzip.decompress(flat.take(flat.left).numpy().tobytes(), _MAX_TEXT)
-    except (ValueError, zlib.error) as error:
-        raise PackedFileError(f"has a damaged description ({one_line(error):.80})") from None
-    if not unzip.eof or unzip.unused_data:
-        raise PackedFileError(f"has a damaged description, or one of more than {_MAX_TEXT} characters")
-    content = _json(text, "description")
-    if [type(content.get(name)) for name in ("layers", "rest", "info")] != [list, dict, dict]:
-        raise PackedFileError("lacks its list of layers, its other tensors or its info")
+def _description(packed: Flat) -> dict[str, Any]:
+    """The checked outer form of the description, which is taken; ValueError where it is damaged."""
+    text, size = unzipped(packed.peek(MAX_ZIPPED).numpy())
+    packed.take(size)
+    content = parsed(text)
+    names = ("layers", "ranges", "rest", "info")
+    if any(not isinstance(content.get(name), dict) for name in names):
+        raise ValueError(f"it lacks one of {', '.join(names)}")
     return content
 
 
-def _json(text: bytes | str, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name appears twice")
-        return dict(pairs)
-
-    def finite(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            raise ValueError(f"{text:.20} is out of range")
-        return value
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
+def _packed(data: bytes) -> Tensor:
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise PackedFileError(f"has a damaged {what} ({one_line(error):.80})") from None
-    if not isinstance(value, dict):
-        raise PackedFileError(f"has a damaged {what}")
-    return value
-
-
-def _tensors(data: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
     except Exception as error:  # damaged bytes make the reader raise almost anything
         raise PackedFileError(f"is damaged ({one_line(error):.120})") from None
+    packed = tensors.pop(_TENSOR, None)
+    if packed is None or packed.ndim != 1 or packed.dtype != torch.uint8 or tensors:
+        raise PackedFileError(f"holds other tensors than {_TENSOR}, a row of bytes")
+    return packed
 
 
-def _layers(entries: list[Any], codes: Tensor | None, codebooks: Tensor | None) -> dict[str, PackedLayer]:
-    """The layers of the list, each checked."""
+def _layers(content: Mapping[str, Any], packed: Flat) -> dict[str, PackedLayer]:
+    """The layers that are listed, each checked."""
     layers: dict[str, PackedLayer] = {}
-    _check_count(len(entries))
-    with _naming("codes or codebooks"):
-        parts = [Flat(tensor, torch.uint8) for tensor in (codes, codebooks)]
+    with _naming("list of layers"):
+        names = content["layers"].get("name", [])
+        count = len(names) if isinstance(names, list) else 0
+        _check_count(count)
+        entries = to_rows(content["layers"], count)
+    with _naming("list of ranges"):
+        ranges = read_ranges(content["ranges"])
     for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
+        name = entry["name"]
         if not isinstance(name, str) or name in layers:
             raise PackedFileError(f"lists a layer without a name, or twice ({name!r:.80})")
         with _naming(f"layer {name:.80}"):
-            layers[name] = PackedLayer.from_entry(entry, *parts)
-    if any(part.left for part in parts):
-        raise PackedFileError("holds codes or codebooks that no layer in its list claims")
+            layers[name] = PackedLayer.from_entry(entry, ranges, packed)
     return layers
 
 
-def _rest(shapes: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are not quantized, by their own names; they are cut out of `tensors`, one of each type."""
+def _info(content: Mapping[str, Any], layers: list[str]) -> dict[str, Any]:
+    """What is known, with the report of each layer back in its place."""
+    info: dict[str, Any] = content["info"]
+    if "report" not in content:
+        return info
+    with _naming("report"):
+        return {**info, "layers": dict(zip(layers, to_rows(content["report"], len(layers)), strict=True))}
+
+
+def _rest(shapes: Mapping[str, Any], packed: Flat) -> dict[str, Tensor]:
+    """The tensors that are not quantized, by their own names."""
     rest: dict[str, Tensor] = {}
     _check_count(sum(len(named) for named in shapes.values() if isinstance(named, dict)))
     for dtype, named in shapes.items():
-        with _naming(f"list of {dtype:.40}"):
-            tensor = tensors.pop(dtype, None)
-            if tensor is None or str(tensor.dtype) != f"torch.{dtype}" or not isinstance(named, dict):
-                raise ValueError("there are none")
-            flat = Flat(tensor, tensor.dtype)
+        if dtype not in _TYPES or not isinstance(named, dict):
+            raise PackedFileError(f"has a damaged list of {dtype:.40}")
         for name, shape in named.items():
             with _naming(f"tensor {name:.80}"):
                 if name in rest or not _is_shape(shape):
                     raise ValueError(f"shape {shape!r:.40}")
-                rest[name] = flat.take(math.prod(shape)).reshape(shape)
-        if flat.left:
-            raise PackedFileError(f"holds {flat.left} elements of {dtype:.40} without a name")
-    if tensors:
-        raise PackedFileError(f"holds {next(iter(tensors)):.80}, which its description does not list")
+                data = packed.take(math.prod(shape) * _TYPES[dtype].itemsize)
+                if dtype == "bool" and (data > 1).any():
+                    raise ValueError("neither true nor false")
+                rest[name] = data.view(_TYPES[dtype]).reshape(shape)
     return rest
 
 
@@ -268,13 +278,19 @@ def _naming(part: str) -> Iterator[None]:
         raise PackedFileError(f"has a damaged {part} ({one_line(error):.160})") from None
 
 
-def _joined(tensors: Iterable[Tensor], dtype: torch.dtype = torch.uint8) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=dtype), *(tensor.detach().cpu().reshape(-1) for tensor in tensors)])
-
-
 def _by_type(rest: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by name by their type, as the file calls it."""
+    """Tensors by name by their type, as the file calls it; ValueError for a type that no file holds."""
     types: dict[str, dict[str, Tensor]] = {}
     for name, tensor in rest.items():
-        types.setdefault(str(tensor.dtype).removeprefix("torch."), {})[name] = tensor
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _TYPES:
+            raise ValueError(f"{name} is {dtype}, which a packed file does not hold")
+        types.setdefault(dtype, {})[name] = tensor
     return types
+
+
+def _by_column(report: Any, layers: list[str]) -> dict[str, list[Any]]:
+    """What is known of each layer, by column; empty where it is not of all layers in their order, or not alike."""
+    rows = list(report.values()) if isinstance(report, dict) and list(report) == layers else []
+    alike = all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows)
+    return to_columns(rows) if alike else {}

@@ -11,32 +11,33 @@ import torch
 from torch import Tensor
 
 from logart.grid import MAX_BITS, MIN_BITS
-from logart.packing import packed_bytes, unpack
-from logart.spec import LOG_COLUMNS, CodebookSpec, expand, row_bytes
+from logart.packing import unpack
+from logart.spec import CodebookSpec, Ranges, expand, row_bits
 
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-_USUAL = {"dtype": "float32", "terms": 0, "columns": list(LOG_COLUMNS[:2])}  # what an entry need not say
+_USUAL = {"dtype": "float32", "terms": 0}  # what an entry need not say
 
 
 class Flat:
-    """A one-dimensional tensor of a file, taken apart from its start."""
+    """A file's bytes [n] uint8, taken apart from their start."""
 
-    def __init__(self, tensor: Tensor | None, dtype: torch.dtype) -> None:
-        if tensor is None or tensor.ndim != 1 or tensor.dtype != dtype:
-            seen = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{seen} where there should be one row of {dtype}")
+    def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._taken = tensor, 0
 
     @property
     def left(self) -> int:
-        """How many elements were not taken yet."""
+        """How many bytes were not taken yet."""
         return len(self._tensor) - self._taken
 
+    def peek(self, most: int) -> Tensor:
+        """The next bytes, at most so many, which stay to be taken."""
+        return self._tensor[self._taken :][:most]
+
     def take(self, count: int) -> Tensor:
-        """The next elements, in memory of their own; ValueError where there are fewer."""
+        """The next bytes, in memory of their own; ValueError where there are fewer."""
         if count > self.left:
-            raise ValueError(f"{count} elements, and {self.left} are left")
+            raise ValueError(f"{count} bytes, and {self.left} are left")
         self._taken += count
         return self._tensor[self._taken - count : self._taken].clone()
 
@@ -69,13 +70,12 @@ class PackedLayer:
         """The weight that the codes stand for."""
         return expand(self.codes, self.spec, self.shape, self.n_bits, self.dtype)
 
-    @property
-    def n_bytes(self) -> tuple[int, int]:
-        """Of the codes and of the codebooks."""
-        return self.codes.numel(), self.spec.to_bytes().numel()
+    def n_bytes(self, ranges: Ranges) -> tuple[int, int]:
+        """Of the codes and of the codebooks, in a file of these ranges."""
+        return self.codes.numel(), self.spec.to_bytes(ranges).numel()
 
-    def entry(self) -> dict[str, Any]:
-        """What the description says of the layer, beside its name."""
+    def entry(self, ranges: Ranges) -> dict[str, Any]:
+        """What the description says of the layer, beside its name; None is what is usual."""
         entry = {
             "kind": self.kind,
             "shape": list(self.shape),
@@ -83,19 +83,20 @@ class PackedLayer:
             "codebooks": self.spec.channels,
             "dtype": str(self.dtype).removeprefix("torch."),
             "terms": self.spec.terms,
-            "columns": self.spec.stored,
+            "columns": self.spec.stored(ranges),
         }
-        usual = {**_USUAL, "codebooks": self.shape[0]}
-        return {key: value for key, value in entry.items() if usual.get(key) != value}
+        usual = {**_USUAL, "codebooks": self.shape[0], "columns": list(ranges)}
+        return {key: None if usual.get(key) == value else value for key, value in entry.items()}
 
     @classmethod
-    def from_entry(cls, entry: Mapping[str, Any], codes: Flat, codebooks: Flat) -> PackedLayer:
-        """The layer of an entry, checked; its bytes are the next ones of codes and codebooks.
+    def from_entry(cls, entry: Mapping[str, Any], ranges: Ranges, data: Flat) -> PackedLayer:
+        """The layer of an entry, checked; the next bytes are its codes, and those of its codebooks follow.
 
         Raises:
             ValueError: an entry that describes no layer, or bytes that are not there or not the layer's.
         """
-        entry = {**_USUAL, **entry}
+        said = {key: value for key, value in entry.items() if value is not None}
+        entry = {**_USUAL, "columns": list(ranges), **said}
         kind, shape, n_bits = entry.get("kind"), entry.get("shape"), entry.get("bits")
         dtype, terms, columns = entry.get("dtype"), entry.get("terms"), entry.get("columns")
         if not isinstance(kind, str) or kind not in KINDS:
@@ -113,13 +114,17 @@ class PackedLayer:
         channels: Any = entry.get("codebooks", shape[0])
         if not _positive(channels) or shape[0] % channels:
             raise ValueError(f"{channels!r:.40} codebooks for {shape[0]} rows")
-        count = math.prod(shape)
-        packed, width = codes.take(packed_bytes(count, n_bits)), row_bytes(columns)
-        if count * n_bits % 8 and int(packed[-1]) >> count * n_bits % 8:
-            raise ValueError("bits after the last code")
-        rows = codebooks.take(channels * width).reshape(channels, width)
-        spec = CodebookSpec.from_bytes(rows, columns, terms, n_bits, DTYPES[dtype])
-        return cls(kind, torch.Size(shape), n_bits, DTYPES[dtype], packed, spec)
+        codes = _take_bits(data, math.prod(shape) * n_bits, "code")
+        rows = _take_bits(data, channels * row_bits(columns, ranges), "codebook")
+        spec = CodebookSpec.from_bytes(rows, channels, columns, ranges, terms, n_bits, DTYPES[dtype])
+        return cls(kind, torch.Size(shape), n_bits, DTYPES[dtype], codes, spec)
+
+
+def _take_bits(data: Flat, count: int, what: str) -> Tensor:
+    taken = data.take(-(-count // 8))
+    if count % 8 and int(taken[-1]) >> count % 8:
+        raise ValueError(f"bits after the last {what}")
+    return taken
 
 
 def _positive(size: Any) -> bool:

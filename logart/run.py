@@ -25,10 +25,12 @@ from logart.outcome import Report
 from logart.pipeline import quantize_model
 from logart.results import append_row, environment
 from logart.results_schema import Cell
-from logart.run_columns import config_columns, cost_columns, settings_columns
+from logart.run_columns import cost_columns, settings_columns
 from logart.run_folder import PACKED, RunFolder
 from logart.runtime import progress_bar
 from logart.weights import one_line
+
+_SAID = ("track", "arch", "checkpoint", "checkpoint_sha256", "data")  # by a packed file's `network` and `source`
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def run(
         | cost_columns(report, total, options.device)
     )
     row |= environment()
-    settings = {"run": {k: v for k, v in (dict(columns) | config_columns(config)).items() if v is not None}}
-    info = {**quantized.packed_info, **run_info(network, source, stages), **settings}  # type: ignore[dict-item]
+    told = {"run": {name: value for name, value in columns.items() if value is not None and name not in _SAID}}
+    info = {**quantized.packed_info, **run_info(network, source, stages), **told}  # type: ignore[dict-item]
     left = _write(quantized, info, report, row, options, folder)
     if not options.quiet:
         print(layer_table(report))

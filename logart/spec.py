@@ -1,35 +1,39 @@
 """What a packed file keeps of a codebook: a few integers per channel, from which the levels come back exactly.
 
 A log codebook is its top half-step, n_base2, how many codes went from one sign to the small end, four flags and, where
-it was searched, a scale in 1/32. A linear one is its step and the code of zero. As bytes, a channel is one row:
+it was searched, a scale in 1/32. A linear one is its step, as the integer of the same 64 bits as that float64, and the
+code of zero. As bytes, a channel is one row (`packing.pack_rows`): of each integer how far it lies above the least one
+of its column, in as many bits as that column needs. Both are a whole file's, whose layers are much alike in them.
 
-    log     top half-step (int16, little-endian), n_base2, then flags, free codes and scale where the layer has any
-    linear  step (float64, little-endian), zero point
+    log     top half-step, n_base2, then flags where the file has any, free codes and scale where the layer has any
+    linear  step, zero point
 
-Flags: 1 all-zero channel, 2 the smallest negative level is zero, 4 the free codes were the negative sign's, 8 they all
-went to the other sign.
+Flags: 1 the smallest negative level is zero, 2 the free codes were the negative sign's, 4 they all went to the other
+sign, 8 all-zero channel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from logart.grid import Codebook, Spacing, affine_codebook, largest_half_step, mixed_codebook, mixed_half_steps
-from logart.packing import unpack
+from logart.packing import pack_rows, unpack, unpack_rows
 from logart.rounding import dequantize
 from logart.spare_codes import move_codes, zero_smallest_negative
 
 SCALE_UNIT = 32  # a scale of i is i / 32
-EMPTY, ZERO, NEGATIVE, ONE_SIDED = 1, 2, 4, 8
+ZERO, NEGATIVE, ONE_SIDED, EMPTY = 1, 2, 4, 8  # the rarest last: a range of 0 to 3 takes 2 bits
 LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last three where needed
 LINEAR_COLUMNS = ("step", "zero_point")
-_AT_ONCE = 2**18  # levels, or weights
-_DTYPES: dict[str, np.dtype[Any]] = {"top_half_step": np.dtype("<i2"), "step": np.dtype("<f8")}  # the others are uint8
+COLUMNS = (*LOG_COLUMNS, *LINEAR_COLUMNS)
+Ranges: TypeAlias = Mapping[str, tuple[int, int]]  # column: its least integer, bits of what the others are above it
+_AT_ONCE = 2**18  # levels, weights or channels
+_WHOLE_BYTES = {"top_half_step": 2, "step": 8}  # the others take one
 
 
 @dataclass(frozen=True)
@@ -95,77 +99,113 @@ class CodebookSpec:
         return zero_smallest_negative(book, flag[ZERO], terms=self.terms)
 
     @property
-    def stored(self) -> list[str]:
-        """The columns that a file keeps: flags only where one is set."""
-        return [name for name, column in self.columns.items() if name != "flags" or column.any()]
+    def row_bytes(self) -> int:
+        """How many whole bytes the integers of a channel take unpacked; flags only where one is set."""
+        names = [name for name, column in self.columns.items() if name != "flags" or column.any()]
+        return sum(_WHOLE_BYTES.get(name, 1) for name in names)
 
-    def to_bytes(self) -> Tensor:
-        """[C, width] uint8, the stored columns side by side."""
-        parts = [
-            np.ascontiguousarray(self.columns[name].cpu().numpy().astype(_type(name))).view(np.uint8)
-            for name in self.stored
-        ]
-        return torch.from_numpy(np.concatenate([part.reshape(self.channels, -1) for part in parts], axis=1))
+    def stored(self, ranges: Ranges) -> list[str]:
+        """The columns that a file of these ranges keeps."""
+        return [name for name in ranges if name in self.columns]
+
+    def to_bytes(self, ranges: Ranges) -> Tensor:
+        """The channels' rows; the ranges are those of several specs, this one among them."""
+        names = self.stored(ranges)
+        return pack_rows([self._integers(name) for name in names], [ranges[name] for name in names])
 
     @classmethod
     def from_bytes(
-        cls, data: Tensor, columns: list[str], terms: int, n_bits: int, dtype: torch.dtype = torch.float32
+        cls,
+        data: Tensor,
+        channels: int,
+        columns: list[str],
+        ranges: Ranges,
+        terms: int,
+        n_bits: int,
+        dtype: torch.dtype = torch.float32,
     ) -> CodebookSpec:
         """The inverse of `to_bytes`, checked.
 
+        Args:
+            data: C rows of as many bits as `row_bits` says, in whole bytes.
+            channels: C.
+            columns: the stored ones.
+            ranges: of all the file's columns.
+            terms, n_bits, dtype: the layer's.
+
         Raises:
-            ValueError: columns, a width or a value that no codebook of `n_bits` bits and weights of `dtype` has.
+            ValueError: a value that no codebook of `n_bits` bits and weights of `dtype` has.
         """
-        width = row_bytes(columns)
-        if data.dtype != torch.uint8 or data.ndim != 2 or data.shape[1] != width:
-            raise ValueError(f"expected {width} bytes a channel, got {data.dtype} {list(data.shape)}")
-        raw, values, start = data.cpu().numpy(), {}, 0
-        for name in columns:
-            stored = _type(name)
-            part = np.ascontiguousarray(raw[:, start : start + stored.itemsize]).view(stored)[:, 0]
-            values[name] = torch.from_numpy(part.astype(np.float64 if name == "step" else np.int64))
-            start += stored.itemsize
-        if columns != list(LINEAR_COLUMNS):
-            values.setdefault("flags", torch.zeros_like(values["n_base2"]))
+        values = dict(zip(columns, unpack_rows(data, [ranges[name] for name in columns], channels), strict=True))
+        if "step" in values:
+            values["step"] = values["step"].view(torch.float64)
+        else:
+            values.setdefault("flags", torch.zeros(1, dtype=torch.int64).expand(channels))
             values = {name: values[name] for name in LOG_COLUMNS if name in values}
         spec = cls(values, terms)
-        spec._check(n_bits, dtype)
+        for start in range(0, channels, _AT_ONCE):
+            spec.select(slice(start, start + _AT_ONCE))._check(start, n_bits, dtype)
         return spec
 
-    def _check(self, n_bits: int, dtype: torch.dtype) -> None:
+    def _integers(self, name: str) -> Tensor:
+        column = self.columns[name]
+        return column.view(torch.int64) if name == "step" else column
+
+    def _check(self, first: int, n_bits: int, dtype: torch.dtype) -> None:
         c, n_levels = self.columns, 2 ** (n_bits - 1)
         if self.spacing is Spacing.LINEAR:
             wrong = {
                 "step": ~(c["step"].isfinite() & (c["step"] >= 0)),
-                "zero_point": c["zero_point"] >= 2**n_bits,
+                "zero_point": (c["zero_point"] < 0) | (c["zero_point"] >= 2**n_bits),
             }
         else:
-            free = c.get("free", torch.zeros_like(c["flags"]))
+            free, n_base2 = c.get("free", torch.zeros_like(c["flags"])), c["n_base2"]
+            scale = c.get("scale", torch.ones_like(free))
+            odd = c["top_half_step"] % 2 != 0
             wrong = {
                 "top_half_step": (c["top_half_step"] > largest_half_step(dtype)) | (c["top_half_step"] < -2200),
-                "n_base2": (c["n_base2"] > n_levels) | ((c["n_base2"] == n_levels) & (c["top_half_step"] % 2 != 0)),
-                "flags": (c["flags"] > 15) | ((free == 0) & (c["flags"] & (NEGATIVE | ONE_SIDED) != 0)),
-                "free": (free > n_levels) | (free == 1),
-                "scale": c.get("scale", torch.ones_like(free)) == 0,
+                "n_base2": (n_base2 < 0) | (n_base2 > n_levels) | ((n_base2 == n_levels) & odd),
+                "flags": (c["flags"] & ~15 != 0) | ((free == 0) & (c["flags"] & (NEGATIVE | ONE_SIDED) != 0)),
+                "free": (free < 0) | (free > n_levels) | (free == 1),
+                "scale": (scale < 1) | (scale > 255),
             }
         for name, channels in wrong.items():
             if channels.any():
                 channel = int(channels.nonzero()[0])
                 raise ValueError(
-                    f"channel {channel}: {name} {c[name][channel].item()} is out of range at {n_bits} bits"
+                    f"channel {first + channel}: {name} {c[name][channel].item()} is out of range at {n_bits} bits"
                 )
 
 
-def row_bytes(columns: list[str]) -> int:
-    """How many bytes a channel of these columns takes; ValueError where no codebook has them."""
+def column_ranges(specs: Iterable[CodebookSpec]) -> Ranges:
+    """The ranges of all columns that some specs have, without flags where none is set."""
+    ranges, specs = {}, list(specs)
+    for name in COLUMNS:
+        columns = [spec._integers(name) for spec in specs if name in spec.columns]
+        if columns and (name != "flags" or any(column.any() for column in columns)):
+            least, most = min(int(c.min()) for c in columns), max(int(c.max()) for c in columns)
+            ranges[name] = least, (most - least).bit_length()
+    return ranges
+
+
+def read_ranges(value: Any) -> Ranges:
+    """Ranges as JSON says them; ValueError where no columns have them."""
+    if not isinstance(value, dict) or not set(value) <= set(COLUMNS):
+        raise ValueError(f"columns {value!r:.80}")
+    for name, numbers in value.items():
+        if not isinstance(numbers, list) or [type(number) for number in numbers] != [int, int]:
+            raise ValueError(f"{name} {numbers!r:.40}")
+        if not (abs(numbers[0]) < 2**63 and 0 <= numbers[1] < 64):
+            raise ValueError(f"{name} {numbers!r:.40} is out of range")
+    return {name: tuple(value[name]) for name in COLUMNS if name in value}
+
+
+def row_bits(columns: list[str], ranges: Ranges) -> int:
+    """How many bits a channel of these columns takes; ValueError where no codebook has them."""
     known = [name for name in LOG_COLUMNS if name in (*LOG_COLUMNS[:2], *columns)]
-    if columns not in (known, list(LINEAR_COLUMNS)):
+    if columns not in (known, list(LINEAR_COLUMNS)) or not set(columns) <= set(ranges):
         raise ValueError(f"unknown columns {columns!r:.80}")
-    return sum(_type(name).itemsize for name in columns)
-
-
-def _type(column: str) -> np.dtype[Any]:
-    return _DTYPES.get(column, np.dtype(np.uint8))
+    return sum(ranges[name][1] for name in columns)
 
 
 def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 import logart_cnn.main
 import logart_vit.main
-from logart import load_packed
+from logart import QuantConfig, load_packed
 from logart.data import open_images, validation_batches
 from logart.evaluate import accuracy
 from logart.packed_file import PackedFile
+from logart.results import SETTINGS
+from logart.run_columns import config_columns
 from logart_cnn.models import load_network
 
 TRACKS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
@@ -41,9 +44,46 @@ def test_the_file_is_the_network_that_was_measured(track: str, tmp_path: Path) -
     assert info["class_names"] == [str(digit) for digit in range(10)]
     assert info["preprocessing"]["input_size"] == [1, 8, 8]
     assert torch.__version__.startswith(info["versions"]["torch_version"]) and info["versions"]["timm_version"]
+    assert info["network"]["track"] == track == row["track"] and info["network"]["arch"] == row["arch"]
+    said = {*info["run"], "track", "arch", "checkpoint", "checkpoint_sha256", "data"}
+    assert {name: row[name] for name in info["run"]} == info["run"] and "network_options" in said
+    config = QuantConfig(**info["settings"])  # with what it decides, all of the row that decided the run
+    decided = {name: str(value) for name, value in config_columns(config).items() if value is not None}
+    assert {name: row[name] for name in decided} == decided
+    assert {name for name in SETTINGS if row[name]} <= said | set(decided)
     first = path.read_bytes()
     assert main([*argv, "--results", str(results), "--save", str(path), "--first_last_bits", "8"]) == 0
     assert path.read_bytes() == first  # the same command twice
+
+
+RUNS = {
+    "fast": "--preset fast",
+    "best": "--preset best",
+    "learned": "--preset paper --iters_w 1",
+    "codes": "--preset fast --hardware_approx --asymmetric --zero_code",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "n_bits"),
+    [*product(("fast", "best"), (2, 3, 4, 5, 8)), *product(("learned", "codes"), (2, 3))],
+)
+def test_the_smallest_networks_file_is_codes_and_little_else(flags: str, n_bits: int, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    argv = [*RUNS[flags].split(), "--n_bits_w", str(n_bits), "--calib_samples", "32", "--save", str(path)]
+    argv += f"--workers 0 --device cpu --quiet --results {tmp_path / 'results.csv'}".split()
+    assert logart_cnn.main.main(argv) == 0
+    file = PackedFile.read(path)
+    assert file.info.keys() == {
+        "settings", "layers", "network", "preprocessing", "class_names", "source", "accuracy", "versions", "run"
+    }  # fmt: skip
+    assert file.info["layers"].keys() == file.layers.keys() and len(file.info["source"]["sha256"]) == 64
+    weights, channels, rest = 11_880, 146, 146
+    assert sum(layer.shape.numel() for layer in file.layers.values()) == weights
+    assert sum(layer.shape[0] for layer in file.layers.values()) == channels
+    assert sum(tensor.numel() for tensor in file.rest.values()) == rest
+    assert n_bits / 8 * weights + 4 * rest < path.stat().st_size
+    assert path.stat().st_size <= 1.02 * (n_bits / 8 * weights + 4 * rest + 4 * channels)
 
 
 @pytest.mark.parametrize("track", TRACKS)

@@ -263,13 +263,14 @@ OF_A_RUN = {
     "source": {"checkpoint": "some.pth", "sha256": hashlib.sha256().hexdigest(), "data": "cifar10"},
     "accuracy": {stage: {"top1": 88.38, "top5": 99.5, "images": 10000} for stage in ("float", "searched", "rounded")},
     "versions": {"torch_version": "2.7.1", "timm_version": "1.0.15", "project_version": "0.1.0"},
-    "run": {"track": "cnn", "arch": "some", "checkpoint_sha256": hashlib.sha256().hexdigest(), "bits": 4, "seed": 3},
+    "run": {"network_options": "", "preset": "best", "calib_augment": "False", "calib_list": "0123456789abcdef"},
 }
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize(("arch", "most"), [("digits_resnet", 1.2), ("digits_vit", 1.02), ("cifar_resnet20", 1.02)])
-def test_small_networks_pay_little_for_names_and_settings(arch: str, most: float, n_bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ["digits_resnet", "digits_vit", "cifar_resnet20"])
+def test_small_networks_pay_little_for_names_and_settings(arch: str, n_bits: int, tmp_path: Path) -> None:
+    """Of another source than the built-in one; tests/test_save_flag.py has the files of real runs."""
     model, images, info = named(arch)
     quantized = nearest(model, images, n_bits=n_bits, scale_method="log_sqrt2")
     path = tmp_path / "a.safetensors"
@@ -278,7 +279,7 @@ def test_small_networks_pay_little_for_names_and_settings(arch: str, most: float
     weights, channels = (sum(size(layer.shape) for layer in layers) for size in (torch.Size.numel, itemgetter(0)))
     rest = sum(tensor.numel() for tensor in PackedFile.read(path).rest.values())
     assert n_bits / 8 * weights + 4 * rest < path.stat().st_size
-    assert path.stat().st_size <= most * (n_bits / 8 * weights + 4 * rest + 4 * channels)
+    assert path.stat().st_size <= 1.02 * (n_bits / 8 * weights + 4 * rest + 4 * channels)
 
 
 # ---------------------------------------------------------------- what does not fit
