@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from logart.errors import NothingToDo, UserError
-from logart.results import locked_results, recorded, settings_line
+from logart.results import locked_results, real_place, recorded, settings_line
 from logart.results_schema import Cell
 
 SILENT_MINUTES = 10.0  # far above the minute or so that network file systems keep a file's times in memory
@@ -65,7 +65,7 @@ class Owner:
 
 def claims_folder(results: str | Path) -> Path:
     """Where the claims on rows of this results file lie, while there are any."""
-    return Path(f"{results}.claims")
+    return Path(f"{real_place(results)}.claims")
 
 
 def claim_path(results: str | Path, settings: Mapping[str, Cell]) -> Path:

@@ -23,6 +23,7 @@ from filelock import FileLock
 from logart.errors import UserError
 from logart.results_schema import NAMES, SETTINGS, Cell
 
+RESULTS = "results.csv"  # unless --results says otherwise
 LOCK_SECONDS = 60.0  # an append takes milliseconds: whoever holds the lock this long is stuck
 
 
@@ -33,13 +34,18 @@ def environment() -> dict[str, str]:
     return {"utc_time": now} | {column: _version(package) for column, package in packages.items()}
 
 
+def real_place(path: str | Path) -> Path:
+    """Where a results file lies: behind a link, so that all who name it have its lock and its claims in common."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 def check_results(path: str | Path) -> None:
     """Find out before long work whether `append_row` will be able to write; changes nothing on disk.
 
     Raises:
         UserError: as `append_row`.
     """
-    path = Path(path)
+    path = real_place(path)
     with _named_errors(path):
         _refuse_place(path)
         there, lock_there = _is_there(path), _is_there(_lock_path(path))
@@ -107,7 +113,7 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> None:
     unknown = sorted(set(row) - set(NAMES))
     if unknown:
         raise ValueError(f"results row has unknown columns {unknown}; the schema is logart.results_schema.COLUMNS")
-    path = Path(path)
+    path = real_place(path)
     with _named_errors(path):
         _refuse_place(path)
         with _locked(path):
@@ -138,7 +144,7 @@ def holds_row(path: str | Path, digests: Collection[str]) -> bool:
 @contextmanager
 def locked_results(path: str | Path) -> Iterator[None]:
     """Keep every other process from appending; UserError as `append_row`, for errors of the body's files too."""
-    path = Path(path)
+    path = real_place(path)
     with _named_errors(path):
         _refuse_place(path)
         with _locked(path):
@@ -160,7 +166,7 @@ def recorded(path: str | Path, settings: Mapping[str, Cell]) -> str | None:
     Raises:
         UserError: the file has another header or holds a cut row.
     """
-    path, line = Path(path), settings_line(settings)
+    path, line = real_place(path), settings_line(settings)
     if not _is_there(path):
         return None
     _refuse_content(path)

@@ -166,6 +166,8 @@ def _begin(folder: RunFolder, flags: Mapping[str, Any], who: Mapping[str, Any], 
         write_whole(folder.path / RUN, as_json(content))
     except OSError as error:
         raise UserError(f"--run_dir: cannot write to {folder.path} ({error.strerror})") from error
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"--run_dir: {path} is a link to {os.readlink(path)}, which is not there; expected a folder")
 
 
 def _take_over(folder: RunFolder, who: Mapping[str, Any]) -> None:

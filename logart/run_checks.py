@@ -73,8 +73,8 @@ def _check_arguments(model_kwargs: Mapping[str, Any] | None, flag: str) -> None:
 
 
 def _check_place(save: str, checkpoint: str | None) -> None:
-    path, place = save, Path(save)
-    if place.suffix != ".safetensors":
+    path, place = save, Path(os.path.realpath(save)) if os.path.islink(save) else Path(save)
+    if Path(save).suffix != ".safetensors":
         raise UserError(f"--save: {path!r}; expected a file that ends in .safetensors")
     if place.is_dir() or not place.parent.is_dir():
         problem = "is a folder" if place.is_dir() else "lies in no folder that exists"

@@ -57,7 +57,12 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, in place of any that is there; OSError where that fails."""
+    """Write a file whole or not at all, in place of any that is there or that a link there leads to.
+
+    Raises:
+        OSError: that failed.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a long name has no room for more
     try:
         with open(partial, "wb") as file:

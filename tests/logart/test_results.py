@@ -19,6 +19,7 @@ from filelock import FileLock
 from small_runs import disk_with
 
 import logart.results
+from logart.claims import claims_folder
 from logart.errors import UserError
 from logart.results import append_row, check_results, environment
 from logart.results_schema import COLUMNS, NAMES, columns_markdown
@@ -301,3 +302,14 @@ def test_environment_fills_time_and_versions(monkeypatch: pytest.MonkeyPatch) ->
     assert set(found) == {"utc_time", "torch_version", "timm_version", "project_version"}
     monkeypatch.setattr("sys.path", [])
     assert environment()["timm_version"] == ""
+
+
+def test_a_link_and_the_file_behind_it_have_one_lock_and_one_place_for_claims(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.csv", tmp_path / "elsewhere" / "link.csv"
+    link.parent.mkdir()
+    link.symlink_to(real)
+    append_row(link, {"arch": "a"})
+    append_row(real, {"arch": "b"})
+    assert link.is_symlink() and list(pd.read_csv(real)["arch"]) == ["a", "b"]
+    assert {path.name for path in link.parent.iterdir()} == {"link.csv"}, "the lock lies beside the link"
+    assert claims_folder(link) == claims_folder(real)

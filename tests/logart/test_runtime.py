@@ -140,3 +140,14 @@ def test_a_written_file_has_the_mode_of_any_file_of_the_user(umask: int, mode: i
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == there.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+def test_a_file_written_through_a_link_leaves_the_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "there" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    for data in (b"first", b"second"):
+        write_whole(link, data)
+        assert link.is_symlink() and real.read_bytes() == data
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
