@@ -17,6 +17,7 @@ from logart.data import DIGITS
 from logart.errors import UserError
 from logart.grid import ROOT2_TEXT, ScaleMethod, Spacing
 from logart.network import INTERPOLATIONS, Network
+from logart.results import RESULTS
 from logart.results_schema import Cell
 from logart.resume import stored_flags
 from logart.run import RunOptions
@@ -217,7 +218,7 @@ def run_options(
         raise UserError(f"--once: expected more than 0 minutes, got {args.once:g}")
     return RunOptions(
         device=resolve_device(otherwise(args.device, "auto")),
-        results=otherwise(args.results, "results.csv"),
+        results=otherwise(args.results, RESULTS),
         val_batch_size=val_batch_size,
         workers=workers,
         # The built-in digits tell the whole story; elsewhere one more evaluation may take minutes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,9 +15,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from logart.config import QuantConfig
+from logart.data import DIGITS
 from logart.errors import Interrupted, UserError
 from logart.evaluate import Accuracy
-from logart.results import environment
+from logart.results import RESULTS, environment
 from logart.results_schema import Cell
 from logart.run_folder import ACCURACIES, FORMAT, REPORT, RUN, RunFolder, as_json, read_entries
 from logart.runtime import write_whole
@@ -34,6 +36,8 @@ FREE_FLAGS = (
     "run_dir",
     "resume",
 )
+# Flags that name files and folders, which are looked for from where the run was begun.
+PLACES = ("results", "save", "checkpoint", "config", "calib_list", "save_calib_list", "data_path", "dataset")
 
 
 def identity(
@@ -76,16 +80,37 @@ def stored_flags(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
         UserError: the folder holds no run, is finished, or a flag that decides the result differs.
     """
     path = Path(folder)
-    known: dict[str, Any] = read_entries(path / RUN, folder, flags=dict)["flags"]
-    if (path / REPORT).exists() and read_entries(path / REPORT, folder, row=dict).get("recorded") is not None:
+    kept = read_entries(path / RUN, str(path), flags=dict)
+    known: dict[str, Any] = kept["flags"]
+    if (path / REPORT).exists() and read_entries(path / REPORT, str(path), row=dict).get("recorded") is not None:
         raise UserError(f"--resume: the run in {path} is finished; expected one that was interrupted")
     for name, value in given.items():
         if name in FREE_FLAGS:
             continue
-        if name not in known or known[name] != value:
+        if name not in known or not _same(name, known[name], value, kept.get("directory")):
             before = f"--{name} {_written(known[name])}" if name in known else f"without --{name}"
             raise UserError(f"--resume: the run in {path} began {before}; expected the same, got {_written(value)}")
-    return {name: value for name, value in known.items() if name not in given}
+    known.setdefault("results", RESULTS)
+    left = {name: value for name, value in known.items() if name not in given}
+    begun = kept.get("directory")
+    if not isinstance(begun, str) or not os.path.isdir(begun) or begun == _here():
+        return left
+    places = {name: os.path.join(begun, left[name]) for name in PLACES if left.get(name) not in (None, DIGITS)}
+    return left | places
+
+
+def _here() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was deleted
+        return None
+
+
+def _same(name: str, before: Any, now: Any, begun: Any) -> bool:
+    """Whether a flag says the same; a place may be named from another working directory than `begun`."""
+    if before == now or name not in PLACES or not isinstance(begun, str):
+        return bool(before == now)
+    return os.path.abspath(os.path.join(begun, str(before))) == os.path.abspath(str(now))
 
 
 @contextmanager
@@ -141,6 +166,8 @@ def check_folder(run_dir: str) -> None:
     if path.is_dir() and any(entry.name not in begun and entry.suffix != ".partial" for entry in path.iterdir()):
         hint = "go on with --resume, or pass a new one" if (path / RUN).exists() else "pass a new or empty one"
         raise UserError(f"--run_dir: the folder {path} is not empty; {hint}")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"--run_dir: {path} is a link to {os.readlink(path)}, which is not there; expected a folder")
     if path.exists() and not path.is_dir():
         raise UserError(f"--run_dir: {path} is a file; expected a folder")
     if not path.parent.is_dir():
@@ -159,15 +186,13 @@ def _make(flag: str, path: Path) -> None:
 
 
 def _begin(folder: RunFolder, flags: Mapping[str, Any], who: Mapping[str, Any], names: Sequence[str]) -> None:
-    content = {"format": FORMAT, "flags": dict(flags), "identity": who}
+    content = {"format": FORMAT, "directory": _here(), "flags": dict(flags), "identity": who}
     try:
         listed = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
         write_whole(folder.path / "calibration.txt", listed)
         write_whole(folder.path / RUN, as_json(content))
     except OSError as error:
         raise UserError(f"--run_dir: cannot write to {folder.path} ({error.strerror})") from error
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"--run_dir: {path} is a link to {os.readlink(path)}, which is not there; expected a folder")
 
 
 def _take_over(folder: RunFolder, who: Mapping[str, Any]) -> None:

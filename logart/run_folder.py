@@ -1,6 +1,6 @@
 """A run's folder (`--run_dir`): all that a run has come to, so that none of it is lost and `--resume` goes on with it.
 
-    run.json              the flags given, and what decides the codes: settings, network, data, versions
+    run.json              the flags given and where, and what decides the codes: settings, network, data, versions
     calibration.txt       the names of the calibration images
     log.txt               what was printed, and warnings
     accuracies.json       of each stage that was measured

@@ -347,3 +347,37 @@ def test_a_read_only_place_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtu
         assert_refused(logart_cnn.main.main, ["--run_dir", str(tmp_path / "run")], line, capfd)
     finally:
         tmp_path.chmod(0o700)
+
+
+QUICK = "--iters_w 0 --workers 0 --device cpu --quiet".split()
+
+
+def test_resumed_from_another_directory_it_finds_and_leaves_its_files_where_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun, other = tmp_path / "be gun", tmp_path / "other"
+    begun.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(begun)
+    main, argv = logart_cnn.main.main, [*QUICK, "--results", "r.csv", "--save", "n.safetensors", "--run_dir", "run"]
+    assert main(argv) == 0
+    capfd.readouterr()
+    first = (begun / "n.safetensors").read_bytes()
+    for done in ("run/report.json", "n.safetensors", "r.csv"):
+        (begun / done).unlink()
+    monkeypatch.chdir(other)
+    again = ["--resume", "../be gun/run", "--quiet"]
+    for more in (["--n_bits_w", "3"], ["--data_path", "digits"]):
+        line = f"logart-cnn: --resume: the run in ../be gun/run began without {more[0]}; expected the same"
+        assert_refused(main, [*again, "--save", "n.safetensors", *more], line, capfd)
+    assert main(again) == 0
+    assert len(rows(begun / "r.csv")) == 1 and (begun / "n.safetensors").read_bytes() == first
+    assert not any(other.iterdir())
+
+
+def test_a_run_folder_behind_a_broken_link_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    argv = [*QUICK, "--results", str(tmp_path / "r.csv"), "--run_dir", str(tmp_path / "run")]
+    line = f"logart-cnn: --run_dir: {tmp_path / 'run'} is a link to {tmp_path / 'nowhere'}, which is not there"
+    assert_refused(logart_cnn.main.main, argv, line, capfd)
+    assert not (tmp_path / "r.csv").exists() and not (tmp_path / "nowhere").exists()
