@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from logart.errors import NothingToDo, UserError
-from logart.results import locked_results, real_place, recorded, settings_line
+from logart.files import real_place
+from logart.results import locked_results, recorded, settings_line
 from logart.results_schema import Cell
 
 SILENT_MINUTES = 10.0  # far above the minute or so that network file systems keep a file's times in memory

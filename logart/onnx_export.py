@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from logart.checkpoint import SizeTable, load_packed, to_packed
 from logart.errors import UserError
+from logart.files import write_whole
 from logart.grid import Spacing
 from logart.image_info import input_size_of
 from logart.packed_layer import PackedLayer
-from logart.runtime import write_whole
 from logart.spec import CodebookSpec
 from logart.surgery import quantized_layers
 from logart.weights import one_line

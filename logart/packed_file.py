@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 
 from logart.errors import UserError
+from logart.files import write_whole
 from logart.packed_layer import Flat, PackedLayer
 from logart.packed_text import MAX_TEXT, MAX_ZIPPED, parsed, to_columns, to_rows, unzipped, zipped
-from logart.runtime import write_whole
 from logart.spec import Ranges, column_ranges, read_ranges
 from logart.weights import one_line
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from logart.cli import FlagParser, run_command
 from logart.errors import UserError
+from logart.files import write_whole
 from logart.report_groups import Group, Row, signed
 from logart.report_page import Block, Cell, Details, Grid, Heading, Paragraph, figure_names, figures, markdown, page
 from logart.report_paper import Sources, paper_figures
@@ -20,7 +21,6 @@ from logart.report_rows import read_rows
 from logart.report_run_plots import run_figures
 from logart.report_runs import Run, RunLayer, read_run
 from logart.report_tables import Section, Table, sections
-from logart.runtime import write_whole
 
 PROG, TITLE = "logart-report", "LogART report"
 KINDS = ("png", "svg")

@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from logart.errors import UserError
+from logart.files import real_place
 from logart.results_schema import NAMES, SETTINGS, Cell
 
 RESULTS = "results.csv"  # unless --results says otherwise
@@ -32,11 +33,6 @@ def environment() -> dict[str, str]:
     packages = {"torch_version": "torch", "timm_version": "timm", "project_version": "logart"}
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {"utc_time": now} | {column: _version(package) for column, package in packages.items()}
-
-
-def real_place(path: str | Path) -> Path:
-    """Where a results file lies: behind a link, so that all who name it have its lock and its claims in common."""
-    return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
 def check_results(path: str | Path) -> None:

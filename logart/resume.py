@@ -18,10 +18,10 @@ from logart.config import QuantConfig
 from logart.data import DIGITS
 from logart.errors import Interrupted, UserError
 from logart.evaluate import Accuracy
+from logart.files import write_whole
 from logart.results import RESULTS, environment
 from logart.results_schema import Cell
 from logart.run_folder import ACCURACIES, FORMAT, REPORT, RUN, RunFolder, as_json, read_entries
-from logart.runtime import write_whole
 
 # Flags that may differ when a run goes on: they decide where things go and how fast, not what comes out.
 FREE_FLAGS = (
@@ -79,24 +79,27 @@ def stored_flags(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run, is finished, or a flag that decides the result differs.
     """
-    path = Path(folder)
+    path, here = Path(folder), _here()
     kept = read_entries(path / RUN, str(path), flags=dict)
-    known: dict[str, Any] = kept["flags"]
+    known: dict[str, Any] = {"results": RESULTS} | kept["flags"]
     if (path / REPORT).exists() and read_entries(path / REPORT, str(path), row=dict).get("recorded") is not None:
         raise UserError(f"--resume: the run in {path} is finished; expected one that was interrupted")
+    begun = kept.get("directory")
+    if not isinstance(begun, str) or not os.path.isdir(begun):  # moved to another machine, say
+        begun = here
     for name, value in given.items():
         if name in FREE_FLAGS:
             continue
-        if name not in known or not _same(name, known[name], value, kept.get("directory")):
+        if name not in known or not _same(_place(name, known[name], begun), _place(name, value, here)):
             before = f"--{name} {_written(known[name])}" if name in known else f"without --{name}"
             raise UserError(f"--resume: the run in {path} began {before}; expected the same, got {_written(value)}")
-    known.setdefault("results", RESULTS)
     left = {name: value for name, value in known.items() if name not in given}
-    begun = kept.get("directory")
-    if not isinstance(begun, str) or not os.path.isdir(begun) or begun == _here():
-        return left
-    places = {name: os.path.join(begun, left[name]) for name in PLACES if left.get(name) not in (None, DIGITS)}
-    return left | places
+    return left if begun == here else {name: _place(name, value, begun) for name, value in left.items()}
+
+
+def begun_with(folder: str, name: str) -> Any:
+    """A flag of the run in `folder` as it was written when the run was begun, or None."""
+    return read_entries(Path(folder) / RUN, folder, flags=dict)["flags"].get(name)
 
 
 def _here() -> str | None:
@@ -106,11 +109,17 @@ def _here() -> str | None:
         return None
 
 
-def _same(name: str, before: Any, now: Any, begun: Any) -> bool:
-    """Whether a flag says the same; a place may be named from another working directory than `begun`."""
-    if before == now or name not in PLACES or not isinstance(begun, str):
+def _place(name: str, value: Any, directory: str | None) -> Any:
+    """A flag's value; of a file or folder named from `directory`, as any working directory may name it."""
+    if name not in PLACES or not isinstance(value, str) or directory is None:
+        return value
+    return value if name in ("data_path", "dataset") and value == DIGITS else os.path.join(directory, value)
+
+
+def _same(before: Any, now: Any) -> bool:
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return bool(before == now)
-    return os.path.abspath(os.path.join(begun, str(before))) == os.path.abspath(str(now))
+    return os.path.isabs(before) and os.path.isabs(now) and os.path.realpath(before) == os.path.realpath(now)
 
 
 @contextmanager

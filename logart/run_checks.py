@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from logart.checkpoint import can_be_loaded
 from logart.errors import UserError
+from logart.files import real_place
 from logart.results import check_results
 from logart.resume import check_folder
 from logart.run import RunOptions
@@ -73,7 +74,7 @@ def _check_arguments(model_kwargs: Mapping[str, Any] | None, flag: str) -> None:
 
 
 def _check_place(save: str, checkpoint: str | None) -> None:
-    path, place = save, Path(os.path.realpath(save)) if os.path.islink(save) else Path(save)
+    path, place = save, real_place(save)
     if Path(save).suffix != ".safetensors":
         raise UserError(f"--save: {path!r}; expected a file that ends in .safetensors")
     if place.is_dir() or not place.parent.is_dir():

@@ -27,12 +27,12 @@ from typing import Any, TextIO
 
 from logart.errors import UserError
 from logart.evaluate import Accuracy
+from logart.files import write_whole
 from logart.layers import QuantizedLayer
 from logart.outcome import Report
 from logart.packed_file import PackedFileError
 from logart.results import holds_row, row_digest
 from logart.results_schema import Cell
-from logart.runtime import write_whole
 from logart.state import Done, Keeper, load_state, save_state
 
 FORMAT = 1

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,24 +52,6 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, in place of any that is there or that a link there leads to.
-
-    Raises:
-        OSError: that failed.
-    """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a long name has no room for more
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]

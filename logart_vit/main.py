@@ -14,6 +14,7 @@ from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
 from logart.data import DIGITS, open_images
 from logart.errors import UserError
 from logart.job import Job
+from logart.resume import begun_with
 from logart.run_checks import check_outputs
 from logart.runtime import seed_everything
 from logart_vit.models import MODELS, load_network
@@ -146,7 +147,7 @@ def command(args: argparse.Namespace) -> None:
     )
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     columns = flags.network_columns(args, network, "vit", source.name)
-    columns["config"] = args.config
+    columns["config"] = args.config if args.resume is None else begun_with(args.resume, "config")
     mode = next(name for name, value in MODES.items() if value is config.recon_input)
     settings = flags.settings_line(config, FIELDS, optim_mode=mode, **loading)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from filelock import FileLock
 from sklearn.datasets import load_digits
-from small_runs import assert_refused, quiet_main, rows
+from small_runs import SURROUNDINGS, Files, VitFiles, assert_refused, quiet_main, rows
 
 import logart.pipeline
 import logart.resume
@@ -27,6 +27,7 @@ import logart.run
 import logart.run_folder
 import logart_cnn.main
 import logart_vit.main
+from logart.errors import UserError
 from logart.packed_file import PackedFile
 
 CNN = "--iters_w 20 --calib_samples 64 --rounding both --workers 0 --device cpu"
@@ -352,27 +353,76 @@ def test_a_read_only_place_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtu
 QUICK = "--iters_w 0 --workers 0 --device cpu --quiet".split()
 
 
+@pytest.mark.parametrize("track", RUNS)
 def test_resumed_from_another_directory_it_finds_and_leaves_its_files_where_it_began(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    track: str,
+    tmp_path: Path,
+    image_folder: Path,
+    digits_checkpoint: Path,
+    make_image_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Every file and folder is named relatively; the row is the same, down to the names in it."""
     begun, other = tmp_path / "be gun", tmp_path / "other"
-    begun.mkdir()
-    other.mkdir()
+    for folder in (begun, other, begun / "kept"):
+        folder.mkdir()
     monkeypatch.chdir(begun)
-    main, argv = logart_cnn.main.main, [*QUICK, "--results", "r.csv", "--save", "n.safetensors", "--run_dir", "run"]
-    assert main(argv) == 0
+    Path("n.safetensors").symlink_to("kept/n.safetensors")
+    if track == "cnn":
+        files = Files(tmp_path, image_folder, digits_checkpoint, make_image_folder)
+        Path("list.txt").write_text("".join(f"train/class{label}/1.png\n" for label in range(4)))
+        argv = [*files.unlearned(), *"--calib_list list.txt --iters_w 2 --calib_samples 4 --batch_size 2".split()]
+        data = "--data_path"
+    else:
+        vit_files = VitFiles(tmp_path, image_folder, make_image_folder)
+        learning = "--optimize --iters_w 2 --optim_size 4".split()
+        argv = [*vit_files.unlearned(), "--config", str(vit_files.config), *learning]
+        data = "--dataset"
+    argv = [os.path.relpath(word) if word.startswith("/") else word for word in argv]
+    main = RUNS[track][0]
+    assert main([*argv, "--results", "r.csv", "--save", "n.safetensors", "--run_dir", "run", "--quiet"]) == 0
     capfd.readouterr()
-    first = (begun / "n.safetensors").read_bytes()
-    for done in ("run/report.json", "n.safetensors", "r.csv"):
+    first, (row,) = (begun / "kept" / "n.safetensors").read_bytes(), rows(begun / "r.csv")
+    for done in ("run/report.json", "kept/n.safetensors", "r.csv"):
         (begun / done).unlink()
+
     monkeypatch.chdir(other)
     again = ["--resume", "../be gun/run", "--quiet"]
-    for more in (["--n_bits_w", "3"], ["--data_path", "digits"]):
-        line = f"logart-cnn: --resume: the run in ../be gun/run began without {more[0]}; expected the same"
-        assert_refused(main, [*again, "--save", "n.safetensors", *more], line, capfd)
-    assert main(again) == 0
-    assert len(rows(begun / "r.csv")) == 1 and (begun / "n.safetensors").read_bytes() == first
+    for more, before in ((["--seed", "3"], "without --seed"), ([data, "digits"], data), ([data, "x"], data)):
+        line = f"logart-{track}: --resume: the run in ../be gun/run began {before}"
+        assert_refused(main, [*again, *more], line, capfd)
+    assert main([*again, data, str(image_folder)]) == 0
+    (now,) = rows(begun / "r.csv")
+    assert [name for name in row if row[name] != now[name] and name not in SURROUNDINGS] == []
+    assert (begun / "n.safetensors").is_symlink() and (begun / "kept" / "n.safetensors").read_bytes() == first
     assert not any(other.iterdir())
+
+
+@pytest.mark.parametrize("name", "results save checkpoint config calib_list save_calib_list dataset".split())
+def test_a_place_is_seen_from_where_the_run_began(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (tmp_path / "link").symlink_to(begun)
+    monkeypatch.chdir(tmp_path)
+
+    def stored(value: str, directory: object = str(begun), **given: str) -> dict[str, object]:
+        kept = {"flags": {name: value, "arch": "x"}, "directory": directory}
+        (tmp_path / "run.json").write_text(json.dumps(kept))
+        return logart.resume.stored_flags(str(tmp_path), given)
+
+    assert stored("a/b")[name] == f"{begun}/a/b" and stored("a/b")["arch"] == "x"
+    assert stored("/a/b")[name] == "/a/b"
+    for directory in (None, 3, str(tmp_path / "gone"), str(tmp_path)):  # of an older run, damaged, moved, or here
+        assert stored("a/b", directory)[name] == "a/b"
+    assert name not in stored("a", **{name: "begun/a"}) and name not in stored("a", **{name: "link/a"})
+    if name == "dataset":
+        assert stored("digits")[name] == "digits"
+        with pytest.raises(UserError, match="began --dataset ./digits"):  # a folder of that name is no built-in data
+            stored("./digits", str(tmp_path), dataset="digits")
+    if name not in ("results", "save"):
+        with pytest.raises(UserError, match=f"began --{name} a; expected the same, got a"):
+            stored("a", **{name: "a"})
 
 
 def test_a_run_folder_behind_a_broken_link_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

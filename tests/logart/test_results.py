@@ -21,7 +21,7 @@ from small_runs import disk_with
 import logart.results
 from logart.claims import claims_folder
 from logart.errors import UserError
-from logart.results import append_row, check_results, environment
+from logart.results import append_row, check_results, environment, locked_results
 from logart.results_schema import COLUMNS, NAMES, columns_markdown
 
 HEADER = ",".join(NAMES) + "\n"
@@ -304,12 +304,24 @@ def test_environment_fills_time_and_versions(monkeypatch: pytest.MonkeyPatch) ->
     assert environment()["timm_version"] == ""
 
 
-def test_a_link_and_the_file_behind_it_have_one_lock_and_one_place_for_claims(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+def test_a_link_and_the_file_behind_it_have_one_lock_and_one_place_for_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, link = tmp_path / "real.csv", tmp_path / "elsewhere" / "link.csv"
     link.parent.mkdir()
     link.symlink_to(real)
     append_row(link, {"arch": "a"})
     append_row(real, {"arch": "b"})
     assert link.is_symlink() and list(pd.read_csv(real)["arch"]) == ["a", "b"]
-    assert {path.name for path in link.parent.iterdir()} == {"link.csv"}, "the lock lies beside the link"
+    monkeypatch.setattr(logart.results, "LOCK_SECONDS", 0.05)
+    for held, other in ((link, real), (real, link)):
+        with locked_results(held):
+            assert {path.name for path in link.parent.iterdir()} == {"link.csv"}, "the lock lies beside the link"
+            with pytest.raises(UserError):
+                append_row(other, {"arch": "c"})
+            with pytest.raises(UserError), locked_results(other):
+                raise AssertionError("both hold it")
+    check_results(link)
+    assert {path.name for path in link.parent.iterdir()} == {"link.csv"} and len(pd.read_csv(real)) == 2
     assert claims_folder(link) == claims_folder(real)

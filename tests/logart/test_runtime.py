@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from logart.errors import UserError
-from logart.runtime import peak_memory_mb, progress_bar, resolve_device, seed_everything, write_whole
+from logart.runtime import peak_memory_mb, progress_bar, resolve_device, seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -126,28 +126,3 @@ def test_a_bar_is_closed_when_its_work_fails(capsys: pytest.CaptureFixture[str])
     with pytest.raises(KeyError), progress_bar(2, "LLR", quiet=False) as bar:
         raise KeyError
     assert bar.disable  # what tqdm sets on closing
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_a_written_file_has_the_mode_of_any_file_of_the_user(umask: int, mode: int, tmp_path: Path) -> None:
-    path, there = tmp_path / "new", tmp_path / "there"
-    there.touch(0o640)
-    before = os.umask(umask)
-    try:
-        write_whole(path, b"x")
-        write_whole(there, b"x")
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == there.stat().st_mode & 0o777 == mode
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
-def test_a_file_written_through_a_link_leaves_the_link(tmp_path: Path) -> None:
-    real, link = tmp_path / "there" / "real", tmp_path / "link"
-    real.parent.mkdir()
-    link.symlink_to(real)
-    for data in (b"first", b"second"):
-        write_whole(link, data)
-        assert link.is_symlink() and real.read_bytes() == data
-    assert [path.name for path in real.parent.iterdir()] == ["real"]
