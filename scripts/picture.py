@@ -15,7 +15,7 @@ from torch import Tensor
 
 from logart.grid import ScaleMethod
 from logart.report_plots import COLOURS, INK, drawing, finished
-from logart.runtime import write_whole
+from logart.files import write_whole
 from logart.search import choose_codebook
 from logart_cnn.models import load_network
 
