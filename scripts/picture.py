@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from logart.files import write_whole
 from logart.grid import ScaleMethod
 from logart.report_plots import COLOURS, INK, drawing, finished
-from logart.files import write_whole
 from logart.search import choose_codebook
 from logart_cnn.models import load_network
 
