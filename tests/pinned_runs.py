@@ -1,7 +1,7 @@
 """The runs whose every bit is pinned, and what a run comes to: `python tests/pinned_runs.py NETWORK` prints
 their digests as JSON.
 
-The digests are compared with `pinned_codes.json`. `SURROUNDINGS` takes the processor's own instructions out of the sums,
+The digests are compared with `pinned_codes.json`. `SURROUNDINGS` takes the processor's own instructions out of sums,
 so that another machine gives the same bits.
 """
 
@@ -35,8 +35,10 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     for n_bits in BITS:
         for grid in GRIDS:
-            yield f"digits_resnet nearest {grid} {n_bits}", "digits_resnet", dict(
-                rounding="nearest", scale_method=grid, n_bits=n_bits
+            yield (
+                f"digits_resnet nearest {grid} {n_bits}",
+                "digits_resnet",
+                dict(rounding="nearest", scale_method=grid, n_bits=n_bits),
             )
         yield from both(f"compensated dynamic {n_bits}", rounding="compensated", n_bits=n_bits)
         yield f"digits_resnet learned dynamic {n_bits}", "digits_resnet", dict(learned, n_bits=n_bits)
@@ -46,13 +48,17 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"digits_vit learned {grid} 3", "digits_vit", dict(learned, scale_method=grid, n_bits=3)
     for search in ("layer_wise", "block_wise"):
         yield from both(f"nearest {search} 4", rounding="nearest", search_method=search)
-        yield f"digits_resnet nearest {search} 3 scales", "digits_resnet", dict(
-            rounding="nearest", search_method=search, n_bits=3, scale_search="grid"
+        yield (
+            f"digits_resnet nearest {search} 3 scales",
+            "digits_resnet",
+            dict(rounding="nearest", search_method=search, n_bits=3, scale_search="grid"),
         )
     for search in ("grid", "half_step"):
         yield from both(f"compensated scale search {search} 3", rounding="compensated", scale_search=search, n_bits=3)
-        yield f"digits_resnet nearest scale search {search} 3", "digits_resnet", dict(
-            rounding="nearest", scale_search=search, n_bits=3
+        yield (
+            f"digits_resnet nearest scale search {search} 3",
+            "digits_resnet",
+            dict(rounding="nearest", scale_search=search, n_bits=3),
         )
     for option in ("asymmetric", "zero_code"):
         for rounding in ("nearest", "compensated"):
@@ -65,8 +71,10 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield from both(f"nearest {terms} terms", rounding="nearest", hardware_terms=terms)
     yield from both("compensated 2 terms", rounding="compensated", hardware_terms=2, n_bits=3)
     yield "digits_resnet learned 2 terms", "digits_resnet", dict(learned, hardware_terms=2)
-    yield "digits_vit learned perturbation", "digits_vit", dict(
-        learned, recon_metric="hessian_perturb", recon_input="mixed", head_kl=True
+    yield (
+        "digits_vit learned perturbation",
+        "digits_vit",
+        dict(learned, recon_metric="hessian_perturb", recon_input="mixed", head_kl=True),
     )
     yield "digits_resnet learned mae float", "digits_resnet", dict(learned, recon_metric="mae", recon_input="float")
 

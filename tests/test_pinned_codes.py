@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from pinned_runs import SURROUNDINGS
 
 HERE = Path(__file__).parent
