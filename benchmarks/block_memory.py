@@ -15,9 +15,10 @@ from memory import peak_mib, reset_peak, resident_mib
 
 import logart_cnn.models
 import logart_vit.models
-from logart import QuantConfig, quantize_model, surgery
-from logart.memory import foresee
-from logart.state import Done, Keeper
+from logart import QuantConfig, quantize_model
+from logart.quantization import surgery
+from logart.quantization.memory import foresee
+from logart.quantization.state import Done, Keeper
 
 
 class Watch(Keeper):

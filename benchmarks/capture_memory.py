@@ -16,8 +16,8 @@ import sys
 import torch
 from torch import nn
 
-from logart import capture, surgery
-from logart.cache import Cache
+from logart.quantization import capture, surgery
+from logart.quantization.cache import Cache
 
 MIB = 2**20
 

@@ -18,11 +18,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from logart import compensate
-from logart.compensate import _chain, descend, feed_back, quadratic_error
-from logart.grid import Codebook, ScaleMethod
-from logart.rounding import dequantize
-from logart.search import choose_codebook
+from logart.grids.grid import Codebook, ScaleMethod
+from logart.grids.rounding import dequantize
+from logart.grids.search import choose_codebook
+from logart.quantization import compensate
+from logart.quantization.compensate import _chain, descend, feed_back, quadratic_error
 
 LAYERS = {"512→512 3×3 convolution": (512, 4608), "3072→768 linear": (768, 3072)}
 DIRECTIONS = 64  # that the inputs share

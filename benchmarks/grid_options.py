@@ -18,12 +18,12 @@ from unittest.mock import patch
 
 from memory import peak_mib, reset_peak, resident_mib
 
-import logart.job
+import logart.runs.job
 import logart_cnn.main
 import logart_vit.main
 from logart import quantize_model
-from logart.data import validation_batches
-from logart.evaluate import accuracy
+from logart.networks.data import validation_batches
+from logart.networks.evaluate import accuracy
 
 TRACKS: dict[str, tuple[Any, str]] = {"cnn": (logart_cnn.main, "--n_bits_w"), "vit": (logart_vit.main, "--w_bit")}
 COMPENSATED = "--rounding compensated"
@@ -74,7 +74,7 @@ def cell(track: str, bits: int, flags: list[str]) -> str:
         top1 = accuracy(quantized, validation, options.device).top1
         measured.append(f"{top1:.2f}, {seconds:.0f} s, {memory:.0f}")
 
-    with patch.object(logart.job, "run", measure):
+    with patch.object(logart.runs.job, "run", measure):
         if module.main([*flags, bits_flag, str(bits), *calibration, "--quiet"]):
             raise SystemExit(2)
     return measured[0]

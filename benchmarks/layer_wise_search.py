@@ -19,17 +19,17 @@ from timing import in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.dbs import layer_error, layer_moments
-from logart.grid import Codebook, ScaleMethod
-from logart.layers import QuantConv2d
-from logart.rounding import dequantize, nearest
-from logart.search import (
+from logart.grids.grid import Codebook, ScaleMethod
+from logart.grids.rounding import dequantize, nearest
+from logart.grids.search import (
     ErrorFunction,
     ScaleSearch,
     choose_codebook,
     log_candidates,
     n_candidates,
 )
+from logart.quantization.dbs import layer_error, layer_moments
+from logart.quantization.layers import QuantConv2d
 
 FEW = 2  # channels that reference 2 is timed on
 FEW_CANDIDATES = 9  # and candidates; 4 bits without scale search have no more

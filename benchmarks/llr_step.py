@@ -15,10 +15,10 @@ from timing import in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.grid import ScaleMethod
-from logart.layers import QuantConv2d
-from logart.losses import squared_error
-from logart.search import choose_codebook
+from logart.grids.grid import ScaleMethod
+from logart.grids.losses import squared_error
+from logart.grids.search import choose_codebook
+from logart.quantization.layers import QuantConv2d
 
 BETA, RRWEIGHT = 11.0, 0.1
 

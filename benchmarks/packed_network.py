@@ -22,7 +22,7 @@ from memory import peak_mib, reset_peak, resident_mib
 from torch import nn
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
-from logart.network import network_recipe
+from logart.networks.network import network_recipe
 from logart_cnn.models import build_network
 
 WAYS = ("float", "once", "on-the-fly")

@@ -16,10 +16,10 @@ import timm
 import torch
 from memory import peak_mib, reset_peak
 
-import logart.pipeline
+import logart.quantization.pipeline
 from logart import QuantConfig, quantize_model
-from logart.config import ReconInput, ReconMetric
-from logart.reconstruct import BlockReport, learn_rounding
+from logart.quantization.config import ReconInput, ReconMetric
+from logart.quantization.reconstruct import BlockReport, learn_rounding
 
 BLOCKS = ("PatchEmbed", "Block", "SwinTransformerBlock", "PatchMerging")
 
@@ -48,7 +48,7 @@ def main() -> None:
         reset_peak()
         return report
 
-    logart.pipeline.learn_rounding = measured
+    logart.quantization.pipeline.learn_rounding = measured
     start = time.perf_counter()
     reset_peak()
     _, report = quantize_model(model, config, images, block_types=BLOCKS, quiet=False)

@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from logart.checkpoint import load_packed, save_packed
-    from logart.config import QuantConfig
-    from logart.grid import ScaleMethod
-    from logart.outcome import Report
-    from logart.pipeline import quantize_model
+    from logart.grids.grid import ScaleMethod
+    from logart.packed.checkpoint import load_packed, save_packed
+    from logart.quantization.config import QuantConfig
+    from logart.quantization.layer_report import Report
+    from logart.quantization.pipeline import quantize_model
 
 try:
     __version__ = version("logart")
@@ -21,12 +21,12 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = ["QuantConfig", "Report", "ScaleMethod", "__version__", "load_packed", "quantize_model", "save_packed"]
 
 _HOMES = {
-    "QuantConfig": "config",
-    "Report": "outcome",
-    "ScaleMethod": "grid",
-    "load_packed": "checkpoint",
-    "quantize_model": "pipeline",
-    "save_packed": "checkpoint",
+    "QuantConfig": "quantization.config",
+    "Report": "quantization.layer_report",
+    "ScaleMethod": "grids.grid",
+    "load_packed": "packed.checkpoint",
+    "quantize_model": "quantization.pipeline",
+    "save_packed": "packed.checkpoint",
 }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from logart.errors import Interrupted, NothingToDo, UserError
+from logart.errors import Interrupted, NothingToDo, UserError, printable
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
         message = " ".join(message.split()).removeprefix("argument ")
-        message = "".join(c if c.isprintable() else "�" for c in message)  # it may quote a file
+        message = printable(message)  # it may quote a file
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 

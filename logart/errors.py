@@ -39,3 +39,13 @@ class NonFiniteError(NetworkError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run that can go on; the message says how."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, fit for a message of one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: object) -> str:
+    """Text that may quote a file, with a sign in place of what would move a terminal's cursor or a page's marks."""
+    return "".join(c if c.isprintable() else "�" for c in str(text))

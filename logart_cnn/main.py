@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from logart import flags
-from logart.calibration import calibration_images, load_names, names_digest, save_names
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
-from logart.config import QuantConfig, ReconInput, Rounding, preset
-from logart.data import DIGITS, ImageSource, open_images
 from logart.errors import UserError
-from logart.job import Job
-from logart.run_checks import check_outputs
+from logart.networks.calibration import calibration_images, load_names, names_digest, save_names
+from logart.networks.data import DIGITS, ImageSource, open_images
+from logart.quantization.config import QuantConfig, ReconInput, Rounding, preset
+from logart.runs import flags
+from logart.runs.checks import check_outputs
+from logart.runs.job import Job
 from logart.runtime import seed_everything
 from logart_cnn.models import load_network
 

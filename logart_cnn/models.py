@@ -12,13 +12,13 @@ import timm
 import torchvision
 from torch import Tensor, nn
 
-from logart.data import Preprocessing
 from logart.errors import UserError
-from logart.network import DIGITS_PREPROCESSING as DIGITS
-from logart.network import INTERPOLATIONS as INTERPOLATIONS
-from logart.network import TIMM, Network, load_by, unknown_network
-from logart.timm_network import build_timm, load_timm
-from logart.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
+from logart.networks.data import Preprocessing
+from logart.networks.network import DIGITS_PREPROCESSING as DIGITS
+from logart.networks.network import INTERPOLATIONS as INTERPOLATIONS
+from logart.networks.network import TIMM, Network, load_by, unknown_network
+from logart.networks.timm_network import build_timm, load_timm
+from logart.networks.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet
 

@@ -7,15 +7,15 @@ import sys
 import time
 from typing import Any, get_type_hints
 
-from logart import flags
-from logart.calibration import calibration_images
 from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
-from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
-from logart.data import DIGITS, open_images
 from logart.errors import UserError
-from logart.job import Job
-from logart.resume import begun_with
-from logart.run_checks import check_outputs
+from logart.networks.calibration import calibration_images
+from logart.networks.data import DIGITS, open_images
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
+from logart.runs import flags
+from logart.runs.checks import check_outputs
+from logart.runs.job import Job
+from logart.runs.resume import begun_with
 from logart.runtime import seed_everything
 from logart_vit.models import MODELS, load_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config

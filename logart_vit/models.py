@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from logart.errors import UserError
-from logart.network import DIGITS_PREPROCESSING, TIMM, Network, load_by, unknown_network
-from logart.timm_network import build_timm, load_timm
+from logart.networks.network import DIGITS_PREPROCESSING, TIMM, Network, load_by, unknown_network
+from logart.networks.timm_network import build_timm, load_timm
 
 # timm's bare names have changed their weights over the years; these are the weights of the older papers.
 MODELS = {

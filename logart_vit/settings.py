@@ -9,10 +9,10 @@ from inspect import getattr_static
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from logart.config import SearchMethod
 from logart.errors import UserError
-from logart.grid import ScaleMethod
-from logart.search import ScaleSearch
+from logart.grids.grid import ScaleMethod
+from logart.grids.search import ScaleSearch
+from logart.quantization.config import SearchMethod
 
 OPTIM_METRICS = ("hessian_perturb", "mse", "mae")
 OPTIM_MODES = ("qinp", "rinp", "qdrop")

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logart.claims import CLAIMED_ELSEWHERE, claims_folder
 from logart.cli import FlagParser
 from logart.errors import UserError
-from logart.fresh import run_fresh
+from logart.runs.claims import CLAIMED_ELSEWHERE, claims_folder
+from logart.runs.process import run_fresh
 
 GRIDS = {
     "base 2": "--scale_method log_2",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from logart.fresh import run_fresh
+from logart.runs.process import run_fresh
 
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COLUMNS = {

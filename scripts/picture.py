@@ -14,9 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from logart.files import write_whole
-from logart.grid import ScaleMethod
-from logart.report_plots import COLOURS, INK, drawing, finished
-from logart.search import choose_codebook
+from logart.grids.grid import ScaleMethod
+from logart.grids.search import choose_codebook
+from logart.report.plots import COLOURS, INK, drawing, finished
 from logart_cnn.models import load_network
 
 PICTURE = Path(__file__).parents[1] / "docs" / "grids.svg"

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from logart.data import DIGITS, open_images
-from logart.network import DIGITS_PREPROCESSING
+from logart.networks.data import DIGITS, open_images
+from logart.networks.network import DIGITS_PREPROCESSING
 from logart.runtime import seed_everything
 from logart_cnn.networks import DigitsResNet
 from logart_vit.models import DIGITS_VIT_KWARGS, MODELS, PACKAGED_WEIGHTS

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.surgery import quantized_layers
+from logart.quantization.surgery import quantized_layers
 
 
 class Graph(nn.Module):

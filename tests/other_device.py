@@ -20,8 +20,8 @@ from networks import SmallResNet, small_vit
 from torch import Tensor, nn
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
-from logart.cache import Cache, Place
-from logart.surgery import quantized_layers
+from logart.quantization.cache import Cache, Place
+from logart.quantization.surgery import quantized_layers
 
 SMALL: dict[str, Any] = {
     "n_bits": 2, "calib_samples": 8, "search_samples": 8, "batch_size": 4, "search_batch_size": 4, "iters": 4,

@@ -81,7 +81,7 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def digest(quantized: Any) -> str:
     """SHA-256 over the name, codes, levels and bias of every layer, in the order of the network's modules."""
-    from logart.surgery import quantized_layers
+    from logart.quantization.surgery import quantized_layers
 
     total = hashlib.sha256()
     for name, layer in quantized_layers(quantized).items():
@@ -99,8 +99,8 @@ def digests(network_name: str) -> dict[str, str]:
     import logart_cnn.models
     import logart_vit.models
     from logart import QuantConfig, quantize_model
-    from logart.calibration import calibration_images
-    from logart.data import open_images
+    from logart.networks.calibration import calibration_images
+    from logart.networks.data import open_images
 
     torch.set_num_threads(1)
     load = {"digits_resnet": logart_cnn.models.load_network, "digits_vit": logart_vit.models.load_network}

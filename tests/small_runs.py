@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import logart.run
-from logart.claims import CLAIMED_ELSEWHERE, claimed
+import logart.runs.run
 from logart.cli import key_values
-from logart.results_schema import SETTINGS
-from logart.surgery import quantized_layers
-from logart.weights import file_sha256
+from logart.networks.weights import file_sha256
+from logart.quantization.surgery import quantized_layers
+from logart.runs.claims import CLAIMED_ELSEWHERE, claimed
+from logart.runs.results_schema import SETTINGS
 from logart_vit.models import DIGITS_VIT_KWARGS
 
 SMALL, SMALL_DEEP = "resnetv2_50", "resnetv2_50d"  # the second has three convolutions for a stem
@@ -142,14 +142,14 @@ class Outcome(NamedTuple):
 @contextmanager
 def kept_results() -> Iterator[list[Any]]:
     """A list that holds what the last run's `quantize_model` gave: the network and the report."""
-    original, last = logart.run.quantize_model, []
+    original, last = logart.runs.run.quantize_model, []
 
     def keeping(*args: Any, **kwargs: Any) -> Any:
         last[:] = original(*args, **kwargs)
         return tuple(last)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logart.run, "quantize_model", keeping)
+        patch.setattr(logart.runs.run, "quantize_model", keeping)
         yield last
 
 

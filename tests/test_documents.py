@@ -25,7 +25,7 @@ def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
     assert (cited["version"], cited["license"]) == (project("version"), project("license"))
     assert cited["title"].lower() == project("name") and cited["authors"] and cited["message"]
     (paper,) = cited["references"]
-    sources = (ROOT / "logart" / "paper_results.csv").read_text("utf-8")
+    sources = (ROOT / "logart" / "report" / "paper_results.csv").read_text("utf-8")
     assert f"{paper['title']}, ICLR {paper['year']}, {paper['url']}" in sources
     assert all(set(author) == {"given-names", "family-names"} for author in paper["authors"])
 

@@ -92,7 +92,7 @@ def demo(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines += [f"sys.argv = {argv}", "try:", f"    runpy.run_module('logart_{track}.main', run_name='__main__')"]
         lines += ["except SystemExit as end:", "    assert end.code == 0"]
     out = run("-c", "\n".join(lines), cwd=folder, PYTHONPATH=str(installed))
-    assert out.startswith("logart.checkpoint\n")
+    assert out.startswith("logart.packed.checkpoint\n")
     return folder
 
 

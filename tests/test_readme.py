@@ -21,15 +21,15 @@ import torch
 from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seeded, small, small_transformer
 
 from logart.cli import key_values
-from logart.data import DIGITS
-from logart.export import build_parser as build_export_parser
-from logart.export import main as export_main
-from logart.grid import ScaleMethod
-from logart.inspect import build_parser as build_inspect_parser
-from logart.inspect import main as inspect_main
-from logart.report import build_parser as build_report_parser
-from logart.report import main as report_main
-from logart.results_schema import columns_markdown
+from logart.export.__main__ import build_parser as build_export_parser
+from logart.export.__main__ import main as export_main
+from logart.grids.grid import ScaleMethod
+from logart.networks.data import DIGITS
+from logart.packed.inspect import build_parser as build_inspect_parser
+from logart.packed.inspect import main as inspect_main
+from logart.report.__main__ import build_parser as build_report_parser
+from logart.report.__main__ import main as report_main
+from logart.runs.results_schema import columns_markdown
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
 from logart_vit import models as vit_models

@@ -12,11 +12,11 @@ import torch
 import logart_cnn.main
 import logart_vit.main
 from logart import QuantConfig, load_packed
-from logart.data import open_images, validation_batches
-from logart.evaluate import accuracy
-from logart.packed_file import PackedFile
-from logart.results import SETTINGS
-from logart.run_columns import config_columns
+from logart.networks.data import open_images, validation_batches
+from logart.networks.evaluate import accuracy
+from logart.packed.file import PackedFile
+from logart.runs.columns import config_columns
+from logart.runs.results import SETTINGS
 from logart_cnn.models import load_network
 
 TRACKS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from logart.results import append_row
+from logart.runs.results import append_row
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
@@ -169,7 +169,7 @@ class Demo:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = -1) -> None:
         self.calls: list[list[str]] = []
         self.failing = failing
-        monkeypatch.setattr("logart.fresh.run_fresh", self.ran)
+        monkeypatch.setattr("logart.runs.process.run_fresh", self.ran)
         self.main = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]
 
     def ran(self, words: list[str], *also: str) -> int:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model
-from logart.config import ScaleMethod
-from logart.data import open_images, validation_batches
-from logart.evaluate import accuracy
-from logart.network import DIGITS_PREPROCESSING, Network
+from logart.networks.data import open_images, validation_batches
+from logart.networks.evaluate import accuracy
+from logart.networks.network import DIGITS_PREPROCESSING, Network
+from logart.quantization.config import ScaleMethod
 from scripts.train_demo import RECIPES, Recipe, main, shifted, train, training_digits
 
 ONE_IMAGE = 0.2  # percent; a float kernel of another machine may turn a digit on the border between two classes

@@ -15,7 +15,7 @@ import torchvision
 from safetensors.torch import load_file
 from small_runs import SMALL, SMALL_KWARGS, VIT, VIT_KWARGS, Files, VitFiles, seeded, small_transformer
 
-from logart.results_schema import NAMES
+from logart.runs.results_schema import NAMES
 from logart_cnn.networks import DigitsResNet
 
 WORDS = {

@@ -55,9 +55,7 @@ def failing(error: BaseException) -> Callable[[argparse.Namespace], None]:
         (["--mode", "b"], "chosen", "b"),
     ],
 )
-def test_both_spellings_set_one_destination(
-    parser: FlagParser, argv: list[str], name: str, value: object
-) -> None:
+def test_both_spellings_set_one_destination(parser: FlagParser, argv: list[str], name: str, value: object) -> None:
     args = vars(parser.parse_args(argv))
     assert args.pop(name) == value
     assert set(args.values()) == {None}  # a flag that was not given can be told from one given its default
@@ -102,27 +100,21 @@ def test_a_command_gets_the_parsed_flags_and_its_end_is_code_0(parser: FlagParse
     assert [args.batch_size for args in seen] == [3]
 
 
-def test_without_arguments_the_process_s_own_are_read(
-    parser: FlagParser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_arguments_the_process_s_own_are_read(parser: FlagParser, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(sys, "argv", ["tool", "--batch_size", "5"])
     run_command(parser, seen.append, None)
     assert seen[0].batch_size == 5
 
 
-def test_a_user_s_mistake_takes_one_line_and_code_2(
-    parser: FlagParser, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_user_s_mistake_takes_one_line_and_code_2(parser: FlagParser, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(parser, failing(UserError("--data_path: no\n folder")), [])
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", "tool: --data_path: no folder\n")
 
 
-def test_an_interrupt_takes_one_line_and_code_130(
-    parser: FlagParser, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupt_takes_one_line_and_code_130(parser: FlagParser, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(parser, failing(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr() == ("", "tool: interrupted; nothing was recorded\n")
 
@@ -134,9 +126,7 @@ def test_our_own_mistakes_keep_their_traceback(parser: FlagParser, error: Except
     assert caught.value is error
 
 
-def test_what_stdout_cannot_encode_does_not_end_the_run(
-    parser: FlagParser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stdout_cannot_encode_does_not_end_the_run(parser: FlagParser, monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     assert run_command(parser, lambda args: print("√2 of w\udcff.pth"), []) == 0

@@ -16,15 +16,15 @@ import torchvision
 from small_runs import SURROUNDINGS, Files, Outcome, seeded, told
 from torch import Tensor, nn
 
-import logart.job
-import logart.pipeline
-import logart.run
+import logart.quantization.pipeline
+import logart.runs.job
+import logart.runs.run
 import logart_cnn.main
-from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
-from logart.grid import ScaleMethod
-from logart.run import RunOptions
-from logart.search import ScaleSearch
-from logart.weights import file_sha256
+from logart.grids.grid import ScaleMethod
+from logart.grids.search import ScaleSearch
+from logart.networks.weights import file_sha256
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.runs.run import RunOptions
 from logart_cnn import models
 from logart_cnn.main import build_config, build_parser, main
 from logart_cnn.models import Network, load_network
@@ -91,7 +91,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         called["run"] = args
 
     monkeypatch.setattr(logart_cnn.main, "load_network", load)
-    monkeypatch.setattr(logart.job, "run", run)
+    monkeypatch.setattr(logart.runs.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
@@ -176,7 +176,7 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
     flags: str, files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(logart.job, "run", lambda *args, **_: called.extend(args))
+    monkeypatch.setattr(logart.runs.job, "run", lambda *args, **_: called.extend(args))
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
     _, _, images, settings, _, columns, _ = called
@@ -317,7 +317,7 @@ def test_our_own_mistakes_keep_their_traceback_and_get_no_row(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("ours")
 
-    monkeypatch.setattr(logart.run, "quantize_model", fail)
+    monkeypatch.setattr(logart.runs.run, "quantize_model", fail)
     with pytest.raises(error, match="ours"):
         main([*files.on_images(), "--results", str(tmp_path / "results.csv")])
     assert list(tmp_path.iterdir()) == []
@@ -329,7 +329,7 @@ def test_an_interrupt_ends_with_130_and_no_row(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(logart.pipeline, "learn_rounding", interrupt)
+    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", interrupt)
     argv = [*files.on_images(), "--quiet", "--results", str(tmp_path / "results.csv")]
     assert main(argv) == 130
     out, err = capfd.readouterr()

@@ -22,11 +22,11 @@ from small_runs import (
     rows,
 )
 
-import logart.job
-import logart.run
+import logart.runs.job
+import logart.runs.run
 from logart import load_packed
-from logart.calibration import names_digest
-from logart.packed_file import PackedFile
+from logart.networks.calibration import names_digest
+from logart.packed.file import PackedFile
 from logart_cnn.main import build_parser, main
 
 LAYER_WISE = "--search_method layer_wise --search_samples 4"
@@ -127,13 +127,13 @@ def test_workers_read_the_same_images(
     files: Files, outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    original = logart.run.validation_batches
+    original = logart.runs.run.validation_batches
 
     def watched(source: Any, batch_size: int, workers: int) -> Any:
         asked.append(workers)
         return original(source, batch_size, workers)
 
-    monkeypatch.setattr(logart.run, "validation_batches", watched)
+    monkeypatch.setattr(logart.runs.run, "validation_batches", watched)
     alone, helped = outcome(*files.on_images()), outcome(*files.on_images(), "--workers", "2", again=True)
     assert asked == [2, 2]
     assert {k: v for k, v in alone.row.items() if k not in SURROUNDINGS} == {
@@ -145,7 +145,7 @@ def test_device_decides_where(files: Files, outcome: Callable[..., Outcome], mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     seen: list[torch.device] = []
-    monkeypatch.setattr(logart.job, "run", lambda *args, **_: seen.append(args[4].device))
+    monkeypatch.setattr(logart.runs.job, "run", lambda *args, **_: seen.append(args[4].device))
     argv = files.on_images()
     for device in ("auto", "cuda:0", "cpu"):
         assert main([*argv, "--device", device]) == 0

@@ -13,10 +13,10 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-import logart.timm_network
-from logart.data import Preprocessing
+import logart.networks.timm_network
 from logart.errors import UserError
-from logart.weights import file_sha256, state_sha256
+from logart.networks.data import Preprocessing
+from logart.networks.weights import file_sha256, state_sha256
 from logart_cnn import models
 from logart_cnn.models import ARCHS, load_network
 from logart_cnn.networks import CifarBlock, CifarResNet, DigitsResNet
@@ -480,7 +480,7 @@ def test_timms_blocks_are_found(monkeypatch, name, blocks):
     def untrained(arch, name, kwargs, flag):
         return timm.create_model(name), "none"
 
-    monkeypatch.setattr(logart.timm_network, "_pretrained", untrained)
+    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", untrained)
     assert load_network(f"timm:{name}").block_types == blocks
 
 

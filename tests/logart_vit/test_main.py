@@ -17,19 +17,19 @@ from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-import logart.job
-import logart.pipeline
-import logart.run
+import logart.quantization.pipeline
+import logart.runs.job
+import logart.runs.run
 import logart_vit.main
 from logart.cli import key_values
-from logart.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
-from logart.grid import ScaleMethod
-from logart.layers import QUANTIZED_TYPES
-from logart.losses import absolute_error, kl_divergence, squared_error
-from logart.run import RunOptions
-from logart.search import ScaleSearch
-from logart.surgery import quantized_layers
-from logart.weights import file_sha256
+from logart.grids.grid import ScaleMethod
+from logart.grids.losses import absolute_error, kl_divergence, squared_error
+from logart.grids.search import ScaleSearch
+from logart.networks.weights import file_sha256
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.quantization.layers import QUANTIZED_TYPES
+from logart.quantization.surgery import quantized_layers
+from logart.runs.run import RunOptions
 from logart_vit.main import build_parser, build_settings, main
 from logart_vit.models import Network, load_network
 
@@ -83,7 +83,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
         called["run"] = args
 
     monkeypatch.setattr(logart_vit.main, "load_network", load)
-    monkeypatch.setattr(logart.job, "run", run)
+    monkeypatch.setattr(logart.runs.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
     assert main(["--optimize"]) == 0
@@ -237,7 +237,7 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
     flags: str, files: VitFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(logart.job, "run", lambda *args, **_: called.extend(args))
+    monkeypatch.setattr(logart.runs.job, "run", lambda *args, **_: called.extend(args))
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(files.digits), "--preset", *flags.split()]) == 0
     _, _, images, config, _, columns, _ = called
@@ -382,13 +382,13 @@ def test_the_head_is_compared_by_kl_and_the_blocks_by_the_metric(
     metric: str, function: Callable[..., Tensor], files: VitFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: dict[str, Any] = {}
-    original = logart.pipeline.learn_rounding
+    original = logart.quantization.pipeline.learn_rounding
 
     def learn(*args: Any) -> Any:
         losses[args[0]] = args[6]
         return original(*args)
 
-    monkeypatch.setattr(logart.pipeline, "learn_rounding", learn)
+    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", learn)
     flags = ["--optim_metric", metric, "--results", str(tmp_path / "results.csv")]
     assert main([*files.on_images(), *flags]) == 0
     assert losses.pop("head") is kl_divergence
@@ -425,9 +425,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str
         note(name)
         return originals[1](name, *args)
 
-    originals = logart.run.quantize_model, logart.pipeline.learn_rounding
-    monkeypatch.setattr(logart.run, "quantize_model", quantize)
-    monkeypatch.setattr(logart.pipeline, "learn_rounding", learn)
+    originals = logart.runs.run.quantize_model, logart.quantization.pipeline.learn_rounding
+    monkeypatch.setattr(logart.runs.run, "quantize_model", quantize)
+    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", learn)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     yield log
     handle.remove()
@@ -456,7 +456,7 @@ def test_passes_over_the_calibration_images(
     Two images go through both networks to show that all layers run and how much memory is needed.
     The importance takes one in float64 in all and two a block, over its first images.
     """
-    monkeypatch.setattr(logart.pipeline, "IMPORTANCE_IMAGES", 5)
+    monkeypatch.setattr(logart.quantization.pipeline, "IMPORTANCE_IMAGES", 5)
     argv = [*files.on_images(), "--optim_size", "7", "--results", str(tmp_path / "results.csv"), *flags.split()]
     assert main(argv) == 0
 
@@ -542,7 +542,7 @@ def test_neither_our_own_mistakes_nor_an_interrupt_leave_a_row(
     def fail(*args: Any) -> None:
         raise error("ours")
 
-    monkeypatch.setattr(logart.pipeline, "learn_rounding", fail)
+    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", fail)
     argv = [*files.on_images(), "--quiet", "--results", str(tmp_path / "results.csv")]
     if error is KeyboardInterrupt:
         assert main(argv) == 130

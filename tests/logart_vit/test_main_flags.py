@@ -20,10 +20,10 @@ from small_runs import (
     rows,
 )
 
-import logart.job
-import logart.run
+import logart.runs.job
+import logart.runs.run
 from logart import load_packed
-from logart.packed_file import PackedFile
+from logart.packed.file import PackedFile
 from logart_vit.main import build_parser, main
 
 BASE = f"{VIT_KWARGS} num_classes=4"
@@ -142,14 +142,14 @@ def test_loaders_are_made_as_asked_and_give_the_same_images(
     files: VitFiles, outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    original = logart.run.validation_batches
+    original = logart.runs.run.validation_batches
 
     def watched(source: Any, batch_size: int, workers: int) -> Any:
         asked.append((batch_size, workers))
         return original(source, batch_size, workers)
 
     plain = outcome(*files.on_images())
-    monkeypatch.setattr(logart.run, "validation_batches", watched)
+    monkeypatch.setattr(logart.runs.run, "validation_batches", watched)
     for flags in ("--num_workers 2", "--val_batch_size 3", ""):
         row = outcome(*files.on_images(), *flags.split(), again=True).row
         assert {k: v for k, v in row.items() if k not in SURROUNDINGS} == {
@@ -164,7 +164,7 @@ def test_device_decides_where(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     seen: list[torch.device] = []
-    monkeypatch.setattr(logart.job, "run", lambda *args, **_: seen.append(args[4].device))
+    monkeypatch.setattr(logart.runs.job, "run", lambda *args, **_: seen.append(args[4].device))
     argv = files.on_images()
     for device in ("auto", "cuda:0", "cpu"):
         assert main([*argv, "--device", device]) == 0

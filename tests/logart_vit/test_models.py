@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-import logart.timm_network
-from logart.data import Preprocessing
+import logart.networks.timm_network
 from logart.errors import UserError
-from logart.network import Network
-from logart.surgery import find_units, layers_to_quantize
-from logart.weights import file_sha256, state_sha256
+from logart.networks.data import Preprocessing
+from logart.networks.network import Network
+from logart.networks.weights import file_sha256, state_sha256
+from logart.quantization.surgery import find_units, layers_to_quantize
 from logart_vit import models
 from logart_vit.models import BETWEEN_BLOCKS, EMBEDDINGS, MODELS, TRANSFORMER_BLOCKS, load_network
 
@@ -115,7 +115,7 @@ def test_who_names_a_tag_gets_those_weights(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(name)
         return timm.create_model(name, **kwargs), "timm's"
 
-    monkeypatch.setattr(logart.timm_network, "_pretrained", pretrained)
+    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", pretrained)
     name = "vit_tiny_patch16_224.augreg_in21k"
     assert load_network(f"timm:{name}", model_kwargs=VIT, num_classes=5).source == "timm's"
     assert asked == [name]
@@ -253,7 +253,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def untrained(arch: str, name: str, kwargs: dict[str, Any], flag: str) -> tuple[nn.Module, str]:
         return timm.create_model(name, **kwargs), "none"
 
-    monkeypatch.setattr(logart.timm_network, "_pretrained", untrained)
+    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", untrained)
 
 
 @pytest.mark.usefixtures("untrained")
@@ -296,7 +296,7 @@ def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], 
 def test_a_network_without_blocks_is_refused_before_weights_are_fetched(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(logart.timm_network, "_pretrained", None)
+    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", None)
     fails(f"--model: timm:{name}: no transformer blocks found; expected a vision transformer", f"timm:{name}")
     fails("(CNNs: python -m logart_cnn.main)", f"timm:{name}", "lost.pth")
 

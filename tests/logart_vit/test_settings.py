@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logart.config import SearchMethod
 from logart.errors import UserError
-from logart.grid import ScaleMethod
-from logart.search import ScaleSearch
+from logart.grids.grid import ScaleMethod
+from logart.grids.search import ScaleSearch
+from logart.quantization.config import SearchMethod
 from logart_vit.settings import OPTIM_METRICS, OPTIM_MODES, Config, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +194,7 @@ def test_the_known_values() -> None:
 
 def test_members_of_the_enums_become_plain_text(write: Writer) -> None:
     text = (
-        "from logart.config import SearchMethod\nfrom logart.grid import ScaleMethod\n"
+        "from logart.quantization.config import SearchMethod\nfrom logart.grids.grid import ScaleMethod\n"
         "class Config:\n    scale_method = ScaleMethod.LOG_2\n    search_method = SearchMethod.BLOCK_WISE\n"
     )
     assert identical(load_config(write(text)), BEST | {"scale_method": "log_2", "search_method": "block_wise"})
@@ -304,7 +304,7 @@ def test_values_of_another_kind(write: Writer, name: str, values: list[str], exp
 
 
 def test_a_member_of_the_wrong_enum(write: Writer) -> None:
-    text = "from logart.grid import ScaleMethod\nclass Config:\n    search_method = ScaleMethod.DYNAMIC\n"
+    text = "from logart.grids.grid import ScaleMethod\nclass Config:\n    search_method = ScaleMethod.DYNAMIC\n"
     assert ": search_method must be one of tensor_wise, layer_wise, block_wise; got " in refused(write(text))
 
 

@@ -1,0 +1,95 @@
+"""n-bit codes <-> bytes, densely: 3 bits really take 3. Pure functions of tensors.
+
+Bits run from the least significant up, code after code: bit j of code i is bit (i·n + j) % 8 of byte (i·n + j) // 8.
+The bits of the last byte that no code fills are zero. Rows of integers of several widths are packed alike, each row a
+code of as many bits as its integers take together, the first integer in the lowest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logart.grids.grid import check_bits
+
+_AT_ONCE = 2**15  # groups of 8 codes worked on at a time: what is held beside is a few MiB
+
+
+def packed_bytes(count: int, n_bits: int) -> int:
+    """How many bytes `count` codes of `n_bits` bits take."""
+    return (count * n_bits + 7) // 8
+
+
+def pack(codes: Tensor, n_bits: int) -> Tensor:
+    """Codes of any shape, uint8 and below 2^n_bits, as bytes [packed_bytes] uint8.
+
+    Raises:
+        ValueError: a bit width out of range, another type, or a code that does not fit.
+    """
+    check_bits(n_bits)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes must be uint8, got {codes.dtype}")
+    flat = codes.reshape(-1)
+    if flat.numel() and int(flat.max()) >= 2**n_bits:
+        raise ValueError(f"code {int(flat.max())} does not fit {n_bits} bits")
+    packed = torch.empty(-(-flat.numel() // 8) * n_bits, dtype=torch.uint8, device=flat.device)
+    place = torch.arange(8, device=flat.device)
+    for start in range(0, flat.numel(), 8 * _AT_ONCE):
+        chunk = flat[start : start + 8 * _AT_ONCE]
+        chunk = torch.cat([chunk, chunk.new_zeros(-len(chunk) % 8)]).reshape(-1, 8)  # 8 codes take n bytes
+        words = (chunk.long() << n_bits * place).sum(1)  # disjoint bits: the sum is their union, also in the sign bit
+        every = (words[:, None] >> 8 * place[:n_bits] & 255).to(torch.uint8).reshape(-1)
+        packed[start // 8 * n_bits :][: len(every)] = every
+    return packed[: packed_bytes(flat.numel(), n_bits)]
+
+
+def unpack(packed: Tensor, n_bits: int, count: int) -> Tensor:
+    """The first `count` codes [count] uint8 of bytes that `pack` made.
+
+    Raises:
+        ValueError: a bit width out of range, or another number of bytes than `count` codes take.
+    """
+    check_bits(n_bits)
+    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(count, n_bits),):
+        seen = f"{packed.dtype} {list(packed.shape)}"
+        raise ValueError(f"{count} codes of {n_bits} bits are {packed_bytes(count, n_bits)} bytes, got {seen}")
+    codes = torch.empty(count, dtype=torch.uint8, device=packed.device)
+    place = torch.arange(8, device=packed.device)
+    for start in range(0, count, 8 * _AT_ONCE):
+        chunk = packed[start // 8 * n_bits :][: _AT_ONCE * n_bits]
+        chunk = torch.cat([chunk, chunk.new_zeros(-len(chunk) % n_bits)]).reshape(-1, n_bits)
+        words = (chunk.long() << 8 * place[:n_bits]).sum(1)
+        every = (words[:, None] >> n_bits * place & 2**n_bits - 1).to(torch.uint8).reshape(-1)
+        codes[start : start + 8 * _AT_ONCE] = every[: count - start]
+    return codes
+
+
+def pack_rows(columns: Sequence[Tensor], ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Columns [count] int64 side by side as bytes [packed_bytes] uint8.
+
+    Args:
+        columns: at least one.
+        ranges: of each column its least integer, and the bits of what the others are above it.
+    """
+    bits = [
+        (column.cpu().numpy() - least >> place & 1).astype(np.uint8)
+        for column, (least, width) in zip(columns, ranges, strict=True)
+        for place in range(width)
+    ]
+    return torch.from_numpy(np.packbits(np.stack(bits, axis=1) if bits else np.empty(0, np.uint8), bitorder="little"))
+
+
+def unpack_rows(packed: Tensor, ranges: Sequence[tuple[int, int]], count: int) -> list[Tensor]:
+    """The columns [count] int64 of bytes that `pack_rows` made; one of no bits takes no memory."""
+    total, start, columns = sum(width for _, width in ranges), 0, []
+    rows = np.unpackbits(packed.numpy(), count=count * total, bitorder="little").reshape(count, total)
+    for least, width in ranges:
+        column = np.full(count if width else 1, least, dtype=np.int64)
+        for place in range(width):
+            column += rows[:, start + place].astype(np.int64) << place
+        columns.append(torch.from_numpy(column).expand(count))
+        start += width
+    return columns

@@ -1,0 +1,160 @@
+"""Networks as both tracks know them: what there is to say of one, and which images it expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from logart.errors import UserError
+from logart.networks.data import Preprocessing
+
+DIGITS_PREPROCESSING = Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))  # of the training split
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network and what else its name decides.
+
+    Attributes:
+        arch: The name it was asked for by.
+        model: float32, in eval mode.
+        preprocessing: The images it expects.
+        block_types: Class names of the blocks to reconstruct; empty means layer by layer.
+        num_classes: Its outputs.
+        source: Where the weights came from: a file's name, a URL, or timm's name of them.
+        sha256: Of the weights' file; for timm's pretrained weights, of the state dict (`state_sha256`).
+        row_groups: Last part of a layer's name -> how many groups its rows form, where not channel-wise.
+        recipe: What `build_network` of the track needs to build it without weights: track, arch, model_kwargs,
+            num_classes, input_size.
+    """
+
+    arch: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    block_types: tuple[str, ...]
+    num_classes: int
+    source: str
+    sha256: str
+    row_groups: Mapping[str, int] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+Loader = Callable[[str, "str | Path | None", "Mapping[str, Any] | None", "int | None", "int | None"], Network]
+
+
+def network_recipe(
+    track: str,
+    arch: str,
+    model_kwargs: Mapping[str, Any] | None,
+    num_classes: int | None,
+    input_size: int | None,
+) -> dict[str, Any]:
+    """A network's `recipe`."""
+    return {
+        "track": track,
+        "arch": arch,
+        "model_kwargs": dict(model_kwargs or {}),
+        "num_classes": num_classes,
+        "input_size": input_size,
+    }
+
+
+def load_by(
+    load: Loader,
+    track: str,
+    arch: str,
+    checkpoint: str | Path | None = None,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    crop_pct: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+) -> Network:
+    """Build a network, load its trained weights, and say which images it expects.
+
+    Args:
+        load: The track's way from (arch, checkpoint, model_kwargs, num_classes, input_size) to the network.
+        track: cnn or vit.
+        arch: A name of the track's, or 'timm:' and a name that timm knows.
+        checkpoint: A file of weights, in place of those that `arch` has by default.
+        model_kwargs: Passed to `timm.create_model`.
+        num_classes: The network's outputs, where they differ from the default.
+        input_size: Height and width, for which a network of a fixed size is built; this and the following override the
+            network's data settings.
+        crop_pct: The part of the resized image that the centre crop keeps, in (0, 1].
+        mean: Of pixels in [0, 1], one value or one per channel.
+        std: Likewise, positive.
+        interpolation: One of `INTERPOLATIONS`.
+
+    Raises:
+        UserError: An unknown name, settings that do not fit, or weights that are missing or do not fit.
+    """
+    check_counts(num_classes, input_size)
+    network = load(arch, checkpoint, model_kwargs, num_classes, input_size)
+    network.model.eval().float()
+    settings = override(network.preprocessing, input_size, crop_pct, mean, std, interpolation)
+    recipe = network_recipe(track, arch, model_kwargs, num_classes, input_size)
+    return replace(network, preprocessing=settings, recipe=recipe)
+
+
+def check_counts(num_classes: int | None, input_size: int | None) -> None:
+    """Raise UserError where a number that a network shall be built with is below 1."""
+    for flag, value in (("--num-classes", num_classes), ("--input-size", input_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag}: {value}; expected at least 1")
+
+
+def unknown_network(name: str, known: Sequence[str], *, flag: str) -> UserError:
+    """The error about a name that is none of the track's, with a hint."""
+    hint = f"; perhaps {TIMM}{name}" if timm.is_model(name) else close_names(name, known)
+    return UserError(f"{flag}: no network {name!r}{hint}; expected {', '.join(known)} or {TIMM}NAME")
+
+
+def override(
+    preprocessing: Preprocessing,
+    input_size: int | None,
+    crop_pct: float | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    interpolation: str | None,
+) -> Preprocessing:
+    """The preprocessing with those settings changed that are given; UserError for one out of range."""
+    p = preprocessing
+    channels = p.input_size[0]
+    result = Preprocessing(
+        p.input_size if input_size is None else (channels, input_size, input_size),
+        p.crop_pct if crop_pct is None else crop_pct,
+        p.interpolation if interpolation is None else interpolation,
+        _per_channel("--mean", p.mean if mean is None else mean, channels),
+        _per_channel("--std", p.std if std is None else std, channels),
+    )
+    if not 0 < result.crop_pct <= 1:
+        raise UserError(f"--crop-pct: {result.crop_pct}; expected more than 0 and at most 1")
+    if result.interpolation not in INTERPOLATIONS:
+        raise UserError(f"--interpolation: {result.interpolation!r}; expected {', '.join(INTERPOLATIONS)}")
+    if not min(result.std) > 0:
+        raise UserError(f"--std: {min(result.std)}; expected positive values")
+    return result
+
+
+def _per_channel(flag: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise UserError(f"{flag}: {len(values)} values; expected 1 or {channels}, one per input channel")
+    return tuple(values) * (channels // len(values))
+
+
+def close_names(name: str, known: Sequence[str]) -> str:
+    """The end of an error about an unknown name."""
+    close = get_close_matches(name, known)
+    return f"; perhaps {' or '.join(close)}" if close else ""

@@ -1,0 +1,252 @@
+"""A quantized network to a packed file and back, bit for bit the same."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from logart.errors import UserError, one_line
+from logart.networks.weights import COUNTER
+from logart.packed.file import PackedFile, PackedFileError
+from logart.packed.layer import PackedLayer
+from logart.quantization import surgery
+from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
+
+# Who builds networks by name; imported only when a file asks, so that the core stands without the entry points.
+_BUILDERS = {"cnn": "logart_cnn.models", "vit": "logart_vit.models"}
+_KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED_TYPES.items()}
+# Arguments of timm's that read files or the network; none of them changes which parameters a network has.
+_FORBIDDEN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+DEQUANTIZE = ("once", "on-the-fly")
+
+
+@dataclass(frozen=True)
+class SizeTable:
+    """Bytes of each part of a network, in float and packed.
+
+    Attributes:
+        parts: name of the part, bytes in float, bytes packed.
+    """
+
+    parts: tuple[tuple[str, int, int], ...]
+
+    def __str__(self) -> str:
+        total = ("file", sum(part[1] for part in self.parts), sum(part[2] for part in self.parts))
+        lines = [f"{'part':<22} {'float':>12} {'packed':>12}  ratio"]
+        for name, before, after in (*self.parts, total):
+            ratio = f"{before / after:5.1f}×" if before and after else ""
+            lines.append(f"{name:<22} {before:>10} B {after:>10} B {ratio}")
+        return "\n".join(lines)
+
+
+def save_packed(model: nn.Module, path: str | Path, info: Mapping[str, Any] | None = None) -> SizeTable:
+    """Write a quantized network to a packed file, whole or not at all.
+
+    Args:
+        model: as `quantize_model` or `load_packed` gives it.
+        path: the file, .safetensors; one that is there is replaced.
+        info: what to keep beside the network, as JSON can say it; without it, what the model came with
+            (`model.packed_info`).
+
+    Returns:
+        What takes how much.
+
+    Raises:
+        ValueError: nothing in it is quantized, a layer is not rounded yet or was moved to another type since, or the
+            info is no JSON.
+        OSError: the file cannot be written.
+    """
+    file = to_packed(model, info)
+    size = file.write(path)
+    weights = sum(layer.shape.numel() for layer in file.layers.values())
+    ranges = file.ranges
+    codes, books = (sum(layer.n_bytes(ranges)[i] for layer in file.layers.values()) for i in (0, 1))
+    rest = sum(t.numel() * t.element_size() for t in file.rest.values())
+    parts = (
+        ("quantized weights", 4 * weights, codes),
+        ("codebooks", 0, books),
+        ("everything else", rest, rest),
+        ("names and settings", 0, size - codes - books - rest),
+    )
+    return SizeTable(parts)
+
+
+def to_packed(model: nn.Module, info: Mapping[str, Any] | None = None) -> PackedFile:
+    """What `save_packed` writes."""
+    layers: dict[str, PackedLayer] = {}
+    for name, layer in surgery.quantized_layers(model).items():
+        try:
+            layers[name] = packed_layer(layer)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized layer")
+    info = getattr(model, "packed_info", {}) if info is None else info
+    return PackedFile(layers, _rest(model), dict(info))
+
+
+def packed_layer(layer: QuantizedLayer) -> PackedLayer:
+    """A layer as a packed file holds it; ValueError while it is not rounded."""
+    codes, spec = layer.packed()
+    return PackedLayer(_KINDS[type(layer)], layer.shape, layer.n_bits, layer.dtype, codes, spec)
+
+
+def load_packed(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    dequantize: str = "once",
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The network of a packed file, in eval mode; its logits are bit for bit those of the network that was saved.
+
+    Args:
+        path: the file.
+        model: for networks that were not built by the entry points, the float network that was quantized, with any
+            weights; it is not changed.
+        dequantize: "once" expands all weights now; "on-the-fly" keeps codes packed and expands each layer's weight
+            when its forward reads it: slower, in about the file's size of memory.
+        device: where the result is.
+
+    Returns:
+        The network; `packed_info` is what the file knows of it.
+
+    Raises:
+        PackedFileError: a file that cannot be read, that names no network where `model` is not given, or that does not
+            fit the network.
+        ValueError: another `dequantize`.
+    """
+    if dequantize not in DEQUANTIZE:
+        raise ValueError(f"dequantize must be one of {', '.join(DEQUANTIZE)}, got {dequantize!r}")
+    file = PackedFile.read(path)
+    try:
+        model = _build(file) if model is None else surgery.clone_sharing(model)
+        _restore(model, file, expanded=dequantize == "once")
+    except UserError as error:
+        raise PackedFileError(f"{path}: {error}") from error
+    model.packed_info = file.info  # type: ignore[assignment]
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """Everything in a network's state that is not a quantized weight."""
+    quantized = surgery.quantized_layers(model)
+    state = model.state_dict()
+    rest = {}
+    for name, value in state.items():
+        owner, _, kind = name.rpartition(".")
+        if owner.removesuffix(".soft") in quantized and kind != "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} of the network's state is no tensor")
+        rest[name] = value
+    return rest
+
+
+def _restore(model: nn.Module, file: PackedFile, *, expanded: bool) -> None:
+    """Make a float network the one that was saved: batch norms that were folded go, layers get their codes."""
+    surgery.drop_batch_norms(model, keep=lambda name: f"{name}.running_mean" in file.rest)
+    modules = dict(model.named_modules())
+    for name, packed in file.layers.items():
+        layer: Any = modules.get(name)
+        if layer is None or type(layer) not in QUANTIZED_TYPES or type(layer).__name__ != packed.kind:
+            raise PackedFileError(f"the network has no {packed.kind} {name}")
+        if layer.weight.shape != packed.shape or layer.weight.dtype != packed.dtype:
+            seen, expected = (f"{list(t.shape)} {t.dtype}" for t in (layer.weight, packed))
+            raise PackedFileError(f"layer {name} is {seen} in the network, {expected} in the file")
+        bias = file.rest.get(f"{name}.bias")
+        fits = layer.bias is None if bias is None else (bias.shape, bias.dtype) == (packed.shape[:1], packed.dtype)
+        if not fits:
+            seen = "no bias" if bias is None else f"a bias {list(bias.shape)} {bias.dtype}"
+            raise PackedFileError(f"layer {name} has {seen} in the file, weights {list(packed.shape)} {packed.dtype}")
+        layer.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+        quantized = surgery.replace_layer(model, name, packed.n_bits, packed.spec.channels)
+        quantized.hold_packed(packed.codes, packed.spec, expanded=expanded)
+    state = _rest(model)
+    for name, tensor in state.items():
+        given = file.rest.get(name)
+        if given is None and name.endswith(COUNTER):
+            continue
+        if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
+            seen = "nothing" if given is None else f"{list(given.shape)} {given.dtype}"
+            raise PackedFileError(f"the file has {seen} for {name}, the network {list(tensor.shape)} {tensor.dtype}")
+    stray = [name for name in file.rest if name not in state]
+    if stray:
+        raise PackedFileError(f"the network has no {stray[0]:.80}")
+    rest = OrderedDict(file.rest)
+    rest._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # torchvision's MNASNet insists on it
+    model.load_state_dict(rest, strict=False, assign=True)  # the float network's own tensors stay as they are
+
+
+def _build(file: PackedFile) -> nn.Module:
+    """The network that a file names, without weights; built only once its size is known to be the file's."""
+    recipe = file.info.get("network")
+    if not isinstance(recipe, dict) or str(recipe.get("track")) not in _BUILDERS:
+        raise PackedFileError("names no network that LogART builds; pass model=, the float network that was quantized")
+    arch, kwargs = recipe.get("arch"), recipe.get("model_kwargs")
+    counts = {name: recipe.get(name) for name in ("num_classes", "input_size")}
+    if not (isinstance(arch, str) and isinstance(kwargs, dict) and can_be_loaded(kwargs)) or not all(
+        value is None or (type(value) is int and 0 < value < 2**20) for value in counts.values()
+    ):
+        raise PackedFileError("has a damaged description of its network; pass model=, the float network")
+    shapes = {f"{name}.weight": torch.empty(layer.shape, device="meta") for name, layer in file.layers.items()}
+    build = importlib.import_module(_BUILDERS[recipe["track"]]).build_network
+    try:
+        with _bounded(file):
+            model: nn.Module = build(arch, shapes=shapes, model_kwargs=kwargs, **counts)
+    except Exception as error:  # whatever the network's own constructor raises
+        raise PackedFileError(
+            f"the network {arch:.80} cannot be built ({one_line(error):.160}); with another release of timm or "
+            f"torchvision than the one it was saved with ({file.info.get('versions')!r:.120}) pass model="
+        ) from error
+    return model.eval().float()
+
+
+def can_be_loaded(kwargs: Any, depth: int = 8) -> bool:
+    """Whether `load_packed` builds a network with such arguments, as JSON says them: small, none that reads a file."""
+    if isinstance(kwargs, dict):
+        inside: list[Any] = list(kwargs.values())
+        return not set(kwargs) & set(_FORBIDDEN) and depth > 0 and all(can_be_loaded(v, depth - 1) for v in inside)
+    if isinstance(kwargs, list):
+        return len(kwargs) <= 64 and depth > 0 and all(can_be_loaded(v, depth - 1) for v in kwargs)
+    return kwargs is None or isinstance(kwargs, bool | float | str) or (type(kwargs) is int and abs(kwargs) < 2**20)
+
+
+class _Bounded(TorchFunctionMode):
+    """Stops a network from being built that is far larger than the file that claims to hold it."""
+
+    def __init__(self, elements: int, calls: int) -> None:
+        super().__init__()
+        self._elements, self._calls = elements, calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            self._calls -= 1
+            self._elements -= func(*args, **{**kwargs, "device": "meta"}).numel()
+            if min(self._calls, self._elements) < 0:
+                raise ValueError("it is larger than the file")
+        return func(*args, **kwargs)
+
+
+_FACTORIES = {
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye,
+}  # fmt: skip
+
+
+@contextmanager
+def _bounded(file: PackedFile) -> Iterator[None]:
+    sizes = [math.prod(layer.shape) for layer in file.layers.values()] + [t.numel() for t in file.rest.values()]
+    # Batch norms, folded before saving, and buffers that are not saved come on top.
+    with _Bounded(16 * sum(sizes) + 2**22, 64 * len(sizes) + 2**12):
+        yield

@@ -1,0 +1,162 @@
+"""What a packed file holds: `python -m logart.inspect FILE`. Nothing is built or run; the file is read and checked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logart.cli import FlagParser, run_command
+from logart.errors import UserError, printable
+from logart.grids.spec import Ranges
+from logart.packed.file import PackedFile
+from logart.packed.layer import PackedLayer
+
+_AT_ONCE = 2**16  # levels, or weights
+
+
+def describe_layer(layer: PackedLayer, ranges: Ranges, info: Any) -> dict[str, Any]:
+    """A layer in a few figures, as JSON can say them.
+
+    Args:
+        layer: as read.
+        ranges: of the codebooks' integers in its file.
+        info: what the file says became of it; anything, a file need not know.
+    """
+    codes, codebooks = layer.n_bytes(ranges)
+    known = info if isinstance(info, dict) else {}
+    return {
+        "kind": layer.kind,
+        "shape": list(layer.shape),
+        "bits": layer.n_bits,
+        "grid": layer.spec.spacing.value,
+        "codebooks": layer.spec.channels,
+        "base_mix": base_mix(layer),
+        "root2_terms": layer.spec.terms,
+        "scaled": "scale" in layer.spec.columns,
+        "bytes": codes + codebooks,
+        "float_bytes": layer.shape.numel() * layer.dtype.itemsize,
+        "error": known.get("error"),
+        "error_nearest": known.get("error_nearest"),
+        "moved": known.get("moved"),
+    }
+
+
+def base_mix(layer: PackedLayer) -> dict[int, int]:
+    """How many codebooks have each n_base2; empty on linear grids."""
+    n_base2 = layer.spec.columns.get("n_base2")
+    return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))
+
+
+def describe_codebooks(layer: PackedLayer) -> Iterator[dict[str, Any]]:
+    """Each codebook of a layer: its integers, its levels in the order of the codes, and how often each is used."""
+    n_levels = 2**layer.n_bits
+    codes = layer.unpacked().reshape(layer.spec.channels, -1)
+    size = max(1, _AT_ONCE // max(n_levels, codes.shape[1]))
+    for start in range(0, len(codes), size):
+        spec, rows = layer.spec.select(slice(start, start + size)), codes[start : start + size].long()
+        levels = spec.codebook(layer.n_bits, layer.dtype).levels.tolist()
+        places = rows + n_levels * torch.arange(len(rows))[:, None]
+        uses = places.reshape(-1).bincount(minlength=n_levels * len(rows)).reshape(len(rows), n_levels).tolist()
+        integers = zip(*(column.tolist() for column in spec.columns.values()), strict=True)
+        for values, row_levels, row_uses in zip(integers, levels, uses, strict=True):
+            yield dict(zip(spec.columns, values, strict=True)) | {"levels": row_levels, "uses": row_uses}
+
+
+def describe(file: PackedFile) -> dict[str, Any]:
+    """The whole file in figures, as JSON can say them."""
+    told = file.info.get("layers")
+    told = told if isinstance(told, dict) else {}
+    ranges = file.ranges
+    layers = {name: describe_layer(layer, ranges, told.get(name)) for name, layer in file.layers.items()}
+    rest = {name: {"shape": list(t.shape), "bytes": t.numel() * t.element_size()} for name, t in file.rest.items()}
+    info = {name: value for name, value in file.info.items() if name != "layers"}
+    return {"info": info, "layers": layers, "rest": rest}
+
+
+def layer_lines(layers: dict[str, dict[str, Any]]) -> list[str]:
+    """The layers as a table."""
+    width = max(len("layer"), *map(len, layers))
+    lines = [f"{'layer':<{width}}  {'shape':<18} bits  grid    {'bytes':>9}  ratio  error     channels per n_base2"]
+    for name, layer in layers.items():
+        shape = "×".join(map(str, layer["shape"]))
+        mix = " ".join(f"{k}:{count}" for k, count in layer["base_mix"].items())
+        error = layer["error"]
+        shown = f"{error:<8.5f}" if isinstance(error, float) else f"{'':<8}"
+        ratio = layer["float_bytes"] / layer["bytes"]
+        lines.append(
+            f"{name:<{width}}  {shape:<18} {layer['bits']:>4}  {layer['grid']:<6}  {layer['bytes']:>9}  {ratio:4.1f}×"
+            f"  {shown}  {mix}".rstrip()
+        )
+    return lines
+
+
+def codebook_lines(books: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """One layer's codebooks, a channel a line: its integers, then code by code the level and how often it is used."""
+    for channel, book in enumerate(books):
+        integers = " ".join(f"{name} {value:g}" for name, value in book.items() if name not in ("levels", "uses"))
+        levels = " ".join(f"{level:.6g}({uses})" for level, uses in zip(book["levels"], book["uses"], strict=True))
+        yield f"{channel}: {integers}: {levels}"
+
+
+def command(args: argparse.Namespace) -> None:
+    """Print what was asked for."""
+    file = PackedFile.read(args.file)
+    if args.layer is not None and args.layer not in file.layers:
+        raise UserError(f"--layer: {args.layer!r} is none of its layers; expected one of {', '.join(file.layers):.300}")
+    if args.layer is not None:
+        _print_layer(args.layer, describe_codebooks(file.layers[args.layer]), as_json=args.json)
+        return
+    content = describe(file)
+    if args.json:
+        print(json.dumps(content))
+        return
+    lines = []
+    for name, value in content["info"].items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else _pairs(value)
+        lines.append(f"{name}: {text[:400]}{'…' * (len(text) > 400)}")
+    rest = sum(entry["bytes"] for entry in content["rest"].values())
+    size = Path(args.file).stat().st_size
+    lines += ["", *layer_lines(content["layers"]), ""]
+    lines.append(f"{len(content['rest'])} other tensors: {rest} bytes; the whole file: {size} bytes")
+    print(_shown(lines))
+
+
+def _print_layer(name: str, books: Iterator[dict[str, Any]], *, as_json: bool) -> None:
+    """One codebook after another: a layer may have tens of thousands, of hundreds of levels each."""
+    if not as_json:
+        print(_shown([f"{name}: each codebook's integers, then level(uses) by code"]))
+        for line in codebook_lines(books):
+            print(line)
+        return
+    for index, book in enumerate(books):
+        print(", " if index else "[", json.dumps(book), sep="", end="")
+    print("]")
+
+
+def _shown(lines: Sequence[str]) -> str:
+    """Text for a terminal: what a file says must not move the cursor."""
+    return "\n".join(printable(line) for line in lines)
+
+
+def _pairs(value: Any) -> str:
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def build_parser() -> FlagParser:
+    """The command line."""
+    parser = FlagParser(prog="logart-inspect", description=__doc__.splitlines()[0].partition(":")[0])
+    parser.add_argument("file", help="a packed file, as --save writes it")
+    parser.flag("--layer", metavar="NAME", help="one layer's codebooks in place of the table")
+    parser.flag("--json", action="store_true", help="JSON in place of text")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    return run_command(build_parser(), command, argv)

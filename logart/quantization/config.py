@@ -1,0 +1,221 @@
+"""The settings of one quantization, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from logart.grids.grid import MAX_BITS, MIN_BITS, ROOT2_TEXT, ScaleMethod, Spacing, root2
+from logart.grids.search import ScaleSearch
+
+
+class SearchMethod(str, Enum):
+    """Which error DBS minimises per channel: of the weight, the layer's output or the block's output."""
+
+    TENSOR_WISE = "tensor_wise"
+    LAYER_WISE = "layer_wise"
+    BLOCK_WISE = "block_wise"
+
+
+class Rounding(str, Enum):
+    """How codes are found once the grid is: to nearest, in closed form, by LLR, or by LLR from the closed form on."""
+
+    NEAREST = "nearest"
+    COMPENSATED = "compensated"
+    LEARNED = "learned"
+    BOTH = "both"
+
+
+class ReconInput(str, Enum):
+    """Whose prefix a block's input comes from while its rounding is learned; mixed draws per element (QDrop)."""
+
+    QUANTIZED = "quantized"
+    FLOAT = "float"
+    MIXED = "mixed"
+
+
+class ReconMetric(str, Enum):
+    """What LLR minimises between a block's output and the float one's."""
+
+    MSE = "mse"
+    MAE = "mae"
+    HESSIAN_PERTURB = "hessian_perturb"
+
+
+PRESETS = ("fast", "paper", "best")
+
+
+def preset(name: str, n_bits: int) -> dict[str, Any]:
+    """The defaults that a preset of `PRESETS` stands for at a bit width; what each is good for is in EXPERIMENTS.md."""
+    if name == "paper":
+        return {"rounding": Rounding.LEARNED, "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
+    if name == "fast":
+        return {"rounding": Rounding.COMPENSATED, "calib_samples": 256}
+    best = {"rounding": Rounding.COMPENSATED, "calib_samples": 1024}
+    best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
+    # With more bits there is nothing left for these to gain, and thousands of candidates to search.
+    best |= {"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {}
+    return best | ({"zero_code": True} if n_bits <= 4 else {})
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that decides the codes, apart from the network and the images.
+
+    Attributes:
+        n_bits: 2 to 8, for every layer but the first and last if `first_last_bits` says otherwise.
+        first_last_bits: bits of the first and last layer; None is the same as `n_bits`.
+        channel_wise: one codebook per output channel, or one per layer.
+        scale_method: the grid.
+        search_method: the measure of DBS and scale search; compensated rounding has its own.
+        search_samples: images for DBS.
+        search_batch_size: images at a time in DBS.
+        scale_search: which factors of the levels are tried, per channel.
+        asymmetric, zero_code: how codes are spent, see `spare_codes.spend_free_codes`.
+        rounding: how codes are found.
+        calib_samples: images for LLR and compensated rounding.
+        batch_size: images per LLR step, and at a time elsewhere in these stages.
+        iters: LLR steps per block; 0 learns nothing.
+        rrweight: λ, the weight of the rounding penalty.
+        lr: start learning rate of α.
+        b_start, b_end: the penalty's exponent β goes linearly from one to the other.
+        warmup: share of the steps without the penalty, 0 to 1.
+        recon_input: what blocks are fed during LLR.
+        drop_prob: with a mixed input, the probability that an element is the quantized prefix's.
+        recon_metric: the loss of LLR.
+        temperature: of the KL divergence that `hessian_perturb` looks at.
+        head_kl: compare the last unit's logits by their KL divergence, whatever the metric.
+        hardware_terms: 0 for the exact √2, else the number of powers of two that stand for it.
+        seed: of the order of images during LLR and of the probes of BW.
+    """
+
+    n_bits: int = 4
+    first_last_bits: int | None = None
+    channel_wise: bool = True
+    scale_method: ScaleMethod = ScaleMethod.DYNAMIC
+    search_method: SearchMethod = SearchMethod.TENSOR_WISE
+    search_samples: int = 32
+    search_batch_size: int = 32
+    scale_search: ScaleSearch = ScaleSearch.NONE
+    asymmetric: bool = False
+    zero_code: bool = False
+    rounding: Rounding = Rounding.LEARNED
+    calib_samples: int = 1024
+    batch_size: int = 32
+    iters: int = 1000
+    rrweight: float = 0.1
+    lr: float = 1e-2
+    b_start: float = 20.0
+    b_end: float = 2.0
+    warmup: float = 0.2
+    recon_input: ReconInput = ReconInput.QUANTIZED
+    drop_prob: float = 0.5
+    recon_metric: ReconMetric = ReconMetric.MSE
+    temperature: float = 20.0
+    head_kl: bool = False
+    hardware_terms: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value out of its range, naming the field."""
+        object.__setattr__(self, "scale_method", ScaleMethod(self.scale_method))
+        object.__setattr__(self, "search_method", SearchMethod(self.search_method))
+        object.__setattr__(self, "scale_search", ScaleSearch(self.scale_search))
+        object.__setattr__(self, "rounding", Rounding(self.rounding))
+        object.__setattr__(self, "recon_input", ReconInput(self.recon_input))
+        object.__setattr__(self, "recon_metric", ReconMetric(self.recon_metric))
+        for name in ("n_bits", "first_last_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
+                raise ValueError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {bits}")
+        for name in ("search_samples", "search_batch_size", "calib_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.iters < 0:
+            raise ValueError(f"iters must be at least 0, got {self.iters}")
+        if not (0 < self.lr < float("inf") and 0 <= self.rrweight < float("inf")):
+            raise ValueError(f"lr must be positive and rrweight at least 0, got {self.lr} and {self.rrweight}")
+        if not float("inf") > self.b_start >= self.b_end > 1:
+            raise ValueError(f"b_start ≥ b_end > 1 is needed, got {self.b_start} and {self.b_end}")
+        for name in ("warmup", "drop_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        root2(self.hardware_terms)
+
+    @property
+    def searches_data(self) -> bool:
+        """Whether DBS looks at images: more than one candidate, by layer or block output."""
+        return self.searches and self.search_method is not SearchMethod.TENSOR_WISE and not self.compensates
+
+    @property
+    def searches(self) -> bool:
+        """Whether there is more than one log codebook to choose from."""
+        scales = self.scale_search is not ScaleSearch.NONE
+        return self.scale_method is ScaleMethod.DYNAMIC or (scales and self.scale_method.spacing is Spacing.LOG)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether rounding is compensated, by itself or before LLR."""
+        return self.rounding in (Rounding.COMPENSATED, Rounding.BOTH)
+
+    @property
+    def learns(self) -> bool:
+        """Whether LLR runs."""
+        return self.rounding in (Rounding.LEARNED, Rounding.BOTH) and self.iters > 0
+
+    @property
+    def acting_rounding(self) -> Rounding:
+        """What `rounding` comes to: without steps nothing is learned."""
+        without = {Rounding.LEARNED: Rounding.NEAREST, Rounding.BOTH: Rounding.COMPENSATED}
+        return self.rounding if self.learns else without.get(self.rounding, self.rounding)
+
+    @property
+    def grid_options(self) -> dict[str, Any]:
+        """The options of `search.choose_codebook`."""
+        return {
+            "terms": self.hardware_terms,
+            "scale_search": self.scale_search,
+            "asymmetric": self.asymmetric,
+            "zero_code": self.zero_code,
+        }
+
+    @property
+    def images_needed(self) -> int:
+        """How many calibration images the stages that run look at."""
+        return max(self.search_samples * self.searches_data, self.calib_samples * (self.learns or self.compensates))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings by name, as JSON can say them."""
+        return {name: getattr(value, "value", value) for name, value in asdict(self).items()}
+
+    def bits_of(self, layers: list[str]) -> dict[str, int]:
+        """The bit width of each layer, given in the order they run."""
+        bits = dict.fromkeys(layers, self.n_bits)
+        if self.first_last_bits is not None and layers:
+            bits[layers[0]] = bits[layers[-1]] = self.first_last_bits
+        return bits
+
+
+def describe(config: QuantConfig) -> str:
+    """The settings in a line, those that act."""
+    grid = f"{config.n_bits} bits, {config.scale_method.value}"
+    if config.searches and not config.compensates:
+        grid += f" ({config.search_method.value} DBS)"
+    words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]
+    if config.scale_search is not ScaleSearch.NONE:
+        words.append(f"{config.scale_search.value} scale search")
+    words += [name for name in ("asymmetric", "zero_code") if getattr(config, name)]
+    if config.compensates:
+        words.append(f"compensated rounding, {config.calib_samples} images")
+    if config.learns:
+        mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
+        how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
+        words.append(f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})")
+    if not (config.compensates or config.learns):
+        words.append("plain rounding")
+    if config.hardware_terms:
+        words.append(f"√2 ≈ {ROOT2_TEXT[config.hardware_terms]}")
+    return ", ".join([*words, f"seed {config.seed}"])

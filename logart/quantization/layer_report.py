@@ -1,0 +1,118 @@
+"""What a quantization did: per layer, per block, as a whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logart.grids.rounding import nearest
+from logart.grids.search import rounding_error
+from logart.quantization import surgery
+from logart.quantization.layers import QuantizedLayer
+from logart.quantization.reconstruct import BlockReport
+from logart.quantization.surgery import Unit
+
+HISTOGRAM_RANGE, HISTOGRAM_BINS = 1.25, 60  # of w over the largest magnitude among its codebook's levels
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name, shape, n_bits: of the layer.
+        block: the block it was reconstructed in.
+        base_mix: how many codebooks have each n_base2; empty for linear grids.
+        error_nearest: relative squared error of the weight after plain rounding, ‖w - q‖² / ‖w‖².
+        error: the same of the final codes.
+        moved: how many weights learning put on another level than plain rounding.
+        histogram: see `weight_histogram`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    n_bits: int
+    block: str
+    base_mix: dict[int, int]
+    error_nearest: float
+    error: float
+    moved: int
+    histogram: tuple[int, ...] = ()
+
+
+@dataclass
+class Report:
+    """What quantize_model did.
+
+    Attributes:
+        layers: one entry per quantized layer, in the order they run.
+        skipped: (name, reason) of every module with a weight matrix that stays float.
+        folded: names of the batch norms folded.
+        blocks: one entry per learned block.
+        search_seconds, reconstruction_seconds: time in DBS and in compensation and LLR.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    search_seconds: float = 0.0
+    reconstruction_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """What became of each layer, by name, as JSON can say it."""
+        return {
+            layer.name: {
+                "block": layer.block,
+                "error_nearest": float(f"{layer.error_nearest:.4g}"),
+                "error": float(f"{layer.error:.4g}"),
+                "moved": layer.moved,
+            }
+            for layer in self.layers
+        }
+
+
+@torch.no_grad()
+def layer_reports(quantized: nn.Module, units: list[Unit]) -> list[LayerReport]:
+    """The report of every layer of a network that was quantized and still knows its float weights."""
+    layers = surgery.quantized_layers(quantized)
+    reports = []
+    for unit in units:
+        for name in unit.layers:
+            layer = layers[name]
+            w, codebook, codes = layer.rows, layer.codebook, layer.codes
+            assert codes is not None
+            plain = nearest(w, codebook)
+            energy = max(float(w.double().square().sum()), 1e-300)
+            final = layer.weight.reshape(w.shape).double() - w.double()
+            mix = {} if codebook.n_base2 is None else dict(sorted(Counter(codebook.n_base2.tolist()).items()))
+            reports.append(
+                LayerReport(
+                    name=name,
+                    shape=tuple(layer.shape),
+                    n_bits=layer.n_bits,
+                    block=unit.name,
+                    base_mix=mix,
+                    error_nearest=float(rounding_error(w, codebook).square().sum()) / energy,
+                    error=float(final.square().sum()) / energy,
+                    moved=int((codes.reshape(w.shape) != plain).sum()),
+                    histogram=weight_histogram(layer),
+                )
+            )
+    return reports
+
+
+def weight_histogram(layer: QuantizedLayer) -> tuple[int, ...]:
+    """How many float weights lie where, each over the largest magnitude among its codebook's levels.
+
+    Equal bins from -`HISTOGRAM_RANGE` to `HISTOGRAM_RANGE`; what lies beyond counts in the end bins.
+    """
+    top = layer.codebook.levels.abs().amax(1, keepdim=True)
+    relative = layer.rows.double() / torch.where(top > 0, top, 1.0)
+    relative = relative.clamp(-HISTOGRAM_RANGE, HISTOGRAM_RANGE).cpu()
+    counts: Tensor = torch.histc(relative, HISTOGRAM_BINS, -HISTOGRAM_RANGE, HISTOGRAM_RANGE)
+    return tuple(int(count) for count in counts)

@@ -1,0 +1,179 @@
+"""Learnable logarithmic rounding (LLR): the loop over one block (DESIGN section 4).
+
+Of everything in the block only α is learned. A step softens every layer's weight, runs the block on some of the
+captured inputs and compares with the float block's outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from logart.errors import NetworkError, NonFiniteError
+from logart.quantization.cache import Captured
+from logart.quantization.config import QuantConfig
+from logart.quantization.layers import QuantizedLayer
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How one block's learning went.
+
+    Attributes:
+        name: the block's name in the network.
+        error_before, error_learned: reconstruction error over all captured images, before and after LLR.
+        kept: "learned", or "before" where learning ended worse and was undone.
+        losses: reconstruction loss of some steps, evenly spaced, without the penalty.
+        capture_seconds: time to capture inputs and targets, importance included.
+        learning_seconds: time to learn from them.
+    """
+
+    name: str
+    error_before: float
+    error_learned: float
+    kept: str
+    losses: tuple[float, ...]
+    capture_seconds: float = 0.0
+    learning_seconds: float = 0.0
+
+
+def penalty_exponent(step: int, config: QuantConfig) -> float | None:
+    """β of one step: None (no penalty) during the warm-up, then linear from b_start to b_end."""
+    start = config.warmup * config.iters
+    if step < start or config.rrweight == 0:
+        return None
+    progress = (step - start) / max(config.iters - 1 - start, 1)
+    return config.b_start + (config.b_end - config.b_start) * progress
+
+
+def learning_rate(step: int, config: QuantConfig) -> float:
+    """Cosine from lr down to 0.3·lr."""
+    cosine = (1 + math.cos(math.pi * step / max(config.iters, 1))) / 2
+    return config.lr * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * cosine)
+
+
+@torch.no_grad()
+def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Loss, batch_size: int) -> float:
+    """The mean loss of the block, as it rounds now, over all captured images."""
+    total = 0.0
+    for start in range(0, len(inputs), batch_size):
+        batch = slice(start, start + batch_size)
+        # a clone: an in-place operation at the block's start must not reach the captured inputs
+        total += float(loss(block(inputs[batch].clone()), targets[batch])) * len(inputs[batch])
+    return total / len(inputs)
+
+
+def learn_rounding(
+    name: str,
+    block: nn.Module,
+    layers: list[QuantizedLayer],
+    inputs: Captured,
+    targets: Captured,
+    config: QuantConfig,
+    loss: Loss,
+    progress: Callable[[int, float], None] = lambda step, value: None,
+    float_inputs: Captured | None = None,
+    starts: list[Tensor] | None = None,
+) -> BlockReport:
+    """Learn the rounding of one block's layers; they hold codes before and after.
+
+    Args:
+        name: the block's name, for messages.
+        block: runs on a batch of `inputs`; its parameters need no gradient.
+        layers: the quantized layers inside, with codebooks and codes.
+        inputs: [n, ...] what the block is fed, and what its error is measured on.
+        targets: [n, ...] what the float block gave.
+        loss: from (output, target) to a scalar.
+        progress: called after each step with the step's number and its reconstruction loss.
+        float_inputs: [n, ...] what the float block is fed. If given, each element of a step's input is drawn: from
+            `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
+        starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
+
+    Raises:
+        NetworkError: the loss is not finite; the message names the block, the step and the image.
+    """
+    codes_before = [layer.codes for layer in layers]
+    error_before = block_error(block, inputs, targets, loss, config.batch_size)
+    draw = _Batches(inputs, float_inputs, config)
+    for layer, start in zip(layers, starts or itertools.repeat(None), strict=False):
+        layer.start_learning(start)
+    losses = _learn(name, block, layers, draw, targets, config, loss, progress)
+    error_learned = block_error(block, inputs, targets, loss, config.batch_size)
+    kept = "learned" if error_learned <= error_before else "before"
+    if kept == "before":
+        for layer, codes in zip(layers, codes_before, strict=True):
+            assert codes is not None
+            layer.set_codes(codes.reshape(layer.n_codebooks, -1))
+    return BlockReport(name, error_before, error_learned, kept, losses)
+
+
+class _Batches:
+    """Random batches of a block's captured inputs, mixed element by element where there are float ones."""
+
+    def __init__(self, inputs: Captured, float_inputs: Captured | None, config: QuantConfig) -> None:
+        self._inputs, self._float_inputs, self._config = inputs, float_inputs, config
+        self._order = torch.Generator().manual_seed(config.seed)
+        self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """The images drawn, [B] int64 on the inputs' device, and what the block is fed of them."""
+        size = (self._config.batch_size,)
+        chosen = torch.randint(len(self._inputs), size, generator=self._order).to(self._inputs.device)
+        batch = self._inputs[chosen]
+        if self._float_inputs is None:
+            return chosen, batch
+        uniform = torch.rand(batch.shape, generator=self._mix, device=batch.device)
+        return chosen, torch.where(uniform < self._config.drop_prob, batch, self._float_inputs[chosen])
+
+
+def _learn(
+    name: str,
+    block: nn.Module,
+    layers: list[QuantizedLayer],
+    batches: _Batches,
+    targets: Captured,
+    config: QuantConfig,
+    loss: Loss,
+    progress: Callable[[int, float], None],
+) -> tuple[float, ...]:
+    alphas = [layer.soft.alpha for layer in layers if layer.soft is not None]
+    optimizer = torch.optim.Adam(alphas, lr=config.lr, fused=True)
+    losses = []
+    every = max(config.iters // 100, 1)
+    try:
+        for step in range(config.iters):
+            chosen, batch = batches.draw()
+            beta = penalty_exponent(step, config)
+            penalty = torch.stack([layer.soften(beta) for layer in layers]).sum()
+            reconstruction = loss(block(batch), targets[chosen])
+            value = reconstruction.item()
+            if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
+                raise _non_finite(name, step, value, lambda i: loss(block(batch[i]), targets[chosen[i]]), chosen)  # noqa: B023
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            optimizer.zero_grad()
+            (reconstruction + config.rrweight * penalty).backward()
+            optimizer.step()
+            if step % every == 0 or step == config.iters - 1:
+                losses.append(value)
+                progress(step + 1, value)
+    finally:
+        for layer in layers:
+            layer.finish_learning()
+    return tuple(losses)
+
+
+def _non_finite(name: str, step: int, value: float, loss: Callable[[slice], Tensor], chosen: Tensor) -> NetworkError:
+    """What to raise when a batch's loss is not finite; `loss` gives that of a part of the batch `chosen`."""
+    message = f"block {name}: the loss at step {step} is {value}"
+    for place, image in enumerate(chosen.tolist()):
+        if not loss(slice(place, place + 1)).isfinite():
+            return NonFiniteError(f"{message}, because of calibration image {image}", image)
+    return NetworkError(message)

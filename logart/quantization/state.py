@@ -1,0 +1,39 @@
+"""What a run keeps of a block that is finished, so that a later run can go on behind it.
+
+A block's state is a packed file of its own: codes, codebooks and biases of its layers, which is all that the stages
+after it see of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from logart.quantization.layers import QuantizedLayer
+from logart.quantization.reconstruct import BlockReport
+
+
+@dataclass(frozen=True)
+class Done:
+    """A unit that a stage is through with: the seconds it took, and LLR's report."""
+
+    seconds: float
+    report: BlockReport | None = None
+
+
+class Keeper:
+    """Keeps nothing; what keeps something overrides both methods."""
+
+    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> Done | None:
+        """Give a unit's layers what was kept of this stage; None, and nothing done, if nothing was."""
+        return None
+
+    def keep(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
+        """Keep what a stage made of a unit's layers."""
+
+    def warn(self, message: str) -> None:
+        """A line on stderr, past the progress bars there."""
+        tqdm.write(message, sys.stderr)

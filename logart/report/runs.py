@@ -1,0 +1,210 @@
+"""What a report shows of one run: a packed file, or a run folder with the run's own account beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from logart.errors import UserError, one_line
+from logart.packed.file import PackedFile, PackedLayer
+from logart.packed.inspect import base_mix
+from logart.quantization.layer_report import HISTOGRAM_BINS, HISTOGRAM_RANGE
+from logart.runs.folder import FORMAT, PACKED, REPORT
+
+
+@dataclass(frozen=True)
+class RunLayer:
+    """What became of a layer; errors and `moved` are None where nobody said.
+
+    Attributes:
+        histogram: counts in equal bins on ±`reach` of its codebook's largest magnitude.
+        levels: of a channel of the most common base mix, else of the first, in the same unit.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    n_bits: int
+    block: str
+    base_mix: dict[int, int]
+    error_nearest: float | None
+    error: float | None
+    moved: int | None
+    histogram: list[int]
+    reach: float
+    levels: list[float]
+
+
+@dataclass(frozen=True)
+class RunBlock:
+    """What LLR did to a block."""
+
+    name: str
+    error_before: float
+    error_learned: float
+    kept: str
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to show; `floats`: whether the histograms are of the float weights, and not of their codes' levels."""
+
+    name: str
+    row: dict[str, Any]
+    layers: list[RunLayer]
+    blocks: list[RunBlock]
+    skipped: list[tuple[str, str]]
+    floats: bool
+
+
+def read_run(path: str) -> Run:
+    """Read a packed file or a run folder.
+
+    Raises:
+        UserError: it is neither, or damaged.
+    """
+    place = Path(path)
+    name = place.name or str(place)
+    if not place.exists():
+        raise UserError(f"--run: {place}: does not exist; expected a packed file or a run folder")
+    try:
+        if not place.is_dir():
+            return _packed_run(name, PackedFile.read(place))
+        text = _account_text(place)
+        file = PackedFile.read(place / PACKED)
+        account = json.loads(text, parse_constant=_refuse)
+        if not isinstance(account, dict) or account.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}")
+        return _account_run(name, account, file)
+    except UserError as error:
+        raise UserError(f"--run: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{one_line(error):.80}"
+        raise UserError(f"--run: {place / REPORT} is not a run's report ({reason}); expected a run folder") from None
+
+
+def _account_text(place: Path) -> str:
+    try:
+        return (place / REPORT).read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"{place} has no readable {REPORT} ({error.strerror}); expected a run folder "
+                        "or a packed file") from None  # fmt: skip
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _packed_run(name: str, file: PackedFile) -> Run:
+    told = file.info.get("layers")
+    layers = []
+    for layer_name, layer in file.layers.items():
+        info = told.get(layer_name) if isinstance(told, dict) else None
+        known = info if isinstance(info, dict) else {}
+        moved = known.get("moved")
+        layers.append(
+            RunLayer(
+                layer_name,
+                tuple(layer.shape),
+                layer.n_bits,
+                str(known.get("block", "")),
+                base_mix(layer),
+                _error(known.get("error_nearest")),
+                _error(known.get("error")),
+                moved if type(moved) is int and moved >= 0 else None,
+                *code_histogram(layer),
+                common_levels(layer),
+            )
+        )
+    return Run(name, {}, layers, [], [], False)
+
+
+def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run:
+    layers = [
+        RunLayer(
+            str(entry["name"]),
+            tuple(int(size) for size in entry["shape"]),
+            int(entry["n_bits"]),
+            str(entry["block"]),
+            _mix(entry["base_mix"]),
+            _error(entry["error_nearest"]),
+            _error(entry["error"]),
+            int(entry["moved"]),
+            _counts(entry["histogram"]),
+            HISTOGRAM_RANGE,
+            common_levels(file.layers[entry["name"]]),
+        )
+        for entry in account["layers"]
+    ]
+    blocks = [
+        RunBlock(
+            str(entry["name"]),
+            _finite(entry["error_before"]),
+            _finite(entry["error_learned"]),
+            str(entry["kept"]),
+            [_finite(loss) for loss in entry["losses"]],
+        )
+        for entry in account["blocks"]
+    ]
+    skipped = [(str(layer), str(reason)) for layer, reason in account["skipped"]]
+    return Run(name, dict(account["row"].items()), layers, blocks, skipped, True)
+
+
+def _mix(values: Mapping[str, Any]) -> dict[int, int]:
+    mix = {int(k): int(count) for k, count in values.items()}
+    if any(k < 0 or count < 1 for k, count in mix.items()):
+        raise ValueError("a base mix without channels")
+    return mix
+
+
+def _counts(values: Any) -> list[int]:
+    counts = [int(count) for count in values]
+    if len(counts) != HISTOGRAM_BINS or min(counts) < 0:
+        raise ValueError(f"a histogram without {HISTOGRAM_BINS} counts")
+    return counts
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.40} is no finite number")
+    return float(value)
+
+
+def _error(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def common_levels(layer: PackedLayer) -> list[float]:
+    """The levels of a channel of the most common base mix, else of the first, over their largest magnitude."""
+    mix = base_mix(layer)
+    first = 0
+    if mix:
+        common = max(mix, key=lambda k: mix[k])
+        first = layer.spec.columns["n_base2"].tolist().index(common)
+    levels = layer.spec.select(slice(first, first + 1)).codebook(layer.n_bits, torch.float64).levels[0]
+    top = float(levels.abs().max())
+    return sorted({level / top for level in levels.tolist()}) if top > 0 else [0.0]
+
+
+def code_histogram(layer: PackedLayer) -> tuple[list[int], float]:
+    """Counts of the layer's weights, as levels over the largest magnitude of their codebook, and the histogram's reach.
+
+    One bin more than for float weights, and half a bin wider, so that no level falls on a border between bins.
+    """
+    levels = layer.spec.codebook(layer.n_bits, torch.float64).levels
+    top = levels.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    reach = HISTOGRAM_RANGE * (HISTOGRAM_BINS + 1) / HISTOGRAM_BINS
+    counts = np.zeros(HISTOGRAM_BINS + 1, dtype=np.int64)
+    codes = layer.unpacked().reshape(layer.spec.channels, -1)
+    for channel, row in enumerate(codes):
+        uses = np.bincount(row.numpy(), minlength=levels.shape[1])
+        relative = (levels[channel] / top[channel]).numpy()
+        counts += np.histogram(relative, HISTOGRAM_BINS + 1, (-reach, reach), weights=uses)[0].astype(np.int64)
+    return counts.tolist(), reach

@@ -1,0 +1,264 @@
+"""The flags that both command lines have, and what follows from them: settings, idle flags, the row's columns.
+
+Only the entry points import this; the core never reads a command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
+from logart.errors import UserError
+from logart.grids.grid import ROOT2_TEXT, ScaleMethod, Spacing
+from logart.grids.search import ScaleSearch
+from logart.networks.data import DIGITS
+from logart.networks.network import INTERPOLATIONS, Network
+from logart.quantization.cache import Place
+from logart.quantization.config import PRESETS, QuantConfig, Rounding, SearchMethod
+from logart.runs.claims import SILENT_MINUTES
+from logart.runs.results import RESULTS
+from logart.runs.results_schema import Cell
+from logart.runs.resume import stored_flags
+from logart.runs.run import RunOptions
+from logart.runtime import resolve_device
+
+DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
+
+
+def add_network_flags(parser: FlagParser, model_kwargs: str) -> None:
+    """How the network is built and which images it gets; `model_kwargs` says where those act."""
+    parser.flag("--checkpoint", help="float weights: .pth, .pt, .th, .tar, .bin or .safetensors "
+                "(default: the network's own)")  # fmt: skip
+    parser.flag("--model_kwargs", nargs="+", metavar="KEY=VALUE", help=f"for timm.create_model{model_kwargs}")
+    parser.flag("--num_classes", type=int, help="outputs of the network")
+    parser.flag("--input_size", type=int, help="height and width of the input in pixels")
+    parser.flag("--crop_pct", type=finite, help="part of the resized image that the centre crop keeps")
+    parser.flag("--mean", type=finite, nargs="+", help="per channel, of pixels in 0..1")
+    parser.flag("--std", type=finite, nargs="+", help="per channel")
+    parser.flag("--interpolation", choices=INTERPOLATIONS, help="how images are resized")
+
+
+def add_grid_flags(parser: FlagParser, defaults: Mapping[str, Any]) -> None:
+    """The grid, its search and the schedule of LLR; `defaults` by the fields of QuantConfig, for the help."""
+    d = defaults
+    parser.flag("--channel_wise", action=argparse.BooleanOptionalAction,
+                help="one codebook per output channel, or one per layer (default: per channel)")  # fmt: skip
+    parser.flag("--scale_method", type=_scale_method, metavar="{" + ",".join(m.value for m in ScaleMethod) + "}",
+                help=f"the grid (default {d['scale_method']})")  # fmt: skip
+    parser.flag("--search_method", choices=[m.value for m in SearchMethod],
+                help=f"the error that DBS and scale search minimise (default {d['search_method']})")  # fmt: skip
+    parser.flag("--first_last_bits", metavar="{2..8,same}", help="bits of the first and last layer (default same)")
+    parser.flag("--scale_search", nargs="?", const="grid", choices=[m.value for m in ScaleSearch],
+                help="also search a factor of each channel's levels; half_step: only √2's powers, which need no "
+                "multiplier (default none; without a value: grid)")  # fmt: skip
+    parser.flag("--asymmetric", action=argparse.BooleanOptionalAction,
+                help="codes that a channel's shorter sign never reaches become small levels")  # fmt: skip
+    parser.flag("--zero_code", action=argparse.BooleanOptionalAction, help="one code of each channel is zero")
+    parser.flag("--hardware_approx", action="store_true",
+                help="√2 ≈ 1+1/2 (or more terms) during search, rounding and evaluation")  # fmt: skip
+    parser.flag("--hardware_approx_terms", type=int, choices=list(ROOT2_TEXT),
+                help="powers of two that stand for √2: 1+1/2, 1+1/2-1/16, 1+1/2-1/16-1/64 (default 2)")  # fmt: skip
+    parser.flag("--preset", choices=list(PRESETS),
+                help="defaults by name, which any flag overrides: fast (closed form, no learning), paper (the paper's "
+                "settings), best (what measured best)")  # fmt: skip
+    parser.flag("--rounding", choices=[m.value for m in Rounding],
+                help="to nearest, compensated in closed form, learned (LLR), or both in this order")  # fmt: skip
+    parser.flag("--iters_w", type=int, help=f"LLR steps per block; 0 learns nothing (default {d['iters']})")
+    parser.flag("--rrweight", "--weight", type=finite,
+                help=f"λ, the rounding penalty against the reconstruction loss (default {d['rrweight']})")  # fmt: skip
+    parser.flag("--b_start", type=finite, help=f"the penalty's exponent at the start (default {d['b_start']:g})")
+    parser.flag("--b_end", type=finite, help=f"the penalty's exponent at the end (default {d['b_end']:g})")
+    parser.flag("--warmup", type=finite, help=f"share of the steps without the penalty (default {d['warmup']})")
+
+
+def add_run_flags(parser: FlagParser) -> None:
+    """How the run goes about it."""
+    parser.flag("--test_before_calibration", action="store_true",
+                help="also evaluate after DBS, before LLR (always on for the built-in digits)")  # fmt: skip
+    parser.flag("--test_with_hardware_approx", action="store_true",
+                help="evaluate a second time with √2 ≈ 1+1/2 (or more terms), calibrated without it")  # fmt: skip
+    parser.flag("--seed", type=int, help="of every random choice (default 0)")
+    parser.flag("--device", help="auto (CUDA when there is one), cpu, cuda or cuda:N (default auto)")
+    parser.flag("--results", help="the CSV file that gets a row (default results.csv)")
+    parser.flag("--save", metavar="PATH.safetensors", help="write the quantized network to a packed file, which "
+                "`logart.load_packed` reads and `python -m logart.inspect` shows")  # fmt: skip
+    parser.flag("--run_dir", metavar="DIR", help="keep settings, log, the state of each finished block, the packed "
+                "network and the report in a new folder")  # fmt: skip
+    parser.flag("--resume", metavar="DIR", help="go on with an interrupted --run_dir, after its last finished "
+                "block; its flags need not be repeated")  # fmt: skip
+    parser.flag("--cache", choices=["auto", *(place.value for place in Place)],
+                help="where a block's captured inputs live: on the computing device, in host memory, there in "
+                "half precision (other codes), on disk; auto: the first with room, not half (default)")  # fmt: skip
+    parser.flag("--once", nargs="?", const=SILENT_MINUTES, type=finite, metavar="MINUTES",
+                help="do nothing where the results file has this row or another process is at it; one without a sign "
+                f"of life for so many minutes is taken over (without a value: {SILENT_MINUTES:g})")  # fmt: skip
+    parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
+
+
+def with_stored(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the run that `--resume` names, with those given now on top; without it, `args` as they are.
+
+    Raises:
+        UserError: as `resume.stored_flags`; or `--run_dir` was given too.
+    """
+    if args.resume is None:
+        return args
+    if args.run_dir is not None:
+        raise UserError(f"--run_dir: {args.run_dir} and --resume {args.resume} were both given; expected one of them")
+    return argparse.Namespace(**vars(args) | stored_flags(args.resume, given(args, vars(args))))
+
+
+def kept_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run's folder keeps of the flags given."""
+    return {name: value for name, value in given(args, vars(args)).items() if name != "run_dir"}
+
+
+def _scale_method(text: str) -> str:
+    text = "dynamic" if text == "log_dynamic" else text
+    if text not in {method.value for method in ScaleMethod}:
+        raise argparse.ArgumentTypeError(
+            f"unknown grid {text!r}; expected one of {', '.join(method.value for method in ScaleMethod)}"
+        )
+    return text
+
+
+def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: Mapping[str, Any]) -> QuantConfig:
+    """The settings of a run; UserError for a value out of range, naming its flag.
+
+    Args:
+        args: the flags given.
+        flags: destination of a flag -> field of QuantConfig, one flag for each field that has one.
+        settings: fields of QuantConfig by name, which the flags have gone into already.
+    """
+    settings = dict(settings)
+    if args.first_last_bits is not None:
+        settings["first_last_bits"] = _first_last_bits(args.first_last_bits)
+    settings["hardware_terms"] = otherwise(args.hardware_approx_terms, 2) if args.hardware_approx else 0
+    try:
+        config = QuantConfig(**settings)
+    except ValueError as error:
+        raise UserError(_named(str(error), args, flags)) from None
+    if not 0 <= config.seed < 2**32:  # one seed for torch, which takes more, and for numpy, which does not
+        raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {config.seed}")
+    return config
+
+
+def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> str:
+    """The message with the user's names: of the flags, or of the config file where no flag that it names was given."""
+    names = {field: flag for flag, field in flags.items()} | {"first_last_bits": "first_last_bits"}
+    words = error.split()
+    told = [names[word] for word in words if word in names]
+    of_file = getattr(args, "config", None) is not None and not given(args, told)
+    start, dashes = (f"--config: {args.config}: ", "") if of_file else ("", "--")
+    return start + " ".join(f"{dashes}{names[word]}" if word in names else word for word in words)
+
+
+def _first_last_bits(text: str) -> int | None:
+    if text == "same":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--first_last_bits: {text!r} is neither a number of bits nor 'same'") from None
+
+
+def refuse_idle_flags(
+    args: argparse.Namespace, config: QuantConfig, *, search: Sequence[str], learning: Sequence[str], unlearned: str
+) -> None:
+    """Raise UserError for a flag that was given and cannot act.
+
+    Args:
+        search, learning: the track's own flags that act in DBS and in LLR.
+        unlearned: why nothing is learned, where nothing is.
+    """
+
+    def refuse(names: Sequence[str], acts: bool, why: str) -> None:
+        refuse_idle(args, {name: f"--{name}" for name in names}, acts, why)
+
+    method = config.scale_method
+    log = method.spacing is Spacing.LOG
+    refuse(("scale_search", "asymmetric", "zero_code"), log, f"--scale_method {method.value} is not logarithmic")
+    refuse(("search_method", *search), config.searches, f"--scale_method {method.value} searches nothing")
+    closed = f"--rounding {config.rounding.value} searches in the metric of each layer's inputs"
+    refuse(("search_method", *search, "test_before_calibration"), not config.compensates, closed)
+    schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
+    refuse((*learning, *schedule), config.learns, unlearned)
+    refuse(("cache",), config.images_needed > 0, "no stage of this run captures anything")
+    has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
+    approximate = ("hardware_approx", "test_with_hardware_approx")
+    refuse(approximate, has_root2, f"--scale_method {method.value} has no √2 to approximate")
+    refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")
+    approximates = bool(args.hardware_approx or args.test_with_hardware_approx)
+    refuse(
+        ("hardware_approx_terms",), approximates, "neither --hardware_approx nor --test_with_hardware_approx is given"
+    )
+
+
+def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the network and its images, as keywords of both tracks' `load_network`."""
+    kwargs = None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs")
+    return {"model_kwargs": kwargs} | {name: getattr(args, name) for name in ("num_classes", *DATA_SETTINGS)}
+
+
+def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -> str:
+    """The flag to name where there are fewer images than asked for: of the stage that looks at most of them."""
+    if config.images_needed < 2:
+        return data  # two are needed for tracing alone
+    rounds = config.learns or config.compensates
+    return rounding if rounds and config.images_needed == config.calib_samples else search
+
+
+def run_options(
+    args: argparse.Namespace, config: QuantConfig, *, data: str, workers: int, val_batch_size: int, network_flags: str
+) -> RunOptions:
+    """How the run goes about it, from the flags; `data` is what the data flag says."""
+    if args.once is not None and args.once <= 0:
+        raise UserError(f"--once: expected more than 0 minutes, got {args.once:g}")
+    return RunOptions(
+        device=resolve_device(otherwise(args.device, "auto")),
+        results=otherwise(args.results, RESULTS),
+        val_batch_size=val_batch_size,
+        workers=workers,
+        # The built-in digits tell the whole story; elsewhere one more evaluation may take minutes.
+        test_before_calibration=config.learns and (bool(args.test_before_calibration) or data == DIGITS),
+        test_with_terms=otherwise(args.hardware_approx_terms, 2) if args.test_with_hardware_approx else 0,
+        quiet=bool(args.quiet),
+        network_flags=network_flags,
+        save=args.save,
+        run_dir=args.run_dir,
+        resume=args.resume,
+        cache=None if args.cache in (None, "auto") else Place(args.cache),
+        once=args.once,
+    )
+
+
+def network_columns(args: argparse.Namespace, network: Network, track: str, data: str) -> dict[str, Cell]:
+    """What the results row says of the network and the data."""
+    words = list(args.model_kwargs or ())
+    for name, value in given(args, ("num_classes", *DATA_SETTINGS)).items():
+        words.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return {
+        "track": track,
+        "arch": network.arch,
+        "checkpoint": network.source,
+        "checkpoint_sha256": network.sha256,
+        "network_options": " ".join(words),
+        "data": data,
+        "preset": args.preset,
+        "capture_precision": args.cache if args.cache == Place.HALF.value else None,
+    }
+
+
+def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any) -> str:
+    """All settings, resolved, each under the name of its flag; `others` replace their namesakes."""
+    values = {flag: getattr(config, field) for flag, field in fields.items()}
+    values |= {
+        "first_last_bits": config.first_last_bits or "same",
+        "hardware_approx_terms": config.hardware_terms,
+        "rounding": config.acting_rounding,
+        "seed": config.seed,
+    }
+    values |= others
+    return " ".join(f"{flag}={getattr(value, 'value', value)}" for flag, value in values.items())

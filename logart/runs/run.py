@@ -1,0 +1,291 @@
+"""One run of either track: measure the float network, quantize, evaluate, report, append the row."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from logart.errors import NetworkError, NonFiniteError, NoRoomError, UserError, one_line
+from logart.grids.grid import ROOT2_TEXT
+from logart.networks.data import ImageSource, validation_batches
+from logart.networks.evaluate import Accuracy, accuracy
+from logart.networks.network import Network
+from logart.packed.checkpoint import SizeTable, save_packed
+from logart.quantization.cache import Cache, Place
+from logart.quantization.config import QuantConfig
+from logart.quantization.layer_report import Report
+from logart.quantization.layers import hardware_approximation
+from logart.quantization.pipeline import quantize_model
+from logart.runs.columns import cost_columns, settings_columns
+from logart.runs.folder import PACKED, RunFolder
+from logart.runs.results import append_row, environment
+from logart.runs.results_schema import Cell
+from logart.runtime import progress_bar
+
+_SAID = ("track", "arch", "checkpoint", "checkpoint_sha256", "data")  # by a packed file's `network` and `source`
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes about it, apart from what decides the codes.
+
+    Attributes:
+        device: where to compute.
+        results: the CSV file that gets the row.
+        val_batch_size, workers: of the evaluation's loader.
+        test_before_calibration: evaluate after DBS too.
+        test_with_terms: if not 0, evaluate a second time with √2 as a sum of so many powers of two, in a network
+            calibrated without it.
+        quiet: print no progress and no table, only the accuracies.
+        network_flags: the flags that choose the network, for errors about it.
+        save: the packed file that gets the network; None saves none.
+        run_dir: the new folder that gets the run; None keeps none.
+        resume: the folder of an interrupted run, in place of `run_dir`.
+        cache: where captured inputs live; None decides by what is free.
+        once: do no run whose row is there or being run, see `claims.claimed`: the silent minutes; None does it anyway.
+    """
+
+    device: torch.device
+    results: str
+    val_batch_size: int = 128
+    workers: int = 2
+    test_before_calibration: bool = False
+    test_with_terms: int = 0
+    quiet: bool = False
+    network_flags: str = "--arch, --checkpoint"
+    save: str | None = None
+    run_dir: str | None = None
+    resume: str | None = None
+    cache: Place | None = None
+    once: float | None = None
+
+
+def run(
+    network: Network,
+    source: ImageSource,
+    images: Tensor,
+    config: QuantConfig,
+    options: RunOptions,
+    columns: Mapping[str, Cell],
+    started: float,
+    *,
+    names: Sequence[str] = (),
+    folder: RunFolder | None = None,
+) -> Report:
+    """Quantize and evaluate one network, print what comes out and append it to the results file.
+
+    Args:
+        network: what to quantize; its model is not changed.
+        source: holds the validation images.
+        images, config: as for `quantize_model`.
+        columns: what the results row says of the network and the data.
+        started: `time.perf_counter()` when the command began.
+        names: of the images, for messages.
+        folder: keeps what the run comes to, and may hold what it came to before it was interrupted.
+
+    Returns:
+        The report of `quantize_model`.
+
+    Raises:
+        UserError: the network cannot be quantized, an image cannot be read or the row cannot be written.
+    """
+    stages = _Stages(source, config, options, folder)
+    with _naming(options.network_flags, names):
+        quantized, report = quantize_model(
+            network.model,
+            config,
+            images,
+            block_types=network.block_types,
+            row_groups=network.row_groups,
+            device=options.device,
+            quiet=options.quiet,
+            observe=stages.observe,
+            cache=Cache(options.device, options.cache, folder.path if folder else None),
+            keeper=folder,
+        )
+    if options.test_with_terms:
+        with hardware_approximation(quantized, options.test_with_terms):
+            stages.measure("approximated", quantized)
+    total = time.perf_counter() - started if folder is None else folder.seconds
+    row = (
+        settings_columns(columns, config, options.test_with_terms)
+        | stages.columns()
+        | cost_columns(report, total, options.device)
+    )
+    row |= environment()
+    told = {"run": {name: value for name, value in columns.items() if value is not None and name not in _SAID}}
+    info = {**quantized.packed_info, **run_info(network, source, stages), **told}  # type: ignore[dict-item]
+    left = _write(quantized, info, report, row, options, folder)
+    if not options.quiet:
+        print(layer_table(report))
+        if left.sizes is not None:
+            print(f"{left.sizes}\nsaved as {options.save}")
+        rounding = "LLR" if config.learns and not config.compensates else "rounding"
+        print(
+            f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
+            + f"; {left.row}" * (not left.problems)
+        )
+    if left.problems:
+        raise UserError("; ".join(left.problems))
+    return report
+
+
+class _Left(NamedTuple):
+    """What `_write` came to: the sizes of `--save`, what became of the row, and, where something could not be written,
+    what that was and what was written.
+    """
+
+    sizes: SizeTable | None
+    row: str
+    problems: list[str]
+
+
+def _write(
+    quantized: nn.Module,
+    info: dict[str, Any],
+    report: Report,
+    row: Mapping[str, Cell],
+    options: RunOptions,
+    folder: RunFolder | None,
+) -> _Left:
+    """Write all that a run leaves, the run's folder first and, once all else is there, the note that it is finished."""
+    problems: list[str] = []
+    written: list[str] = []
+    sizes, told, kept = None, "", False
+    if folder is not None:
+        with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
+            folder.finish(report, row, None)
+            save_packed(quantized, folder.path / PACKED, info)
+            written.append(f"the run is kept in {folder.path}")
+            kept = True
+    if options.save is not None:
+        with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
+            sizes = save_packed(quantized, options.save, info)
+    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
+        place, told = _record(row, options.results, folder, problems)
+        written.append(f"the row is in {place}")
+        if folder is not None and kept:
+            folder.finish(report, row, os.path.abspath(place))
+    if folder is not None and not kept:
+        written.append(f"--resume {folder.path} writes the rest when it can")
+    return _Left(sizes, told, problems and problems + written)
+
+
+def _record(row: Mapping[str, Cell], results: str, folder: RunFolder | None, problems: list[str]) -> tuple[str, str]:
+    """Append the row, unless an earlier part of this run did; returns the file that has it, and what happened."""
+    if folder is not None:
+        earlier = folder.recorded_in(results)
+        if earlier is not None:
+            if os.path.abspath(earlier) != os.path.abspath(results):
+                folder.warn(f"--results: the row of this run was in {earlier} already; {results} gets none")
+            return earlier, f"its row was in {earlier} already"
+        with _going_on(problems, f"--run_dir: cannot note in {folder.path} which row is appended"):
+            folder.announce(row, results)
+    append_row(results, row)
+    return results, f"row appended to {results}"
+
+
+@contextmanager
+def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Collect what cannot be written, for an error of these kinds; the rest still is."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+    except kinds as error:
+        problems.append(f"{what} ({getattr(error, 'strerror', None) or one_line(error)})")
+
+
+def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:
+    """What a packed file says of the network and its run, beside settings and layers."""
+    versions = {name: value for name, value in environment().items() if name.endswith("_version")}
+    return {
+        "network": dict(network.recipe),
+        "preprocessing": asdict(network.preprocessing),
+        "class_names": list(source.class_names),
+        "source": {"checkpoint": network.source, "sha256": network.sha256, "data": source.name},
+        "accuracy": {stage: value._asdict() for stage, value in stages.accuracies.items()},
+        "versions": versions,
+    }
+
+
+@dataclass
+class _Stages:
+    """Evaluates the network stage by stage, prints the accuracies and keeps them."""
+
+    source: ImageSource
+    config: QuantConfig
+    options: RunOptions
+    folder: RunFolder | None
+    accuracies: dict[str, Accuracy] = field(default_factory=dict)
+
+    def observe(self, stage: str, network: nn.Module) -> None:
+        """What `quantize_model` calls: measures, unless learning goes on from here and nobody asked."""
+        if stage != "searched" or self.options.test_before_calibration or not self.config.learns:
+            self.measure(stage, network)
+
+    def measure(self, stage: str, network: nn.Module) -> None:
+        title = {
+            "float": "float",
+            "searched": "after DBS" if self.config.searches else "after rounding",
+            "rounded": "after LLR" if self.config.learns else "after compensated rounding",
+            "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
+        }[stage]
+        value = None if self.folder is None else self.folder.accuracies.get(stage)
+        if value is None:
+            batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)
+            with progress_bar(len(self.source.val), f"evaluate {title}", self.options.quiet) as bar:
+                value = accuracy(network, batches, self.options.device, bar.update)
+            if self.folder is not None:
+                self.folder.measured(stage, value)
+        print(f"{title:<28} Acc@1 {value.top1:6.2f} %  Acc@5 {value.top5:6.2f} %", flush=True)
+        self.accuracies[stage] = value
+
+    def columns(self) -> dict[str, Cell]:
+        """The results columns; a stage that was not measured leaves its own empty."""
+        final = "rounded" if self.config.learns or self.config.compensates else "searched"
+        stages = {"": final, "float_": "float", "search_": "searched", "approx_": "approximated"}
+        row: dict[str, Cell] = {"val_images": self.accuracies[final].images}
+        for prefix, stage in stages.items():
+            if stage in self.accuracies:
+                value = self.accuracies[stage]
+                row |= {f"{prefix}Acc@1": round(value.top1, 3), f"{prefix}Acc@5": round(value.top5, 3)}
+        return row
+
+
+@contextmanager
+def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
+    """Let what is wrong with the user's network reach them as one line naming `flags`, and the image by its name."""
+    try:
+        yield
+    except NonFiniteError as error:
+        name = f" ({names[error.image]})" if error.image < len(names) else ""
+        raise UserError(f"{flags}: {one_line(error)}{name}") from error
+    except NoRoomError as error:
+        raise UserError(f"--device, --cache: {one_line(error)}") from error
+    except NetworkError as error:
+        raise UserError(f"{flags}: {one_line(error)}") from error
+
+
+def layer_table(report: Report) -> str:
+    """The report per layer as text: shape, bits, base mix, relative error before and after LLR, roundings moved."""
+    width = max(len("layer"), *(len(layer.name) for layer in report.layers))
+    lines = [f"{'layer':<{width}}  {'shape':<18} bits  error: RTN   final  moved  channels per n_base2"]
+    for layer in report.layers:
+        weights = torch.Size(layer.shape).numel()
+        mix = " ".join(f"{k}:{count}" for k, count in layer.base_mix.items())
+        shape = "×".join(map(str, layer.shape))
+        lines.append(
+            f"{layer.name:<{width}}  {shape:<18} {layer.n_bits:>4}  {layer.error_nearest:10.5f} {layer.error:7.5f} "
+            f"{100 * layer.moved / weights:5.1f}%  {mix}"
+        )
+    lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
+    lines += [f"block {b.name}: LLR ended worse and was undone" for b in report.blocks if b.kept == "before"]
+    return "\n".join(lines)

@@ -1,0 +1,352 @@
+"""ONNX files: the weights bit for bit, the logits, the size, and what is refused."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+import logart.export.onnx_export
+import logart_cnn.models
+import logart_vit.models
+from logart import QuantConfig, load_packed, quantize_model, save_packed
+from logart.errors import UserError
+from logart.export.onnx_export import export_onnx, unit_levels
+from logart.grids.spec import CodebookSpec
+from logart.networks.network import network_recipe
+from logart.quantization.layers import QuantizedLayer
+from logart.quantization.surgery import quantized_layers
+
+PREPROCESSING = {"preprocessing": {"input_size": [3, 8, 8]}}
+
+
+def pack(model: nn.Module, path: Path, info: dict[str, Any], seed: int = 0, **settings: Any) -> Path:
+    """The packed file of a network quantized without learning, on noise."""
+    size = info["preprocessing"]["input_size"] if "preprocessing" in info else [3, 8, 8]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(seed))
+    config = QuantConfig(**{"n_bits": 4, "rounding": "nearest", **settings})
+    save_packed(quantize_model(model.eval(), config, images)[0], path, info)
+    return path
+
+
+def run(file: Path, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def weights_in(file: Path, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
+    """What the graph expands each layer's codes to."""
+    model = onnx.load(file)
+    names = [f"network.{name}.weight" for name in layers]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = np.zeros([1, *(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:])], np.float32)
+    return dict(zip(layers, map(torch.from_numpy, session.run(names, {"images": image})), strict=True))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype == torch.float32 and torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def check(source: Path, out: Path, model: nn.Module | None = None) -> None:
+    """The exported file has the packed file's weights, logits and info, and standard operators only."""
+    export_onnx(source, out, model=model)
+    network = load_packed(source, model)
+    layers = quantized_layers(network)
+    found = weights_in(out, layers)
+    assert found.keys() == layers.keys() and len(layers) > 0
+    assert all(same_bits(found[name], layer.weight) for name, layer in layers.items())
+    exported = onnx.load(out)
+    onnx.checker.check_model(exported, full_check=True)
+    assert {node.domain for node in exported.graph.node} == {""} and not exported.functions
+    assert [entry.name for entry in exported.graph.input] == ["images"]
+    assert json.loads(exported.metadata_props[0].value) == network.packed_info
+    for batch in (1, 5):
+        images = torch.randn(batch, *network.packed_info["preprocessing"]["input_size"])  # type: ignore[index]
+        with torch.no_grad():
+            expected = network(images)
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(run(out, images), expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "exported").mkdir()
+    return tmp_path / "exported" / "network.onnx"
+
+
+@pytest.mark.parametrize("models, name", [(logart_cnn.models, "digits_resnet"), (logart_vit.models, "digits_vit")])
+def test_the_digits_networks(models: Any, name: str, tmp_path: Path, out: Path) -> None:
+    network = models.load_network(name)
+    info = {"network": network.recipe, "preprocessing": asdict(network.preprocessing), "class_names": ["zéro", "√2"]}
+    source = pack(network.model, tmp_path / "packed.safetensors", json.loads(json.dumps(info)))
+    check(source, out)
+
+
+@pytest.mark.parametrize(
+    "track, arch, size, n_bits, graph", [("cnn", "resnet18", 64, 3, 40_000), ("vit", "deit_tiny", 224, 4, 220_000)]
+)
+def test_networks_of_full_size(
+    track: str, arch: str, size: int, n_bits: int, graph: int, tmp_path: Path, out: Path
+) -> None:
+    torch.manual_seed(0)
+    models = {"cnn": logart_cnn.models, "vit": logart_vit.models}[track]
+    info = {
+        "network": network_recipe(track, arch, None, None, None),
+        "preprocessing": {"input_size": [3, size, size]},
+    }
+    source = pack(models.build_network(arch, shapes={}), tmp_path / "packed.safetensors", info, n_bits=n_bits)
+    check(source, out)
+    layers = quantized_layers(load_packed(source))
+    channels = sum(layer.shape[0] for layer in layers.values())
+    assert out.stat().st_size < source.stat().st_size + 8 * channels + graph
+
+
+@pytest.mark.parametrize("n_bits", range(2, 9))
+def test_every_width_takes_its_bits_only(n_bits: int, tmp_path: Path, out: Path) -> None:
+    model, _ = networks.small_resnet()
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING, n_bits=n_bits)
+    check(source, out, model)
+    constants = {constant.name: constant for constant in onnx.load(out).graph.initializer}
+    layers = quantized_layers(load_packed(source, model))
+    for name, layer in layers.items():
+        codes = numpy_helper.to_array(constants[f"network.{name}.weight.codes"])
+        assert codes.dtype == np.uint8
+        assert layer.shape.numel() * n_bits / 8 <= codes.nbytes < layer.shape.numel() * n_bits / 8 + n_bits
+    quantized = {layer.shape for layer in layers.values()}
+    assert not [name for name, constant in constants.items() if torch.Size(constant.dims) in quantized]
+
+
+@pytest.mark.parametrize("last", range(1, 8))
+def test_counts_that_fill_no_group_of_eight(last: int, tmp_path: Path, out: Path) -> None:
+    torch.manual_seed(last)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3), nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, last))
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING, n_bits=5, first_last_bits=7)
+    check(source, out, model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"channel_wise": False},
+        {"asymmetric": True, "zero_code": True, "n_bits": 3},
+        {"scale_search": "grid", "asymmetric": True},
+        {"scale_search": "half_step", "n_bits": 5},
+        {"hardware_terms": 2},
+        {"hardware_terms": 4, "zero_code": True},
+        {"scale_method": "linear_minmax"},
+        {"scale_method": "linear_mse", "n_bits": 6},
+        {"scale_method": "log_2", "first_last_bits": 8},
+        {"scale_method": "log_sqrt2", "n_bits": 8},
+    ],
+    ids=str,
+)
+def test_every_grid(settings: dict[str, Any], tmp_path: Path, out: Path) -> None:
+    model, _ = networks.small_resnet()
+    check(pack(model, tmp_path / "packed.safetensors", PREPROCESSING, **settings), out, model)
+
+
+def test_a_transformer_of_ones_own(tmp_path: Path, out: Path) -> None:
+    model, _ = networks.small_vit()
+    check(pack(model, tmp_path / "packed.safetensors", PREPROCESSING, n_bits=6), out, model)
+
+
+def test_dropout_stays_off(tmp_path: Path, out: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 5))
+    check(pack(model, tmp_path / "packed.safetensors", PREPROCESSING), out, model)
+
+
+@pytest.mark.parametrize("scale_method", ["log_2", "log_sqrt2", "linear_minmax"])
+def test_extreme_channels(scale_method: str, tmp_path: Path, out: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with torch.no_grad():
+        model[1].weight[0] = 0.0
+        model[1].weight[1] *= 2.0**-122
+        model[1].weight[2] *= 2.0**-143
+        model[1].weight[3] *= 2.0**60
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING, scale_method=scale_method)
+    export_onnx(source, out, model=model)
+    layers = quantized_layers(load_packed(source, model))
+    weight = weights_in(out, layers)["1"]
+    assert same_bits(weight, layers["1"].weight)
+    denormal = (weight[:3] != 0) & (weight[:3].abs() < torch.finfo(torch.float32).tiny)
+    assert denormal[1].any() and denormal[2].any()
+
+
+@pytest.mark.parametrize("terms", [0, 2, 3, 4])
+@pytest.mark.parametrize("n_bits", [2, 5, 8])
+def test_units_times_factor_are_the_levels(n_bits: int, terms: int) -> None:
+    generator = torch.Generator().manual_seed(n_bits + terms)
+    n_levels, channels = 2 ** (n_bits - 1), 400
+    k = torch.randint(0, n_levels + 1, (channels,), generator=generator)
+    top = torch.randint(-300, 250, (channels,), generator=generator)
+    columns = {
+        "top_half_step": torch.where(k == n_levels, top // 2 * 2, top),
+        "n_base2": k,
+        "flags": torch.randint(0, 4, (channels,), generator=generator),
+        "free": torch.zeros(channels, dtype=torch.int64),
+        "scale": torch.randint(1, 64, (channels,), generator=generator),
+    }
+    spec = CodebookSpec(columns, terms)
+    units, factor = unit_levels(spec, n_bits)
+    assert same_bits((units * factor[:, None]).float(), spec.codebook(n_bits).levels.float())
+
+
+def test_units_of_linear_levels_are_cut_where_they_overflow() -> None:
+    largest = torch.finfo(torch.float32).max
+    columns = {"step": torch.tensor([0.0, 0.3, largest / 7 * 1.01]), "zero_point": torch.tensor([0, 5, 8])}
+    spec = CodebookSpec(columns)
+    units, factor = unit_levels(spec, 4)
+    expected = spec.codebook(4).levels
+    assert expected.max() == largest
+    assert same_bits((units * factor[:, None]).clamp(-largest, largest).float() + 0.0, expected.float() + 0.0)
+
+
+def test_channels_that_share_levels_share_their_row(tmp_path: Path, out: Path) -> None:
+    model, _ = networks.small_resnet()
+    export_onnx(
+        pack(model, tmp_path / "packed.safetensors", PREPROCESSING, n_bits=8, scale_method="log_sqrt2"),
+        out,
+        model=model,
+    )
+    constants = {constant.name: constant.dims for constant in onnx.load(out).graph.initializer}
+    assert constants["rows.8bit"][0] <= 2  # the top half-step is even or odd
+    assert math.prod(constants["values.8bit"]) <= 2 * 2**8
+
+
+def test_sizes_add_up_to_the_file(tmp_path: Path, out: Path) -> None:
+    model, _ = networks.small_resnet()
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING)
+    table = export_onnx(source, out, model=model)
+    layers = quantized_layers(load_packed(source, model)).values()
+    parts = {name: sizes for name, *sizes in table.parts}
+    assert sum(packed for _, packed in parts.values()) == out.stat().st_size
+    assert parts["quantized weights"] == [
+        4 * sum(layer.shape.numel() for layer in layers),
+        sum(4 * -(-layer.shape.numel() // 8) for layer in layers),
+    ]
+    assert parts["everything else"] == [4 * sum(layer.shape[0] for layer in layers)] * 2  # the biases; norms are folded
+
+
+def test_nothing_is_printed(tmp_path: Path, out: Path, capfd: Any, recwarn: Any) -> None:
+    model, _ = networks.small_vit()
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING)
+    recwarn.clear()
+    capfd.readouterr()
+    export_onnx(source, out, model=model)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_the_network_given_is_not_changed(tmp_path: Path, out: Path) -> None:
+    model, _ = networks.small_resnet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_onnx(pack(model, tmp_path / "packed.safetensors", PREPROCESSING), out, model=model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture
+def kept(out: Path) -> Any:
+    """A file in the place of the result, which must still be there, alone, after whatever fails."""
+    out.write_text("what was there")
+    yield out
+    assert os.listdir(out.parent) == [out.name] and out.read_text() == "what was there"
+
+
+@pytest.mark.parametrize(
+    "info, message",
+    [
+        ({}, "does not say how large its images are"),
+        ({"preprocessing": {}}, "does not say how large its images are"),
+        ({"preprocessing": {"input_size": [3, 8]}}, "has the input_size"),
+        ({"preprocessing": {"input_size": [3, 8, 0]}}, "has the input_size"),
+        ({"preprocessing": {"input_size": [3, 8, 8.0]}}, "has the input_size"),
+        ({"preprocessing": {"input_size": [3, True, 8]}}, "has the input_size"),
+        ({"preprocessing": {"input_size": [3, 99999, 99999]}}, "has the input_size"),
+        ({"preprocessing": {"input_size": [2, 8, 8]}}, "torch cannot export the network"),
+    ],
+)
+def test_files_whose_images_are_unknown(info: dict[str, Any], message: str, tmp_path: Path, kept: Path) -> None:
+    model, images = networks.small_resnet()
+    config = QuantConfig(n_bits=4, rounding="nearest", scale_method="log_2")
+    source = tmp_path / "packed.safetensors"
+    save_packed(quantize_model(model, config, images)[0], source, info)
+    with pytest.raises(UserError, match=f"--onnx: .*packed.safetensors.*{message}") as error:
+        export_onnx(source, kept, model=model)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_type(tmp_path: Path, kept: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    source = tmp_path / "packed.safetensors"
+    save_packed(quantize_model(model, QuantConfig(rounding="nearest"), images)[0], source, PREPROCESSING)
+    with pytest.raises(UserError, match=r"layer 1 has weights of torch\.float64; expected torch\.float32"):
+        export_onnx(source, kept, model=model)
+
+
+class Frozen(nn.Module):
+    """Takes the batch size for a constant when traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.reshape(int(x.shape[0]), -1))  # type: ignore[no-any-return]
+
+
+class FrozenSum(Frozen):
+    """Takes the number of images for a factor, and runs at any batch size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)) * float(len(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("model", [Frozen(), FrozenSum()], ids=lambda model: type(model).__name__)
+def test_a_trace_that_froze_the_batch_size_is_refused(model: nn.Module, tmp_path: Path, kept: Path) -> None:
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING)
+    with pytest.raises(UserError, match="torch's export of the network does not run as it should"):
+        export_onnx(source, kept, model=model)
+
+
+@pytest.mark.parametrize("name", ["network.pb", "no/folder/network.onnx", "."])
+def test_places_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--onnx: .*expected a file that ends in .onnx"):
+        export_onnx(tmp_path / "packed.safetensors", tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_is_full(call: str, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, _ = networks.small_resnet()
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING)
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(UserError, match="--onnx: .*cannot be written .*No space left on device"):
+        export_onnx(source, kept, model=model)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_without_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    spec = importlib.util.spec_from_file_location("without_the_extra", logart.export.onnx_export.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(UserError, match=rf"--onnx: needs the extra \[onnx\] \(.*{package}.*\); .*logart\[onnx\]"):
+        module.export_onnx(tmp_path / "packed.safetensors", tmp_path / "network.onnx")

@@ -1,0 +1,167 @@
+"""Settings: the values in and out of range, and what follows from them."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from logart.grids.grid import ScaleMethod
+from logart.grids.search import ScaleSearch
+from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod, preset
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("n_bits", [1, 9, 0, -4]),
+        ("first_last_bits", [1, 9]),
+        ("search_samples", [0, -1]),
+        ("search_batch_size", [0]),
+        ("calib_samples", [0]),
+        ("batch_size", [0]),
+        ("iters", [-1]),
+        ("lr", [0.0, -1.0, float("inf"), float("nan")]),
+        ("rrweight", [-0.1, float("inf"), float("nan")]),
+        ("b_start", [1.5, float("inf"), float("nan")]),
+        ("b_end", [1.0, 0.5, 21.0, float("nan")]),
+        ("warmup", [-0.1, 1.1, float("nan")]),
+        ("drop_prob", [-0.1, 1.1, float("nan")]),
+        ("temperature", [0.0, -1.0, float("inf"), float("nan")]),
+        ("hardware_terms", [1, 5, -1]),
+        ("scale_method", ["log", "log_dynamic", ""]),
+        ("search_method", ["channel_wise"]),
+        ("scale_search", ["full", "", 1]),
+        ("rounding", ["plain", "learn", ""]),
+        ("recon_input", ["quantised"]),
+        ("recon_metric", ["hessian"]),
+    ],
+)
+def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError) as caught:
+            QuantConfig(**{field: value})
+        assert "\n" not in str(caught.value)
+        assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("n_bits", [2, 8]),
+        ("first_last_bits", [None, 2, 8]),
+        ("search_samples", [1]),
+        ("calib_samples", [1]),
+        ("batch_size", [1]),
+        ("iters", [0]),
+        ("rrweight", [0.0]),
+        ("b_start", [2.0]),
+        ("b_end", [20.0, 1.01]),
+        ("warmup", [0.0, 1.0]),
+        ("drop_prob", [0.0, 1.0]),
+        ("hardware_terms", [0, 2, 3, 4]),
+    ],
+)
+def test_values_at_the_ends_are_taken(field: str, values: list[Any]) -> None:
+    for value in values:
+        assert getattr(QuantConfig(**{field: value}), field) == value
+
+
+def test_every_field_has_a_test_of_its_range() -> None:
+    (marks,) = (m for m in test_values_out_of_range_are_refused.pytestmark if m.name == "parametrize")  # type: ignore[attr-defined]
+    fields = {field.name for field in dataclasses.fields(QuantConfig)}
+    assert fields - {case[0] for case in marks.args[1]} == {
+        "channel_wise",
+        "asymmetric",
+        "zero_code",
+        "head_kl",
+        "seed",
+    }
+
+
+def test_strings_become_members() -> None:
+    config = QuantConfig(scale_method="log_2", search_method="block_wise", recon_input="float")  # type: ignore[arg-type]
+    assert config.scale_method is ScaleMethod.LOG_2
+    assert config.search_method is SearchMethod.BLOCK_WISE
+    assert config.recon_input is ReconInput.FLOAT
+    assert QuantConfig(recon_metric="mae").recon_metric is ReconMetric.MAE  # type: ignore[arg-type]
+    assert QuantConfig(scale_search="half_step").scale_search is ScaleSearch.HALF_STEP  # type: ignore[arg-type]
+    assert QuantConfig(rounding="both").rounding is Rounding.BOTH  # type: ignore[arg-type]
+
+
+def test_settings_are_frozen_and_comparable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantConfig().n_bits = 3  # type: ignore[misc]
+    assert QuantConfig(n_bits=3) == dataclasses.replace(QuantConfig(), n_bits=3) != QuantConfig()
+
+
+@pytest.mark.parametrize(
+    ("scale_method", "search_method", "iters", "looks", "needed"),
+    [
+        ("dynamic", "tensor_wise", 0, False, 0),
+        ("dynamic", "layer_wise", 0, True, 40),
+        ("dynamic", "block_wise", 0, True, 40),
+        ("log_2", "layer_wise", 0, False, 0),
+        ("dynamic", "tensor_wise", 1, False, 30),
+        ("dynamic", "layer_wise", 1, True, 40),
+    ],
+)
+def test_images_are_asked_for_only_where_a_stage_looks_at_them(
+    scale_method: Any, search_method: Any, iters: int, looks: bool, needed: int
+) -> None:
+    config = QuantConfig(
+        scale_method=scale_method, search_method=search_method, iters=iters, search_samples=40, calib_samples=30
+    )
+    assert config.searches_data is looks
+    assert config.images_needed == needed
+
+
+@pytest.mark.parametrize(
+    ("rounding", "iters", "learns", "compensates", "needed"),
+    [
+        ("nearest", 5, False, False, 40),
+        ("learned", 0, False, False, 40),
+        ("learned", 5, True, False, 40),
+        ("compensated", 5, False, True, 30),  # whose search looks at the images of its own
+        ("both", 0, False, True, 30),
+        ("both", 5, True, True, 30),
+    ],
+)
+def test_what_rounds_and_looks_at_which_images(
+    rounding: Any, iters: int, learns: bool, compensates: bool, needed: int
+) -> None:
+    config = QuantConfig(
+        rounding=rounding, iters=iters, search_method=SearchMethod.BLOCK_WISE, search_samples=40, calib_samples=30
+    )
+    assert (config.learns, config.compensates) == (learns, compensates)
+    assert config.searches and config.searches_data is not compensates
+    assert config.images_needed == needed
+    assert dataclasses.replace(config, search_method=SearchMethod.TENSOR_WISE).images_needed == 30 * (
+        learns or compensates
+    )
+
+
+@pytest.mark.parametrize("scale_method", list(ScaleMethod))
+@pytest.mark.parametrize("scale_search", list(ScaleSearch))
+def test_scales_make_any_log_grid_one_to_search(scale_method: ScaleMethod, scale_search: ScaleSearch) -> None:
+    config = QuantConfig(scale_method=scale_method, scale_search=scale_search, search_method=SearchMethod.LAYER_WISE)
+    linear = scale_method in (ScaleMethod.LINEAR_MSE, ScaleMethod.LINEAR_MINMAX)
+    expected = scale_method is ScaleMethod.DYNAMIC or (scale_search is not ScaleSearch.NONE and not linear)
+    assert config.searches is config.searches_data is expected
+
+
+def test_presets_are_settings() -> None:
+    closed = {"rounding": Rounding.COMPENSATED}
+    for n_bits in range(2, 9):
+        assert QuantConfig(**preset("fast", n_bits)) == QuantConfig(**closed, calib_samples=256)
+        assert QuantConfig(**preset("paper", n_bits)) == QuantConfig(iters=20000, rrweight=10000.0)
+        grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, "zero_code": n_bits < 5}
+        best = QuantConfig(**closed, **grid, calib_samples=1024, iters=500, lr=0.03)
+        assert QuantConfig(**preset("best", n_bits)) == best
+    assert set(PRESETS) == {"fast", "paper", "best"}
+
+
+def test_first_and_last_layer_may_have_bits_of_their_own() -> None:
+    assert QuantConfig(n_bits=3).bits_of(["b", "a", "c"]) == {"b": 3, "a": 3, "c": 3}
+    assert QuantConfig(n_bits=3, first_last_bits=8).bits_of(["b", "a", "c"]) == {"b": 8, "a": 3, "c": 8}
+    assert QuantConfig(n_bits=3, first_last_bits=8).bits_of(["a"]) == {"a": 8}
+    assert QuantConfig(n_bits=3, first_last_bits=8).bits_of([]) == {}

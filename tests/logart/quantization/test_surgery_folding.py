@@ -1,0 +1,151 @@
+"""Folding batch norms: the function is kept, and what must not be folded is left alone."""
+
+import pytest
+import torch
+from networks import Graph, ResidualBlock, SmallResNet, hooks_of, settle, smooth_images
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import Tensor, nn
+
+from logart.quantization.surgery import clone_sharing, fold_batch_norms
+
+IMAGES = smooth_images(8, 3, 6)
+TOKENS = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def folding(model: nn.Module, x: Tensor) -> tuple[list[str], nn.Module, float]:
+    """What was folded, the folded copy, and how far its output is from the model's, which must not change."""
+    settle(model, x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        wanted = model(x)
+        folded = clone_sharing(model)
+        names = fold_batch_norms(folded, x[:2])
+        distance = float((folded(x) - wanted).abs().max())
+        assert torch.equal(model(x), wanted)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert hooks_of(folded) == hooks_of(model) == 0
+    return names, folded, distance
+
+
+FOLDED: dict[str, tuple[nn.Module, Tensor, list[str]]] = {
+    "no bias": (nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)), IMAGES, ["1"]),
+    "bias": (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(True)), IMAGES, ["1"]),
+    "grouped": (nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6, eps=0.1)), IMAGES, ["1"]),
+    "padded": (nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)), IMAGES, ["1"]),
+    "timm same": (nn.Sequential(Conv2dSame(3, 5, 3, stride=2), nn.BatchNorm2d(5)), IMAGES, ["1"]),
+    "not affine": (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False)), IMAGES, ["1"]),
+    "linear": (nn.Sequential(nn.Flatten(), nn.Linear(108, 5), nn.BatchNorm1d(5)), IMAGES, ["2"]),
+    "activation": (nn.Sequential(nn.Conv2d(3, 5, 3), BatchNormAct2d(5)), IMAGES, ["1"]),
+    "identity between": (nn.Sequential(nn.Conv2d(3, 5, 3), nn.Identity(), nn.BatchNorm2d(5)), IMAGES, ["2"]),
+    "residual": (ResidualBlock(3, 5, 2), IMAGES, ["bn1", "bn2"]),
+    "network": (SmallResNet(), IMAGES, ["bn", *(f"blocks.{b}.bn{i}" for b in (0, 1) for i in (1, 2))]),
+    "defined in another order": (
+        Graph(lambda m, x: m.norm(m.conv(x)), norm=nn.BatchNorm2d(5), conv=nn.Conv2d(3, 5, 3)),
+        IMAGES,
+        ["norm"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_folding_keeps_the_function(name: str) -> None:
+    model, x, norms = FOLDED[name]
+    names, folded, distance = folding(model, x)
+    assert names == norms
+    assert distance <= 1e-9
+    assert not any(type(folded.get_submodule(norm)) is type(model.get_submodule(norm)) for norm in norms)
+
+
+def test_folding_a_norm_without_shift() -> None:
+    """Newer releases of torch know affine norms without a bias; with older ones this makes one."""
+    norm = nn.BatchNorm2d(5)
+    norm.register_parameter("bias", None)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), norm).double()
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    norm.running_mean = torch.randn(5, dtype=torch.float64)
+    norm.running_var = torch.rand(5, dtype=torch.float64) + 0.5
+    folded = clone_sharing(model.eval().requires_grad_(False))
+    assert fold_batch_norms(folded, IMAGES[:2]) == ["1"]
+    assert float((folded(IMAGES) - model(IMAGES)).abs().max()) <= 1e-9
+
+
+def test_the_activation_of_a_norm_stays() -> None:
+    _, folded, _ = folding(nn.Sequential(nn.Conv2d(3, 5, 3), BatchNormAct2d(5)), IMAGES)
+    assert isinstance(folded.get_submodule("1"), nn.ReLU)
+    assert float(folded(IMAGES).min()) == 0  # type: ignore[arg-type]
+
+
+class OtherConv(nn.Conv2d):
+    pass
+
+
+def first_zero(y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    return y
+
+
+NOT_FOLDED: dict[str, tuple[nn.Module, Tensor]] = {
+    "norm before the convolution": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)), IMAGES),
+    "pre-activation": (
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)),
+        IMAGES,
+    ),
+    "ReLU in place between": (nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(5)), IMAGES),
+    "output used again": (
+        Graph(lambda m, x: m.b(y := m.a(x)) + y, a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+    "output used before": (
+        Graph(lambda m, x: (y := m.a(x)).mean() + m.b(y), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+    "output changed in place": (
+        Graph(lambda m, x: m.b(m.a(x).mul_(2)), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+    "output written to": (
+        Graph(lambda m, x: m.b(first_zero(m.a(x))), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+    "convolution run twice": (
+        Graph(lambda m, x: m.b(m.a(m.a(x))), a=nn.Conv2d(3, 3, 3, padding=1), b=nn.BatchNorm2d(3)),
+        IMAGES,
+    ),
+    "norm run twice": (
+        Graph(lambda m, x: m.n(m.b(m.n(m.a(x)))), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3)),
+        IMAGES,
+    ),
+    "two norms of one output": (
+        Graph(lambda m, x: m.n(y := m.a(x)) + m.o(y), a=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3), o=nn.BatchNorm2d(3)),
+        IMAGES,
+    ),
+    "statistics of the batch": (
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, track_running_stats=False)),
+        IMAGES[:2],
+    ),
+    "norm over tokens, as many as channels": (nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)), TOKENS),
+    "called by keyword": (
+        Graph(lambda m, x: m.b(input=m.a(x)), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+    "a convolution of another type": (nn.Sequential(OtherConv(3, 5, 3), nn.BatchNorm2d(5)), IMAGES),
+    "a concatenation between": (
+        Graph(lambda m, x: m.b(torch.cat([m.a(x)], 1)), a=nn.Conv2d(3, 5, 3), b=nn.BatchNorm2d(5)),
+        IMAGES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLDED)
+def test_what_cannot_be_folded_is_left_alone(name: str) -> None:
+    names, _, distance = folding(*NOT_FOLDED[name])
+    assert names == []
+    assert distance == 0
+
+
+def test_a_norm_under_two_names_is_folded_under_both() -> None:
+    norm = nn.BatchNorm2d(5)
+    model = Graph(lambda m, x: m.norms[0](m.conv(x)), conv=nn.Conv2d(3, 5, 3), norm=norm, norms=nn.ModuleList([norm]))
+    names, _, distance = folding(model, IMAGES)
+    assert names == ["norm"]
+    assert distance <= 1e-9

@@ -1,0 +1,129 @@
+"""A resumed run's row: in the results file once, wherever the run was killed and whatever its folder could take."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import disk_with, quiet_main, rows
+
+import logart.runs.run
+from logart.runs.folder import RunFolder
+from logart_cnn.main import main
+
+ARGV = "--iters_w 0 --workers 0 --device cpu --quiet".split()
+# What the process does last: the owner of a function, its name, and the call of it that is the last.
+MOMENTS = {
+    "the folder is written": (RunFolder, "finish", 1),
+    "all is saved": (RunFolder, "recorded_in", 1),
+    "the row is announced": (RunFolder, "announce", 1),
+    "the row is appended": (logart.runs.run, "append_row", 1),
+    "the run is finished": (RunFolder, "finish", 2),
+}
+
+
+def killed_after(moment: str, argv: list[str], folder: Path) -> None:
+    """A process that kills itself there."""
+    os.chdir(folder)
+    owner, name, calls = MOMENTS[moment]
+    original, seen = getattr(owner, name), []
+
+    def last(*args: Any) -> Any:
+        result = original(*args)
+        seen.append(name)
+        if len(seen) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, last)
+    quiet_main(main, argv)
+
+
+def kill(moment: str, argv: list[str], folder: Path = Path()) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["logart_cnn.main", "logart_vit.main", "sklearn.datasets"])
+    process = context.Process(target=killed_after, args=(moment, argv, folder.absolute()))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_around_its_row_has_it_once(
+    moment: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, results, saved = tmp_path / "run", tmp_path / "results.csv", tmp_path / "net.safetensors"
+    kill(moment, [*ARGV, "--run_dir", str(run), "--results", str(results), "--save", str(saved)])
+    written = [(row["utc_time"], row["total_seconds"]) for row in rows(results)] if results.exists() else []
+    assert len(written) == (moment in ("the row is appended", "the run is finished"))
+    if moment == "the run is finished":
+        assert saved.exists() and json.loads((run / "report.json").read_text())["recorded"] == str(results)
+        return
+    for _ in range(2):  # killed again, and then left to its end
+        if not written:
+            kill(moment, ["--resume", str(run)])
+    assert main(["--resume", str(run)]) == 0
+    assert saved.read_bytes() == (run / "packed.safetensors").read_bytes()
+    (row,) = rows(results)
+    assert not written or written == [(row["utc_time"], row["total_seconds"])]
+    assert json.loads((run / "report.json").read_text())["recorded"] == str(results)
+    assert not list(run.glob("row-*"))
+    with pytest.raises(SystemExit):
+        main(["--resume", str(run)])
+    assert f"--resume: the run in {run} is finished" in capfd.readouterr().err
+
+
+def test_a_folder_that_filled_up_knows_that_its_row_is_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither report nor packed file fits, nor the path of the results file; the row has room elsewhere."""
+    run, results = tmp_path / "run", tmp_path / "results.csv"
+    argv = [*ARGV, "--run_dir", str(run), "--results", str(results)]
+    with disk_with(4096), pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2 and len(rows(results)) == 1
+    *_, line = capfd.readouterr().err.splitlines()
+    assert line == (f"logart-cnn: --run_dir: cannot write to {run} (File too large); the row is in {results}; "
+                    f"--resume {run} writes the rest when it can")  # fmt: skip
+    before = results.read_bytes()
+    (note,) = run.glob("row-*")
+    note.write_bytes(b"")  # a disk that is full takes the file's name alone
+    assert main(["--resume", str(run), "--quiet"]) == 0
+    assert results.read_bytes() == before and (run / "packed.safetensors").exists()
+    assert json.loads((run / "report.json").read_text())["recorded"] == str(results)
+
+
+def test_a_folder_that_takes_no_note_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*args: Any) -> None:
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr(RunFolder, "announce", read_only)
+    run, results = tmp_path / "run", tmp_path / "results.csv"
+    with pytest.raises(SystemExit) as stopped:
+        main([*ARGV, "--run_dir", str(run), "--results", str(results)])
+    assert stopped.value.code == 2 and len(rows(results)) == 1
+    noting = f"cannot note in {run} which row is appended (Read-only file system)"
+    assert f"{noting}; the run is kept in {run}; the row is in {results}\n" in capfd.readouterr().err
+
+
+def test_a_row_is_known_again_from_another_folder_with_other_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Appended to a file that was named relatively, and looked for with another --results."""
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    begun.mkdir()
+    elsewhere.mkdir()
+    run, results = tmp_path / "run", begun / "mine.csv"
+    kill("the row is appended", [*ARGV, "--run_dir", str(run), "--results", "mine.csv"], begun)
+    results.write_bytes(results.read_bytes().replace(b"\n", b"\r\n"))
+    monkeypatch.chdir(elsewhere)
+    assert main(["--resume", str(run), "--results", "other.csv"]) == 0
+    assert not (elsewhere / "other.csv").exists() and len(rows(results)) == 1
+    assert capfd.readouterr().err == f"--results: the row of this run was in {results} already; other.csv gets none\n"
