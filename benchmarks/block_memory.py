@@ -17,22 +17,22 @@ import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model
 from logart.quantization import surgery
-from logart.quantization.memory import foresee
-from logart.quantization.state import Done, Keeper
+from logart.quantization.memory import estimate_memory
+from logart.quantization.state import StageResult, StageStore
 
 
-class Watch(Keeper):
+class Watch(StageStore):
     """Notes the memory that each block of the last stage took."""
 
     def __init__(self) -> None:
         self.before, self.taken = 0.0, dict[str, list[float]]()
 
-    def restore(self, stage: str, index: int, layers: object) -> Done | None:
+    def restore(self, stage: str, index: int, layers: object) -> StageResult | None:
         reset_peak()
         self.before = resident_mib()
         return None
 
-    def keep(self, stage: str, index: int, layers: object, done: Done) -> None:
+    def save(self, stage: str, index: int, layers: object, done: StageResult) -> None:
         self.taken.setdefault(stage, []).append(peak_mib() - self.before)
 
 
@@ -58,8 +58,8 @@ def main() -> None:
     reference = surgery.clone_sharing(model).eval().requires_grad_(False)
     surgery.fold_batch_norms(reference, images[:2])
     names, _ = surgery.layers_to_quantize(reference, images[:2])
-    needs = foresee(reference, surgery.find_units(reference, names, types), images[:2], config)
-    quantize_model(model, config, images, block_types=types, keeper=watch)
+    needs = estimate_memory(reference, surgery.find_blocks(reference, names, types), images[:2], config)
+    quantize_model(model, config, images, block_types=types, stage_store=watch)
     print("MiB\n\n| block | captured | working | foreseen | taken | ratio |\n|---|---|---|---|---|---|")
     for (name, need), taken in zip(needs.items(), list(watch.taken.values())[-1], strict=True):
         captured, working = need.captured / 2**20, need.working / 2**20

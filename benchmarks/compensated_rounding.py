@@ -22,7 +22,7 @@ from logart.grids.grid import Codebook, ScaleMethod
 from logart.grids.rounding import dequantize
 from logart.grids.search import choose_codebook
 from logart.quantization import compensate
-from logart.quantization.compensate import _chain, descend, feed_back, quadratic_error
+from logart.quantization.compensate import _correlation_order, coordinate_descent, error_feedback, quadratic_error
 
 LAYERS = {"512→512 3×3 convolution": (512, 4608), "3072→768 linear": (768, 3072)}
 DIRECTIONS = 64  # that the inputs share
@@ -38,19 +38,19 @@ def main() -> None:
         t, a, codebook = layer(channels, elements, args.bits, torch.device(args.device))
         print(f"{name}, K = {elements}, {args.bits} bits, {args.device}, {torch.get_num_threads()} threads")
         order, factor = factorise(a)
-        whole, codes = timed(lambda: feed_back(t, a, codebook), args.runs)  # noqa: B023
-        with patch.object(compensate, "_sweep", lambda *args, **kwargs: None):
-            ahead, _ = timed(lambda: feed_back(t, a, codebook), args.runs)  # noqa: B023
+        whole, codes = timed(lambda: error_feedback(t, a, codebook), args.runs)  # noqa: B023
+        with patch.object(compensate, "_blocked_update", lambda *args, **kwargs: None):
+            lookahead, _ = timed(lambda: error_feedback(t, a, codebook), args.runs)  # noqa: B023
         plain, expected = timed(lambda: plain_feed_back(t, order, factor, codebook), args.runs)  # noqa: B023
-        report("error feedback, less factorisation", whole - ahead, plain, codes, expected)
-        report("error feedback, whole", whole, plain + ahead, codes, expected)
+        report("error feedback, less factorisation", whole - lookahead, plain, codes, expected)
+        report("error feedback, whole", whole, plain + lookahead, codes, expected)
         with patch.object(compensate, "SWEEPS", 1):
-            whole, swept = timed(lambda: descend(codes, t, a, codebook), args.runs)  # noqa: B023
-            with patch.object(compensate, "_sweep", lambda *args, **kwargs: None):
-                ahead, _ = timed(lambda: descend(codes, t, a, codebook), args.runs)  # noqa: B023
-        plain, expected = timed(lambda: plain_sweep(codes, t, a, codebook, _chain(a)[0]), args.runs)  # noqa: B023
-        report("one sweep of descent, less its order", whole - ahead, plain, swept, expected)
-        report("one sweep of descent, whole", whole, plain + ahead, swept, expected)
+            whole, swept = timed(lambda: coordinate_descent(codes, t, a, codebook), args.runs)  # noqa: B023
+            with patch.object(compensate, "_blocked_update", lambda *args, **kwargs: None):
+                lookahead, _ = timed(lambda: coordinate_descent(codes, t, a, codebook), args.runs)  # noqa: B023
+        plain, expected = timed(lambda: plain_sweep(codes, t, a, codebook, _correlation_order(a)[0]), args.runs)  # noqa: B023
+        report("one sweep of descent, less its order", whole - lookahead, plain, swept, expected)
+        report("one sweep of descent, whole", whole, plain + lookahead, swept, expected)
 
 
 def layer(channels: int, elements: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Codebook]:
@@ -119,9 +119,9 @@ def plain_sweep(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook, order: 
             change = step * (2 * slope[:, j] + step * a[0, j, j])
             if (place + 1) % compensate._BLOCK and place + 1 < len(path):
                 k = path[place + 1]
-                moved = slope[:, k] + step * a[0, j, k]
-                answer = closest(q[:, k] - moved / a[0, k, k], levels)[1] - q[:, k]
-                change = change + answer * (2 * moved + answer * a[0, k, k])
+                n_changed_codes = slope[:, k] + step * a[0, j, k]
+                answer = closest(q[:, k] - n_changed_codes / a[0, k, k], levels)[1] - q[:, k]
+                change = change + answer * (2 * n_changed_codes + answer * a[0, k, k])
             changes.append(change if not changes else change.where(change < changes[0], torch.inf))
             steps.append(step)
         choice = torch.stack(changes).argmin(0, keepdim=True)

@@ -61,7 +61,7 @@ def main() -> None:
     highest = codebook.half_steps[:, -1:].float()
 
     def fast() -> Tensor:
-        penalty = layer.soften(BETA)
+        penalty = layer.update_soft_weight(BETA)
         loss = squared_error(layer(x), target) + RRWEIGHT * penalty
         fast_adam.zero_grad()
         loss.backward()

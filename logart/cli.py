@@ -117,12 +117,12 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def otherwise(value: Any, default: Any) -> Any:
+def default_if_none(value: Any, default: Any) -> Any:
     """A flag's value, or the default where it was not given; an empty text is a value, and a mistake to be named."""
     return default if value is None else value
 
 
-def refuse_idle(args: argparse.Namespace, flags: Mapping[str, str], acts: bool, why: str) -> None:
+def refuse_without_effect(args: argparse.Namespace, flags: Mapping[str, str], acts: bool, why: str) -> None:
     """Raise UserError when a flag was given that cannot act.
 
     Args:

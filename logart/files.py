@@ -11,7 +11,7 @@ def real_place(path: str | Path) -> Path:
     return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, in place of any that is there or that a link there leads to.
 
     Raises:

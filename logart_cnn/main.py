@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
+from logart.cli import FlagParser, default_if_none, finite, given, refuse_without_effect, run_command
 from logart.errors import UserError
 from logart.networks.calibration import calibration_images, load_names, names_digest, save_names
 from logart.networks.data import DIGITS, ImageSource, open_images
@@ -84,7 +84,7 @@ def build_parser() -> FlagParser:
 
 def build_config(args: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for; UserError for a value out of range or a flag that cannot act."""
-    chosen = {} if args.preset is None else preset(args.preset, otherwise(args.n_bits_w, QuantConfig.n_bits))
+    chosen = {} if args.preset is None else preset(args.preset, default_if_none(args.n_bits_w, QuantConfig.n_bits))
     chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)
     learning = ("calib_lr", "recon_input")
@@ -92,12 +92,12 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
     why = "--iters_w 0 learns nothing" if would else f"--rounding {config.rounding.value} learns nothing"
     flags.refuse_idle_flags(args, config, search=("search_samples",), learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("calib_samples", "batch_size")}
-    refuse_idle(args, images, config.learns or config.compensates, why)
-    refuse_idle(args, {"iters_w": "--iters_w"}, would, why)
+    refuse_without_effect(args, images, config.learns or config.compensates, why)
+    refuse_without_effect(args, {"iters_w": "--iters_w"}, would, why)
     lists = {name: f"--{name}" for name in ("calib_augment", *LIST_FLAGS)}
-    refuse_idle(args, lists, config.images_needed > 0, "no stage of this run looks at calibration images")
+    refuse_without_effect(args, lists, config.images_needed > 0, "no stage of this run looks at calibration images")
     save = {"save_calib_list": "--save_calib_list"}
-    refuse_idle(args, save, args.calib_list is None, "--calib_list has the list already")
+    refuse_without_effect(args, save, args.calib_list is None, "--calib_list has the list already")
     return config
 
 
@@ -106,7 +106,7 @@ def command(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     args = flags.with_stored(args)
     config = build_config(args)
-    data_path, workers = otherwise(args.data_path, DIGITS), otherwise(args.workers, 2)
+    data_path, workers = default_if_none(args.data_path, DIGITS), default_if_none(args.workers, 2)
     if workers < 0:
         raise UserError(f"--workers: expected 0 or more, got {workers}")
     options = flags.run_options(
@@ -119,7 +119,7 @@ def command(args: argparse.Namespace) -> None:
     names = None if args.calib_list is None else load_names(args.calib_list)
     seed_everything(config.seed)
     network = load_network(
-        otherwise(args.arch, "digits_resnet"),
+        default_if_none(args.arch, "digits_resnet"),
         args.checkpoint,
         **network_arguments,
     )

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any, get_type_hints
 
-from logart.cli import FlagParser, finite, given, otherwise, refuse_idle, run_command
+from logart.cli import FlagParser, default_if_none, finite, given, refuse_without_effect, run_command
 from logart.errors import UserError
 from logart.networks.calibration import calibration_images
 from logart.networks.data import DIGITS, open_images
@@ -86,7 +86,7 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
     values = {name: getattr(Config, name) for name in get_type_hints(Config)}
     if args.config is not None:
         values = load_config(args.config)
-    loading = {name: otherwise(getattr(args, name), values[name]) for name in LOADING}
+    loading = {name: default_if_none(getattr(args, name), values[name]) for name in LOADING}
     for name, least in LOADING.items():
         if loading[name] < least:
             of_file = args.config is not None and getattr(args, name) is None
@@ -94,7 +94,7 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
             raise UserError(f"{written}: expected {least} or more, got {loading[name]}")
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
     fields |= {"recon_input": values["optim_mode"], "rounding": Rounding.NEAREST, "head_kl": True, "seed": 0}
-    fields |= {} if args.preset is None else preset(args.preset, otherwise(args.w_bit, fields["n_bits"]))
+    fields |= {} if args.preset is None else preset(args.preset, default_if_none(args.w_bit, fields["n_bits"]))
     flag_fields = FIELDS | {"rounding": "rounding", "seed": "seed"}
     fields |= {flag_fields[name]: value for name, value in given(args, flag_fields).items()}
     fields["recon_input"] = MODES[fields["recon_input"]]
@@ -111,16 +111,16 @@ def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
     why = "--iters_w 0 learns nothing"
     if not learns:
         why = f"--rounding {args.rounding} learns nothing" if args.rounding else "without --optimize nothing is learned"
-    refuse_idle(args, {"optimize": "--optimize", "iters_w": "--iters_w"}, learns, why)
+    refuse_without_effect(args, {"optimize": "--optimize", "iters_w": "--iters_w"}, learns, why)
     learning = ("optim_metric", "temperature", "optim_mode", "drop_prob", "lr")
     search = ("calib_size", "calib_batch_size")
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("optim_size", "optim_batch_size")}
-    refuse_idle(args, images, config.learns or config.compensates, why)
+    refuse_without_effect(args, images, config.learns or config.compensates, why)
     mixes = config.recon_input is ReconInput.MIXED
-    refuse_idle(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")
+    refuse_without_effect(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")
     weighs = config.recon_metric is ReconMetric.HESSIAN_PERTURB
-    refuse_idle(args, {"temperature": "--temperature"}, weighs, "only --optim_metric hessian_perturb has one")
+    refuse_without_effect(args, {"temperature": "--temperature"}, weighs, "only --optim_metric hessian_perturb has one")
 
 
 def command(args: argparse.Namespace) -> None:
@@ -128,7 +128,7 @@ def command(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     args = flags.with_stored(args)
     config, loading = build_settings(args)
-    dataset = otherwise(args.dataset, DIGITS)
+    dataset = default_if_none(args.dataset, DIGITS)
     options = flags.run_options(
         args,
         config,
@@ -141,7 +141,7 @@ def command(args: argparse.Namespace) -> None:
     check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
     seed_everything(config.seed)
     network = load_network(
-        otherwise(args.model, "digits_vit"),
+        default_if_none(args.model, "digits_vit"),
         args.checkpoint,
         **network_arguments,
     )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from logart.cli import FlagParser
 from logart.errors import UserError
 from logart.runs.claims import CLAIMED_ELSEWHERE, claims_folder
-from logart.runs.process import run_fresh
+from logart.runs.process import run_in_subprocess
 
 GRIDS = {
     "base 2": "--scale_method log_2",
@@ -132,7 +132,7 @@ def own_order(rows: list[Row], environment: Mapping[str, str]) -> list[Row]:
 
 def run_row(words: list[str]) -> int:
     """Run a row in a process of its own; returns its exit code."""
-    return run_fresh(words, *(["sklearn.datasets"] if "digits" in words else []))  # which holds the digits
+    return run_in_subprocess(words, *(["sklearn.datasets"] if "digits" in words else []))  # which holds the digits
 
 
 def run_all(rows: list[Row], claims: Path, wait: bool) -> tuple[list[Row], list[Row]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from logart.runs.process import run_fresh
+from logart.runs.process import run_in_subprocess
 
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COLUMNS = {
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = [[track, "--preset", "paper", "--iters_w", args.iters_w] for track in TRACKS]
     runs += [[track, "--preset", "fast"] for track in TRACKS]
     for run in sorted(runs):
-        code = run_fresh([*run, "--results", args.results, *others], *TRACKS, "sklearn.datasets")
+        code = run_in_subprocess([*run, "--results", args.results, *others], *TRACKS, "sklearn.datasets")
         if code:
             return code
     import pandas as pd  # here, since each run's process imports this file too

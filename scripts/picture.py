@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from logart.files import write_whole
+from logart.files import write_atomically
 from logart.grids.grid import ScaleMethod
 from logart.grids.search import choose_codebook
 from logart.report.plots import COLOURS, INK, drawing, finished
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=PICTURE, help="the SVG file (default docs/grids.svg)")
-    write_whole(parser.parse_args(argv).out, picture())
+    write_atomically(parser.parse_args(argv).out, picture())
     return 0
 
 

@@ -127,7 +127,7 @@ def _distance(w: float, ascending: list[float]) -> float:
     return min(abs(w - x) for x in ascending[max(i - 1, 0) : i + 1])
 
 
-def spend_free_codes(
+def reassign_unused_codes(
     steps: list[int], n_base2: int, low: float, high: float, *, asymmetric: bool, zero_code: bool,
     scale: float = 1.0, terms: int = 0,
 ) -> list[tuple[int, int | None]]:  # fmt: skip

@@ -20,7 +20,7 @@ from networks import SmallResNet, small_vit
 from torch import Tensor, nn
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
-from logart.quantization.cache import Cache, Place
+from logart.quantization.cache import Cache, CacheLocation
 from logart.quantization.surgery import quantized_layers
 
 SMALL: dict[str, Any] = {
@@ -48,7 +48,7 @@ def compare(model: nn.Module, images: Tensor, settings: dict[str, Any], device: 
     config = QuantConfig(**{**SMALL, **settings})
     here, _ = quantize_model(model, config, images)
     there, report = quantize_model(model, config, images, device=device)
-    kept, _ = quantize_model(model, config, images, device=device, cache=Cache(device, Place.CPU))
+    kept, _ = quantize_model(model, config, images, device=device, cache=Cache(device, CacheLocation.CPU))
     logits = there(images.to(device))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"

@@ -100,7 +100,7 @@ def test_left_to_itself_it_is_the_built_in_network_at_four_bits(ablation: Module
         (["cnn"], {"SEEDS": "-1"}, "ablation: SEEDS: '-1'"),
         (["vit"], {"ITERS": "many"}, "ablation: ITERS: 'many'"),
         (["vit"], {"ITERS": "1 2"}, "ablation: ITERS: '1 2'; expected one number"),
-        (["vit"], {"EXTRA": "'"}, "ablation: EXTRA: \"'\" (No closing quotation)"),
+        (["vit"], {"EXTRA": "'"}, 'ablation: EXTRA: "\'" (No closing quotation)'),
     ],
 )
 def test_wrong_calls(

@@ -266,9 +266,10 @@ OPTIONS = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|.*\|$", README.partition("## W
 @pytest.mark.parametrize("flags", OPTIONS)
 def test_the_options_by_purpose_act_together_on_both_tracks(flags: str) -> None:
     assert len(OPTIONS) == 7
-    assert build_config(build_parser().parse_args(shlex.split(flags))) != build_config(
-        build_parser().parse_args([])
-    ) or "--run_dir" in flags
+    assert (
+        build_config(build_parser().parse_args(shlex.split(flags))) != build_config(build_parser().parse_args([]))
+        or "--run_dir" in flags
+    )
     build_settings(build_vit_parser().parse_args(shlex.split(flags)))
 
 

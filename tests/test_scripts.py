@@ -169,7 +169,7 @@ class Demo:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = -1) -> None:
         self.calls: list[list[str]] = []
         self.failing = failing
-        monkeypatch.setattr("logart.runs.process.run_fresh", self.ran)
+        monkeypatch.setattr("logart.runs.process.run_in_subprocess", self.ran)
         self.main = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]
 
     def ran(self, words: list[str], *also: str) -> int:

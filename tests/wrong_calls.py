@@ -324,9 +324,7 @@ PLACES = [
     cnn("--save_calib_list {folder}", "--save_calib_list: cannot write {folder}; expected the path of a file"),
 ]  # fmt: skip
 
-TABLE = [
-    (track, call) for call in (*FLAGS, *IDLE, *BAD_CONFIGS, *NETWORKS, *DATA, *PLACES) for track in call.tracks
-]
+TABLE = [(track, call) for call in (*FLAGS, *IDLE, *BAD_CONFIGS, *NETWORKS, *DATA, *PLACES) for track in call.tracks]
 
 
 class Wrong:

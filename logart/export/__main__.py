@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logart.cli import FlagParser, refuse_idle, run_command
+from logart.cli import FlagParser, refuse_without_effect, run_command
 from logart.errors import UserError, one_line
 from logart.export.hardware_export import CHOICES, export_hardware
 from logart.export.hardware_readme import approximation, cost_table
@@ -49,7 +49,9 @@ def command(args: argparse.Namespace) -> None:
     """From flags to files."""
     if args.out is None and args.onnx is None:
         raise UserError("nothing to write: expected --out DIR or --onnx OUT.onnx")
-    refuse_idle(args, {"terms": "--terms", "inputs": "--inputs"}, args.out is not None, "it acts on --out alone")
+    refuse_without_effect(
+        args, {"terms": "--terms", "inputs": "--inputs"}, args.out is not None, "it acts on --out alone"
+    )
     if args.onnx is not None:
         from logart.export.onnx_export import check_target, export_onnx  # its packages are an extra
 

@@ -60,7 +60,7 @@ def run_layers(
     try:
         for name, layer in layers.items():
             module = quantized[name]
-            module.hold_packed(layer.codes, layer.spec, expanded=True)
+            module.set_packed(layer.codes, layer.spec, dequantized_weight=True)
             handles.append(module.register_forward_hook(lambda m, a, o, name=name: record(name, m, a, o)))
         with torch.no_grad():
             network(images.to(next(iter(layers.values())).dtype, copy=True))  # some networks normalise in place

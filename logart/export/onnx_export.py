@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import UserError, one_line
-from logart.files import write_whole
+from logart.files import write_atomically
 from logart.grids.grid import Spacing
 from logart.grids.spec import CodebookSpec
 from logart.networks.image_info import input_size_of
@@ -95,7 +95,7 @@ def export_onnx(source: str | Path, out: str | Path, *, model: nn.Module | None 
     data = exported.SerializeToString()
     _compare(data, network, size, source)
     try:
-        write_whole(out, data)
+        write_atomically(out, data)
     except OSError as error:
         raise UserError(f"--onnx: {str(out)!r} cannot be written ({one_line(error)})") from error
     return _sizes(packed.layers, exported, len(data))

@@ -139,17 +139,17 @@ class BlockSensitivity:
 
     Attributes:
         outputs: from δ [C, K] to X̂δ as [images, C, positions].
-        pull: [images, C, positions], Jᵀr.
+        vjp: [images, C, positions], Jᵀr.
         probes: [probes, images, C, positions], Jᵀv.
     """
 
     outputs: Callable[[Tensor], Tensor]
-    pull: Tensor
+    vjp: Tensor
     probes: Tensor
 
     def error(self, delta: Tensor) -> Tensor:
         """The block error of each channel quantized alone, less the constant ‖r‖², [C, K] -> [C] float64."""
         outputs = self.outputs(delta)
-        linear = (self.pull * outputs).sum(dim=(0, 2), dtype=torch.float64)
+        linear = (self.vjp * outputs).sum(dim=(0, 2), dtype=torch.float64)
         along_probes = torch.einsum("vicp,icp->vic", self.probes, outputs).double()
         return along_probes.square().sum(1).mean(0) - 2 * linear

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from logart.grids.grid import check_bits
 
-_AT_ONCE = 2**15  # groups of 8 codes worked on at a time: what is held beside is a few MiB
+_CHUNK_SIZE = 2**15  # groups of 8 codes worked on at a time: what is held beside is a few MiB
 
 
 def packed_bytes(count: int, n_bits: int) -> int:
@@ -37,8 +37,8 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
         raise ValueError(f"code {int(flat.max())} does not fit {n_bits} bits")
     packed = torch.empty(-(-flat.numel() // 8) * n_bits, dtype=torch.uint8, device=flat.device)
     place = torch.arange(8, device=flat.device)
-    for start in range(0, flat.numel(), 8 * _AT_ONCE):
-        chunk = flat[start : start + 8 * _AT_ONCE]
+    for start in range(0, flat.numel(), 8 * _CHUNK_SIZE):
+        chunk = flat[start : start + 8 * _CHUNK_SIZE]
         chunk = torch.cat([chunk, chunk.new_zeros(-len(chunk) % 8)]).reshape(-1, 8)  # 8 codes take n bytes
         words = (chunk.long() << n_bits * place).sum(1)  # disjoint bits: the sum is their union, also in the sign bit
         every = (words[:, None] >> 8 * place[:n_bits] & 255).to(torch.uint8).reshape(-1)
@@ -58,12 +58,12 @@ def unpack(packed: Tensor, n_bits: int, count: int) -> Tensor:
         raise ValueError(f"{count} codes of {n_bits} bits are {packed_bytes(count, n_bits)} bytes, got {seen}")
     codes = torch.empty(count, dtype=torch.uint8, device=packed.device)
     place = torch.arange(8, device=packed.device)
-    for start in range(0, count, 8 * _AT_ONCE):
-        chunk = packed[start // 8 * n_bits :][: _AT_ONCE * n_bits]
+    for start in range(0, count, 8 * _CHUNK_SIZE):
+        chunk = packed[start // 8 * n_bits :][: _CHUNK_SIZE * n_bits]
         chunk = torch.cat([chunk, chunk.new_zeros(-len(chunk) % n_bits)]).reshape(-1, n_bits)
         words = (chunk.long() << 8 * place[:n_bits]).sum(1)
         every = (words[:, None] >> n_bits * place & 2**n_bits - 1).to(torch.uint8).reshape(-1)
-        codes[start : start + 8 * _AT_ONCE] = every[: count - start]
+        codes[start : start + 8 * _CHUNK_SIZE] = every[: count - start]
     return codes
 
 

@@ -63,7 +63,7 @@ def dequantize(codes: Tensor, levels: Tensor) -> Tensor:
     return levels.gather(1, codes.long())
 
 
-def soft_bit(alpha: Tensor) -> Tensor:
+def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """h(α) = clip(1.2·sigmoid(α) - 0.1, 0, 1): how far up from the lower neighbour a weight stands."""
     return (torch.sigmoid(alpha) * _STRETCH - _SHIFT).clamp(0, 1)
 

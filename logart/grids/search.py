@@ -30,8 +30,8 @@ from logart.grids.grid import (
     log_codebook,
     minmax_codebook,
 )
+from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.rounding import count_below, dequantize, nearest
-from logart.grids.spare_codes import spend_free_codes
 
 ErrorFunction = Callable[[Tensor], Tensor]
 
@@ -41,7 +41,7 @@ ErrorFunction = Callable[[Tensor], Tensor]
 SCALES = (*(i / 32 for i in range(12, 41) if i != 32), 1.0)
 HALF_STEPS = (-4, -3, -2, -1, 1, 0)
 # Of candidates held together, about 21 bytes each: 8 bits with scale search has 482,560 a channel.
-_LEVELS_AT_ONCE = 2**24
+_LEVELS_PER_CHUNK = 2**24
 
 
 class ScaleSearch(str, Enum):
@@ -178,7 +178,7 @@ def choose_codebook(
     """The codebook of each row of w [G, M] by the grid asked for.
 
     `error` decides where there is more than one candidate: among the mixes of the dynamic grid, and among scales. The
-    options after it act on log grids; see `log_candidates` and `spend_free_codes`.
+    options after it act on log grids; see `log_candidates` and `reassign_unused_codes`.
     """
     if method is ScaleMethod.LINEAR_MINMAX:
         return minmax_codebook(w, n_bits)
@@ -190,12 +190,12 @@ def choose_codebook(
     if asymmetric and mixes is None:  # below equal levels, k = 0 spaces the codes that move by √2, k = 1 by 2
         books = chain(candidates((0,)), books)
     if asymmetric or zero_code:
-        books = (spend_free_codes(b, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for b in books)
+        books = (reassign_unused_codes(b, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms) for b in books)
     if n_candidates(method, n_bits, scale_search) == 1:
         return next(books)
     chosen: list[Codebook] = []
     least: list[Tensor] = []
-    while some := list(islice(books, max(1, _LEVELS_AT_ONCE // (len(w) * 2**n_bits)))):
+    while some := list(islice(books, max(1, _LEVELS_PER_CHUNK // (len(w) * 2**n_bits)))):
         book, errors = least_error(w, some, error)
         chosen.append(book)
         least.append(errors.amin(0))

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from logart.grids.grid import Codebook, Spacing, affine_codebook, largest_half_step, mixed_codebook, mixed_half_steps
 from logart.grids.packing import pack_rows, unpack, unpack_rows
+from logart.grids.reassigned_codes import move_codes, zero_smallest_negative
 from logart.grids.rounding import dequantize
-from logart.grids.spare_codes import move_codes, zero_smallest_negative
 
 SCALE_UNIT = 32  # a scale of i is i / 32
 ZERO, NEGATIVE, ONE_SIDED, EMPTY = 1, 2, 4, 8  # the rarest last: a range of 0 to 3 takes 2 bits
@@ -32,7 +32,7 @@ LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last
 LINEAR_COLUMNS = ("step", "zero_point")
 COLUMNS = (*LOG_COLUMNS, *LINEAR_COLUMNS)
 Ranges: TypeAlias = Mapping[str, tuple[int, int]]  # column: its least integer, bits of what the others are above it
-_AT_ONCE = 2**18  # levels, weights or channels
+_CHUNK_SIZE = 2**18  # levels, weights or channels
 _WHOLE_BYTES = {"top_half_step": 2, "step": 8}  # the others take one
 
 
@@ -143,8 +143,8 @@ class CodebookSpec:
             values.setdefault("flags", torch.zeros(1, dtype=torch.int64).expand(channels))
             values = {name: values[name] for name in LOG_COLUMNS if name in values}
         spec = cls(values, terms)
-        for start in range(0, channels, _AT_ONCE):
-            spec.select(slice(start, start + _AT_ONCE))._check(start, n_bits, dtype)
+        for start in range(0, channels, _CHUNK_SIZE):
+            spec.select(slice(start, start + _CHUNK_SIZE))._check(start, n_bits, dtype)
         return spec
 
     def _integers(self, name: str) -> Tensor:
@@ -208,7 +208,7 @@ def row_bits(columns: list[str], ranges: Ranges) -> int:
     return sum(ranges[name][1] for name in columns)
 
 
-def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
+def dequantize_packed(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
     """The weight [*shape] that packed codes stand for, of G codebooks that share its rows evenly.
 
     Some channels, and of a channel some weights, at a time: all levels, or the indices of all weights, would take far
@@ -216,12 +216,12 @@ def expand(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, d
     """
     codes = unpack(packed, n_bits, shape.numel()).reshape(spec.channels, -1)
     weight = torch.empty(codes.shape, dtype=dtype, device=packed.device)
-    size = max(1, _AT_ONCE // max(2**n_bits, codes.shape[1]))
+    size = max(1, _CHUNK_SIZE // max(2**n_bits, codes.shape[1]))
     for start in range(0, spec.channels, size):
         part = slice(start, start + size)
         levels = spec.select(part).codebook(n_bits, dtype).levels.to(packed.device)
-        for first in range(0, codes.shape[1], _AT_ONCE):
-            columns = slice(first, first + _AT_ONCE)
+        for first in range(0, codes.shape[1], _CHUNK_SIZE):
+            columns = slice(first, first + _CHUNK_SIZE)
             weight[part, columns] = dequantize(codes[part, columns], levels).to(dtype)
     return weight.reshape(shape)
 

@@ -16,17 +16,17 @@ from logart.packed.checkpoint import packed_layer
 from logart.packed.file import PackedFile, PackedFileError
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
-from logart.quantization.state import Done
+from logart.quantization.state import StageResult
 
 
-def save_state(path: Path, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
+def save_state(path: Path, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
     """Write the state of a unit's rounded layers; OSError where that fails, and no half file."""
     packed = {name: packed_layer(layer) for name, layer in layers.items()}
     biases = {name: layer.bias.detach() for name, layer in layers.items() if isinstance(layer.bias, Tensor)}
     PackedFile(packed, biases, {"seconds": done.seconds, "report": done.report and asdict(done.report)}).write(path)
 
 
-def load_state(path: Path, layers: Mapping[str, QuantizedLayer]) -> Done:
+def load_state(path: Path, layers: Mapping[str, QuantizedLayer]) -> StageResult:
     """Give layers that hold their float weights the codes, codebooks and biases of `save_state`.
 
     Raises:
@@ -47,9 +47,11 @@ def load_state(path: Path, layers: Mapping[str, QuantizedLayer]) -> Done:
     return done
 
 
-def _done(path: Path, info: Mapping[str, Any]) -> Done:
+def _done(path: Path, info: Mapping[str, Any]) -> StageResult:
     try:
         report = info["report"]
-        return Done(float(info["seconds"]), report and BlockReport(**report | {"losses": tuple(report["losses"])}))
+        return StageResult(
+            float(info["seconds"]), report and BlockReport(**report | {"losses": tuple(report["losses"])})
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise PackedFileError(f"{path} is no state of a block") from error

@@ -131,7 +131,7 @@ def load_packed(
     file = PackedFile.read(path)
     try:
         model = _build(file) if model is None else surgery.clone_sharing(model)
-        _restore(model, file, expanded=dequantize == "once")
+        _restore(model, file, dequantized_weight=dequantize == "once")
     except UserError as error:
         raise PackedFileError(f"{path}: {error}") from error
     model.packed_info = file.info  # type: ignore[assignment]
@@ -153,7 +153,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
     return rest
 
 
-def _restore(model: nn.Module, file: PackedFile, *, expanded: bool) -> None:
+def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) -> None:
     """Make a float network the one that was saved: batch norms that were folded go, layers get their codes."""
     surgery.drop_batch_norms(model, keep=lambda name: f"{name}.running_mean" in file.rest)
     modules = dict(model.named_modules())
@@ -171,7 +171,7 @@ def _restore(model: nn.Module, file: PackedFile, *, expanded: bool) -> None:
             raise PackedFileError(f"layer {name} has {seen} in the file, weights {list(packed.shape)} {packed.dtype}")
         layer.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
         quantized = surgery.replace_layer(model, name, packed.n_bits, packed.spec.channels)
-        quantized.hold_packed(packed.codes, packed.spec, expanded=expanded)
+        quantized.set_packed(packed.codes, packed.spec, dequantized_weight=dequantized_weight)
     state = _rest(model)
     for name, tensor in state.items():
         given = file.rest.get(name)

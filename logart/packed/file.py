@@ -38,9 +38,9 @@ import torch
 from torch import Tensor
 
 from logart.errors import UserError, one_line, printable
-from logart.files import write_whole
+from logart.files import write_atomically
 from logart.grids.spec import Ranges, column_ranges, read_ranges
-from logart.packed.layer import Flat, PackedLayer
+from logart.packed.layer import ByteReader, PackedLayer
 from logart.packed.text import MAX_TEXT, MAX_ZIPPED, parsed, to_columns, to_rows, unzipped, zipped
 
 VERSION = 4
@@ -127,7 +127,7 @@ class PackedFile:
             OSError: no room, no permission; what was there before is still there.
         """
         data = self.to_bytes()
-        write_whole(Path(path), data)
+        write_atomically(Path(path), data)
         return len(data)
 
     @classmethod
@@ -141,7 +141,7 @@ class PackedFile:
         try:
             if not path.is_file():
                 raise PackedFileError("is a folder" if path.is_dir() else "does not exist")
-            packed = Flat(_packed(_read(path)))
+            packed = ByteReader(_packed(_read(path)))
             with _naming("description"):
                 content = _description(packed)
             layers = _layers(content, packed)
@@ -191,7 +191,7 @@ def _check_version(metadata: Any) -> None:
         raise PackedFileError(f"has format version {version}, and this LogART reads {VERSION} alone; save it again")
 
 
-def _description(packed: Flat) -> dict[str, Any]:
+def _description(packed: ByteReader) -> dict[str, Any]:
     """The checked outer form of the description, which is taken; ValueError where it is damaged."""
     text, size = unzipped(packed.peek(MAX_ZIPPED).numpy())
     packed.take(size)
@@ -213,7 +213,7 @@ def _packed(data: bytes) -> Tensor:
     return packed
 
 
-def _layers(content: Mapping[str, Any], packed: Flat) -> dict[str, PackedLayer]:
+def _layers(content: Mapping[str, Any], packed: ByteReader) -> dict[str, PackedLayer]:
     """The layers that are listed, each checked."""
     layers: dict[str, PackedLayer] = {}
     with _naming("list of layers"):
@@ -241,7 +241,7 @@ def _info(content: Mapping[str, Any], layers: list[str]) -> dict[str, Any]:
         return {**info, "layers": dict(zip(layers, to_rows(content["report"], len(layers)), strict=True))}
 
 
-def _rest(shapes: Mapping[str, Any], packed: Flat) -> dict[str, Tensor]:
+def _rest(shapes: Mapping[str, Any], packed: ByteReader) -> dict[str, Tensor]:
     """The tensors that are not quantized, by their own names."""
     rest: dict[str, Tensor] = {}
     _check_count(sum(len(named) for named in shapes.values() if isinstance(named, dict)))

@@ -17,7 +17,7 @@ from logart.grids.spec import Ranges
 from logart.packed.file import PackedFile
 from logart.packed.layer import PackedLayer
 
-_AT_ONCE = 2**16  # levels, or weights
+_CHUNK_SIZE = 2**16  # levels, or weights
 
 
 def describe_layer(layer: PackedLayer, ranges: Ranges, info: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def describe_codebooks(layer: PackedLayer) -> Iterator[dict[str, Any]]:
     """Each codebook of a layer: its integers, its levels in the order of the codes, and how often each is used."""
     n_levels = 2**layer.n_bits
     codes = layer.unpacked().reshape(layer.spec.channels, -1)
-    size = max(1, _AT_ONCE // max(n_levels, codes.shape[1]))
+    size = max(1, _CHUNK_SIZE // max(n_levels, codes.shape[1]))
     for start in range(0, len(codes), size):
         spec, rows = layer.spec.select(slice(start, start + size)), codes[start : start + size].long()
         levels = spec.codebook(layer.n_bits, layer.dtype).levels.tolist()
@@ -70,10 +70,10 @@ def describe_codebooks(layer: PackedLayer) -> Iterator[dict[str, Any]]:
 
 def describe(file: PackedFile) -> dict[str, Any]:
     """The whole file in figures, as JSON can say them."""
-    told = file.info.get("layers")
-    told = told if isinstance(told, dict) else {}
+    message = file.info.get("layers")
+    message = message if isinstance(message, dict) else {}
     ranges = file.ranges
-    layers = {name: describe_layer(layer, ranges, told.get(name)) for name, layer in file.layers.items()}
+    layers = {name: describe_layer(layer, ranges, message.get(name)) for name, layer in file.layers.items()}
     rest = {name: {"shape": list(t.shape), "bytes": t.numel() * t.element_size()} for name, t in file.rest.items()}
     info = {name: value for name, value in file.info.items() if name != "layers"}
     return {"info": info, "layers": layers, "rest": rest}

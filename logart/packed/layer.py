@@ -12,14 +12,14 @@ from torch import Tensor
 
 from logart.grids.grid import MAX_BITS, MIN_BITS
 from logart.grids.packing import unpack
-from logart.grids.spec import CodebookSpec, Ranges, expand, row_bits
+from logart.grids.spec import CodebookSpec, Ranges, dequantize_packed, row_bits
 
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-_USUAL = {"dtype": "float32", "terms": 0}  # what an entry need not say
+_DEFAULTS = {"dtype": "float32", "terms": 0}  # what an entry need not say
 
 
-class Flat:
+class ByteReader:
     """A file's bytes [n] uint8, taken apart from their start."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -68,7 +68,7 @@ class PackedLayer:
 
     def weight(self) -> Tensor:
         """The weight that the codes stand for."""
-        return expand(self.codes, self.spec, self.shape, self.n_bits, self.dtype)
+        return dequantize_packed(self.codes, self.spec, self.shape, self.n_bits, self.dtype)
 
     def n_bytes(self, ranges: Ranges) -> tuple[int, int]:
         """Of the codes and of the codebooks, in a file of these ranges."""
@@ -85,18 +85,18 @@ class PackedLayer:
             "terms": self.spec.terms,
             "columns": self.spec.stored(ranges),
         }
-        usual = {**_USUAL, "codebooks": self.shape[0], "columns": list(ranges)}
+        usual = {**_DEFAULTS, "codebooks": self.shape[0], "columns": list(ranges)}
         return {key: None if usual.get(key) == value else value for key, value in entry.items()}
 
     @classmethod
-    def from_entry(cls, entry: Mapping[str, Any], ranges: Ranges, data: Flat) -> PackedLayer:
+    def from_entry(cls, entry: Mapping[str, Any], ranges: Ranges, data: ByteReader) -> PackedLayer:
         """The layer of an entry, checked; the next bytes are its codes, and those of its codebooks follow.
 
         Raises:
             ValueError: an entry that describes no layer, or bytes that are not there or not the layer's.
         """
         said = {key: value for key, value in entry.items() if value is not None}
-        entry = {**_USUAL, "columns": list(ranges), **said}
+        entry = {**_DEFAULTS, "columns": list(ranges), **said}
         kind, shape, n_bits = entry.get("kind"), entry.get("shape"), entry.get("bits")
         dtype, terms, columns = entry.get("dtype"), entry.get("terms"), entry.get("columns")
         if not isinstance(kind, str) or kind not in KINDS:
@@ -120,7 +120,7 @@ class PackedLayer:
         return cls(kind, torch.Size(shape), n_bits, DTYPES[dtype], codes, spec)
 
 
-def _take_bits(data: Flat, count: int, what: str) -> Tensor:
+def _take_bits(data: ByteReader, count: int, what: str) -> Tensor:
     taken = data.take(-(-count // 8))
     if count % 8 and int(taken[-1]) >> count % 8:
         raise ValueError(f"bits after the last {what}")

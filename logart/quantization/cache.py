@@ -25,7 +25,7 @@ from logart.errors import NoRoomError
 _RESERVE = 0.8  # of what is free; the rest is for what no estimate knows
 
 
-class Place(str, Enum):
+class CacheLocation(str, Enum):
     """Where captured tensors live: on the computing device, in host memory, there in half precision, or on disk."""
 
     DEVICE = "device"
@@ -37,16 +37,16 @@ class Place(str, Enum):
         return self.value
 
 
-class Kept:
+class OffloadedTensor:
     """A tensor [n, ...] that lives elsewhere than where it is computed with.
 
     Attributes:
         shape, device: of what indexing by a slice or by indices [B] gives.
     """
 
-    def __init__(self, held: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self._held, self._dtype = held, dtype
-        self.device, self.shape = device, held.shape
+    def __init__(self, snapshot: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._held, self._dtype = snapshot, dtype
+        self.device, self.shape = device, snapshot.shape
 
     def __len__(self) -> int:
         return len(self._held)
@@ -57,10 +57,10 @@ class Kept:
         return self._held[index].to(self.device, self._dtype, copy=True)
 
 
-Captured = Tensor | Kept
+Captured = Tensor | OffloadedTensor
 
 
-class Need(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes that a block takes while it is worked on.
 
     Attributes:
@@ -80,25 +80,27 @@ class Cache:
     Attributes:
         device: the computing device.
         place: where the tensors go; None is decided by `choose`.
-        folder: for `Place.DISK`; None is the system's folder for temporary files.
+        folder: for `CacheLocation.DISK`; None is the system's folder for temporary files.
     """
 
     device: torch.device
-    place: Place | None = Place.DEVICE
+    place: CacheLocation | None = CacheLocation.DEVICE
     folder: Path | None = None
 
     def empty(self, count: int, batch: Tensor) -> tuple[Tensor, Captured]:
         """Memory for `count` images like those of a batch: to write to, and to read from."""
         shape, place = (count, *batch.shape[1:]), self.place
-        if place is Place.DEVICE or (place is Place.CPU and self.device.type == "cpu"):
+        if place is CacheLocation.DEVICE or (place is CacheLocation.CPU and self.device.type == "cpu"):
             tensor = torch.empty(shape, dtype=batch.dtype, device=self.device)
             return tensor, tensor
-        halved = place is Place.HALF and batch.dtype.is_floating_point
+        halved = place is CacheLocation.HALF and batch.dtype.is_floating_point
         dtype = torch.float16 if halved else batch.dtype
-        held = _mapped(shape, dtype, self.folder) if place is Place.DISK else torch.empty(shape, dtype=dtype)
-        return held, Kept(held, batch.dtype, self.device)
+        snapshot = (
+            _mapped(shape, dtype, self.folder) if place is CacheLocation.DISK else torch.empty(shape, dtype=dtype)
+        )
+        return snapshot, OffloadedTensor(snapshot, batch.dtype, self.device)
 
-    def choose(self, needs: Mapping[str, Need]) -> str:
+    def choose(self, needs: Mapping[str, MemoryEstimate]) -> str:
         """Decide on a place where none was given, by what is free; lines that say what each block needs, and where.
 
         Args:
@@ -113,8 +115,8 @@ class Cache:
             if not fitting:
                 name, need = max(needs.items(), key=lambda item: item[1].captured)
                 have = ", ".join(f"{place} {_mib(free[place])}" for place in _order())
-                told = f"captured inputs and targets of {name} take {_mib(need.captured)}; free: {have}"
-                raise NoRoomError(f"{told}; expected fewer calibration images or more room")
+                message = f"captured inputs and targets of {name} take {_mib(need.captured)}; free: {have}"
+                raise NoRoomError(f"{message}; expected fewer calibration images or more room")
             self.place = fitting[0]
         width = max(map(len, ["block", *needs]))
         lines = [f"{'block':<{width}}  captured and working memory, foreseen"]
@@ -122,32 +124,37 @@ class Cache:
         lines.append(f"captured inputs and targets are kept on {self.place} ({_mib(free[self.place])} free)")
         return "\n".join(lines) + ", too little" * (self._most(needs, self.place) > free[self.place])
 
-    def _most(self, needs: Mapping[str, Need], place: Place) -> float:
+    def _most(self, needs: Mapping[str, MemoryEstimate], place: CacheLocation) -> float:
         """Bytes that the largest block takes of a place."""
-        shared = place is Place.DEVICE or (self.device.type == "cpu" and place is not Place.DISK)
-        share = 0.5 if place is Place.HALF else 1.0
+        shared = place is CacheLocation.DEVICE or (self.device.type == "cpu" and place is not CacheLocation.DISK)
+        share = 0.5 if place is CacheLocation.HALF else 1.0
         return max(share * need.captured + shared * need.working for need in needs.values())
 
-    def fall_back(self) -> Place | None:
+    def fall_back(self) -> CacheLocation | None:
         """Leave the GPU that ran out of memory; None where nothing of its memory is captured tensors.
 
         Never to half precision, which changes the codes; nor from host memory to disk, which frees nothing of a GPU.
         """
-        self.place = Place.CPU if self.place is Place.DEVICE else None
+        self.place = CacheLocation.CPU if self.place is CacheLocation.DEVICE else None
         return self.place
 
-    def _free(self) -> dict[Place, int]:
+    def _free(self) -> dict[CacheLocation, int]:
         host = int(psutil.virtual_memory().available)
         device = host
         if self.device.type == "cuda":  # what torch holds in reserve is free to it too
             idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             device = torch.cuda.mem_get_info(self.device)[0] + idle
         disk = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
-        return {Place.DEVICE: device, Place.CPU: host, Place.HALF: host, Place.DISK: disk}
+        return {
+            CacheLocation.DEVICE: device,
+            CacheLocation.CPU: host,
+            CacheLocation.HALF: host,
+            CacheLocation.DISK: disk,
+        }
 
 
-def _order() -> list[Place]:
-    return [Place.DEVICE, Place.CPU, Place.DISK]
+def _order() -> list[CacheLocation]:
+    return [CacheLocation.DEVICE, CacheLocation.CPU, CacheLocation.DISK]
 
 
 def _mib(count: float) -> str:

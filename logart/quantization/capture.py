@@ -50,8 +50,8 @@ def run_to(model: nn.Module, module: nn.Module, x: Tensor, *, through: bool) -> 
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor):
-            told = f"{type(module).__name__} gave a {type(output).__name__}"
-            raise NetworkError(f"{told}; what is reconstructed must give one tensor")
+            message = f"{type(module).__name__} gave a {type(output).__name__}"
+            raise NetworkError(f"{message}; what is reconstructed must give one tensor")
         seen.append((entered[0], output))
         raise _Seen
 
@@ -89,21 +89,21 @@ def inputs_and_outputs(
 ) -> tuple[Captured, Captured]:
     """What the module called `name` is given and what it gives, in one pass; as `inputs`."""
     module = model.get_submodule(name)
-    given = _Gathered(len(images), cache, name)
+    inputs = _Gathered(len(images), cache, name)
 
     def output(x: Tensor) -> Tensor:
-        entered, left = _through(model, module, x)
-        given.add(entered, len(x))
-        return left
+        entered, outputs = _through(model, module, x)
+        inputs.add(entered, len(x))
+        return outputs
 
     targets = _collect(output, images, batch_size, cache, name)
-    return given.whole(), targets
+    return inputs.whole(), targets
 
 
 def _through(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    entered, left = run_to(model, module, x, through=True)
-    assert left is not None
-    return entered, left
+    entered, outputs = run_to(model, module, x, through=True)
+    assert outputs is not None
+    return entered, outputs
 
 
 @torch.no_grad()

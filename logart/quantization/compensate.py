@@ -30,17 +30,17 @@ from logart.quantization.cache import Captured
 from logart.quantization.config import QuantConfig
 from logart.quantization.dbs import layer_moments, per_codebook
 from logart.quantization.layers import QuantizedLayer
-from logart.quantization.surgery import Unit
+from logart.quantization.surgery import Block
 
-RIDGE = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂
+DAMPING = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂
 RIDGE_FLOOR = 1e-12  # λ per row where inputs are dead, and per row and squared mean: float32 knows no input any better
 SWEEPS = 200  # far more than descent was ever seen to need: 3 to 8 from error feedback, 52 from random codes
 _BLOCK = 64  # columns worked on before the others hear of it
 
 
 @torch.no_grad()
-def compensate_unit(
-    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Captured, Captured], config: QuantConfig
+def compensate_block(
+    reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, Captured], config: QuantConfig
 ) -> list[Tensor]:
     """Give every layer of a unit its codebook, codes and bias, in the order they run; they hold float weights before.
 
@@ -55,8 +55,8 @@ def compensate_unit(
         NetworkError: a layer's inputs are finite, but their second moments are not.
     """
     targets = []
-    blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
-    for name in unit.layers:
+    blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
+    for name in block.layers:
         layer, float_layer = quantized.get_submodule(name), reference.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         moments = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
@@ -80,7 +80,7 @@ def compensate_unit(
     return targets
 
 
-def metric(moments: OutputMoments, ridge: float = RIDGE) -> Tensor:
+def metric(moments: OutputMoments, ridge: float = DAMPING) -> Tensor:
     """A [G, K, K] float64 of centred moments."""
     gram = moments.gram
     diagonal = gram.diagonal(dim1=1, dim2=2)
@@ -112,12 +112,12 @@ def round_compensated(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     Returns:
         [C, K] uint8 codes.
     """
-    plain, fed_back = nearest(t, codebook), feed_back(t, a, codebook)
+    plain, fed_back = nearest(t, codebook), error_feedback(t, a, codebook)
     better = _error(fed_back, t, a, codebook) < _error(plain, t, a, codebook)
-    return descend(torch.where(better[:, None], fed_back, plain), t, a, codebook)
+    return coordinate_descent(torch.where(better[:, None], fed_back, plain), t, a, codebook)
 
 
-def feed_back(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+def error_feedback(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     """Round column by column, in order of falling diagonal of A, and let the columns to come make up for each error.
 
     The recursion through the Cholesky factor U of A⁻¹ = UᵀU: after column j, the columns behind it move by
@@ -132,24 +132,24 @@ def feed_back(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     state = t.double().unflatten(0, (groups, -1)).gather(2, columns)
     codes = torch.empty_like(state, dtype=torch.uint8)
 
-    def decide(j: int, ahead: Tensor) -> Tensor:
-        codes[:, :, j], rounded = grid.nearest(ahead[:, :, 0])
-        return (ahead[:, :, 0] - rounded) / diagonal[:, j, None]
+    def decide(j: int, lookahead: Tensor) -> Tensor:
+        codes[:, :, j], rounded = grid.nearest(lookahead[:, :, 0])
+        return (lookahead[:, :, 0] - rounded) / diagonal[:, j, None]
 
-    _sweep(state, factor, decide)
+    _blocked_update(state, factor, decide)
     return torch.empty_like(codes).scatter_(2, columns, codes).flatten(0, 1)
 
 
-def descend(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+def coordinate_descent(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     """Cyclic coordinate descent that looks one weight ahead, until no weight moves.
 
     Each weight in turn stays or takes the level nearest to q_j - [A(q - T)]_j / A_jj, which is best given all others,
     or a neighbour of its own: whichever is best once the weight that comes next has answered with its best level. So
     two weights move together where neither gains alone, which are those of correlated inputs; hence the order of
-    `_chain`. No sweep makes the error larger. Arguments and result as `round_compensated`.
+    `_correlation_order`. No sweep makes the error larger. Arguments and result as `round_compensated`.
     """
     groups = len(a)
-    order = _chain(a)
+    order = _correlation_order(a)
     columns = order[:, None].expand(-1, t.shape[0] // groups, -1)
     a, t = _reordered(a, order), t.double().unflatten(0, (groups, -1)).gather(2, columns)
     codes = codes.unflatten(0, (groups, -1)).gather(2, columns)
@@ -160,8 +160,10 @@ def descend(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
         before = codes.gather(1, rows)
         after = _descend_once(before, t.gather(1, rows), a, codebook.select((first + moving).flatten()))
         codes.scatter_(1, rows, after)
-        moved = (after != before).any(2)
-        moving = moving.gather(1, moved.sort(dim=1, descending=True, stable=True).indices[:, : int(moved.sum(1).max())])
+        n_changed_codes = (after != before).any(2)
+        moving = moving.gather(
+            1, n_changed_codes.sort(dim=1, descending=True, stable=True).indices[:, : int(n_changed_codes.sum(1).max())]
+        )
         if not moving.numel():
             break
     return torch.empty_like(codes).scatter_(2, columns, codes).flatten(0, 1)
@@ -173,16 +175,16 @@ def _descend_once(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Te
     chosen, q = codes.clone(), levels.gather(2, codes.long())
     diagonal = a.diagonal(dim1=1, dim2=2)[:, None, None]
 
-    def decide(j: int, ahead: Tensor) -> Tensor:
-        slope, curvature = ahead[:, :, :1], diagonal[..., j]
+    def decide(j: int, lookahead: Tensor) -> Tensor:
+        slope, curvature = lookahead[:, :, :1], diagonal[..., j]
         own = codes[:, :, j].long()
         best, _ = grid.nearest(q[:, :, j] - slope[..., 0] / curvature[..., 0])
         options = torch.stack([own, best.long(), own - 1, own + 1], -1).clamp(0, levels.shape[2] - 1)
         steps = levels.gather(2, options) - q[:, :, j, None]
         change = steps * (2 * slope + steps * curvature)
         least = curvature * steps.square()
-        if ahead.shape[2] > 1:
-            slope, curvature = ahead[:, :, 1:] + steps * a[:, j, j + 1, None, None], diagonal[..., j + 1]
+        if lookahead.shape[2] > 1:
+            slope, curvature = lookahead[:, :, 1:] + steps * a[:, j, j + 1, None, None], diagonal[..., j + 1]
             next_q = q[:, :, j + 1, None]
             answers = grid.nearest(next_q - slope / curvature)[1] - next_q
             change += answers * (2 * slope + answers * curvature)
@@ -194,11 +196,11 @@ def _descend_once(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Te
         chosen[:, :, j] = options.gather(2, choice)[..., 0].to(torch.uint8)
         return -steps.gather(2, choice)[..., 0]
 
-    _sweep((q - t) @ a, a, decide)  # the slope afresh in each sweep: no error piles up
+    _blocked_update((q - t) @ a, a, decide)  # the slope afresh in each sweep: no error piles up
     return chosen
 
 
-def _chain(a: Tensor) -> Tensor:
+def _correlation_order(a: Tensor) -> Tensor:
     """An order [G, K] of the columns: after each one that of the rest whose input is most correlated with its own."""
     importance = a.diagonal(dim1=1, dim2=2)
     group, at = torch.arange(len(a), device=a.device), importance.argmax(1)
@@ -216,7 +218,7 @@ def _reordered(a: Tensor, order: Tensor) -> Tensor:
     return a.gather(1, rows).gather(2, rows.mT)
 
 
-def _sweep(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor]) -> None:
+def _blocked_update(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor]) -> None:
     """state -= e·matrix[j] for every column j in turn, e = decide(j, state's column j and, in a block, j + 1).
 
     Blocks of columns at a time. Only columns not yet decided are sure to be right: nothing reads the others again.
@@ -230,11 +232,11 @@ def _sweep(state: Tensor, matrix: Tensor, decide: Callable[[int, Tensor], Tensor
     for start in range(0, size, _BLOCK):
         end = min(start + _BLOCK, size)
         block, inner = state[:, :, start:end], matrix[:, start:end, start:end]
-        moved = torch.empty_like(block)
+        n_changed_codes = torch.empty_like(block)
         for j in range(end - start):
-            moved[:, :, j] = decide(start + j, block[:, :, j : j + 2])
-            block -= moved[:, :, j, None] * inner[:, j, None]
-        state[:, :, end:] -= moved @ matrix[:, start:end, end:]
+            n_changed_codes[:, :, j] = decide(start + j, block[:, :, j : j + 2])
+            block -= n_changed_codes[:, :, j, None] * inner[:, j, None]
+        state[:, :, end:] -= n_changed_codes @ matrix[:, start:end, end:]
 
 
 class _Linear:
@@ -258,6 +260,6 @@ def _error(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
 def corrected_bias(bias: Tensor | None, moments: OutputMoments, delta: Tensor) -> Tensor:
     """The bias [C] that keeps the mean output: b + mean(Xw - X̂q), with δ = q - w [C, K] and moments not centred."""
     groups = len(moments.gram)
-    moved = (moments.mean_input[:, None] * delta.double().unflatten(0, (groups, -1))).sum(-1).flatten()
-    shift = moments.residual_sum / moments.count - moved
+    n_changed_codes = (moments.mean_input[:, None] * delta.double().unflatten(0, (groups, -1))).sum(-1).flatten()
+    shift = moments.residual_sum / moments.count - n_changed_codes
     return shift if bias is None else bias.double() + shift

@@ -72,7 +72,7 @@ class QuantConfig:
         search_samples: images for DBS.
         search_batch_size: images at a time in DBS.
         scale_search: which factors of the levels are tried, per channel.
-        asymmetric, zero_code: how codes are spent, see `spare_codes.spend_free_codes`.
+        asymmetric, zero_code: how codes are spent, see `reassigned_codes.reassign_unused_codes`.
         rounding: how codes are found.
         calib_samples: images for LLR and compensated rounding.
         batch_size: images per LLR step, and at a time elsewhere in these stages.

@@ -13,14 +13,14 @@ from logart.quantization.cache import Captured
 from logart.quantization.capture import run_to
 from logart.quantization.config import QuantConfig, SearchMethod
 from logart.quantization.layers import QuantizedLayer
-from logart.quantization.surgery import Unit
+from logart.quantization.surgery import Block
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
 _PATCH_ELEMENTS = 1 << 26  # elements of unfolded patches held at once: 256 MB in float32
 
 
-def search_unit(
-    reference: nn.Module, quantized: nn.Module, unit: Unit, data: tuple[Captured, ...] | None, config: QuantConfig
+def search_block(
+    reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, ...] | None, config: QuantConfig
 ) -> None:
     """Give every layer of a unit its codebook, in the order they run, and round it to nearest.
 
@@ -28,13 +28,13 @@ def search_unit(
         reference, quantized: the float network and the one being quantized; only the unit inside is run.
         data: the unit's inputs [n, ...] in both networks, in this order; None when the measure needs none.
     """
-    for name in unit.layers:
+    for name in block.layers:
         layer = quantized.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         error: ErrorFunction = squared_error
         if data is not None:
             size = config.search_batch_size
-            blocks = reference.get_submodule(unit.name), quantized.get_submodule(unit.name)
+            blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
             float_layer = reference.get_submodule(name)
             if config.search_method is SearchMethod.LAYER_WISE:
                 count = n_candidates(config.scale_method, layer.n_bits, config.scale_search)
@@ -193,15 +193,15 @@ def block_sensitivity(
     x, pulls, probes = [], [], []
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        seen, pull, *along = _pulls(float_block, block, layer, float_inputs[batch], inputs[batch], generator)
+        seen, vjp, *along = _vjps(float_block, block, layer, float_inputs[batch], inputs[batch], generator)
         x.append(seen)
-        pulls.append(pull)
+        pulls.append(vjp)
         probes.append(torch.stack(along))
     fed = torch.cat(x)
     return BlockSensitivity(lambda delta: _apply(layer, fed, delta), torch.cat(pulls), torch.cat(probes, dim=1))
 
 
-def _pulls(
+def _vjps(
     float_block: nn.Module,
     block: nn.Module,
     layer: nn.Module,

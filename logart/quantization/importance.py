@@ -57,8 +57,8 @@ class PerturbationImportance:
         for start in range(0, len(self._images), self._batch_size):
             batch = slice(start, start + self._batch_size)
             x = self._images[batch].to(self._device).double()
-            moved = self._difference(block, x, self._decision[batch], signs).abs().sum(0, keepdim=True)
-            total = moved if total is None else total + moved
+            n_changed_codes = self._difference(block, x, self._decision[batch], signs).abs().sum(0, keepdim=True)
+            total = n_changed_codes if total is None else total + n_changed_codes
         assert total is not None
         mean = total.mean()
         if not torch.isfinite(mean):

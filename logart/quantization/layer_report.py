@@ -14,7 +14,7 @@ from logart.grids.search import rounding_error
 from logart.quantization import surgery
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
-from logart.quantization.surgery import Unit
+from logart.quantization.surgery import Block
 
 HISTOGRAM_RANGE, HISTOGRAM_BINS = 1.25, 60  # of w over the largest magnitude among its codebook's levels
 
@@ -29,7 +29,7 @@ class LayerReport:
         base_mix: how many codebooks have each n_base2; empty for linear grids.
         error_nearest: relative squared error of the weight after plain rounding, ‖w - q‖² / ‖w‖².
         error: the same of the final codes.
-        moved: how many weights learning put on another level than plain rounding.
+        n_changed_codes: how many weights learning put on another level than plain rounding.
         histogram: see `weight_histogram`.
     """
 
@@ -40,7 +40,7 @@ class LayerReport:
     base_mix: dict[int, int]
     error_nearest: float
     error: float
-    moved: int
+    n_changed_codes: int
     histogram: tuple[int, ...] = ()
 
 
@@ -70,19 +70,19 @@ class Report:
                 "block": layer.block,
                 "error_nearest": float(f"{layer.error_nearest:.4g}"),
                 "error": float(f"{layer.error:.4g}"),
-                "moved": layer.moved,
+                "moved": layer.n_changed_codes,
             }
             for layer in self.layers
         }
 
 
 @torch.no_grad()
-def layer_reports(quantized: nn.Module, units: list[Unit]) -> list[LayerReport]:
+def layer_reports(quantized: nn.Module, blocks: list[Block]) -> list[LayerReport]:
     """The report of every layer of a network that was quantized and still knows its float weights."""
     layers = surgery.quantized_layers(quantized)
     reports = []
-    for unit in units:
-        for name in unit.layers:
+    for block in blocks:
+        for name in block.layers:
             layer = layers[name]
             w, codebook, codes = layer.rows, layer.codebook, layer.codes
             assert codes is not None
@@ -95,11 +95,11 @@ def layer_reports(quantized: nn.Module, units: list[Unit]) -> list[LayerReport]:
                     name=name,
                     shape=tuple(layer.shape),
                     n_bits=layer.n_bits,
-                    block=unit.name,
+                    block=block.name,
                     base_mix=mix,
                     error_nearest=float(rounding_error(w, codebook).square().sum()) / energy,
                     error=float(final.square().sum()) / energy,
-                    moved=int((codes.reshape(w.shape) != plain).sum()),
+                    n_changed_codes=int((codes.reshape(w.shape) != plain).sum()),
                     histogram=weight_histogram(layer),
                 )
             )

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from logart.grids.grid import Codebook, Spacing
 from logart.grids.packing import pack
-from logart.grids.rounding import dequantize, nearest, soft_bit, soft_neighbours, soft_round
-from logart.grids.spec import CodebookSpec, expand
+from logart.grids.rounding import dequantize, nearest, rectified_sigmoid, soft_neighbours, soft_round
+from logart.grids.spec import CodebookSpec, dequantize_packed
 
 
 class SoftRounding(nn.Module):
@@ -51,7 +51,7 @@ class SoftRounding(nn.Module):
     @torch.no_grad()
     def codes(self) -> Tensor:
         """Where learning ended: the upper neighbour's code where h ≥ 1/2, else the lower one's; [G, M] uint8."""
-        return self.lower + (soft_bit(self.alpha) >= 0.5).to(torch.uint8)
+        return self.lower + (rectified_sigmoid(self.alpha) >= 0.5).to(torch.uint8)
 
 
 # What a layer keeps of a log codebook beside its levels, and how short.
@@ -65,7 +65,7 @@ class QuantizedLayer(nn.Module):
     """What QuantConv2d and QuantLinear add to their parents.
 
     Attributes:
-        float_weight: the float parameter, shared with the float network; None once `drop_float` was called.
+        float_weight: the float parameter, shared with the float network; None once `discard_float_weight` was called.
         codes: uint8, the weight's shape; None before rounding.
         levels: [G, L] float64; on log grids half_steps: [G, L] int16, signs: [G, L] int8, n_base2: [G] int16, and
             scale: [G] float64 where levels are scaled.
@@ -83,11 +83,11 @@ class QuantizedLayer(nn.Module):
     signs: Tensor | None
     n_base2: Tensor | None
     scale: Tensor | None
-    expanded: Tensor | None
+    dequantized_weight: Tensor | None
     soft: SoftRounding | None
     soft_weight: Tensor
     packed_codes: Tensor | None
-    like: Tensor | None
+    dtype_marker: Tensor | None
     spec: CodebookSpec | None
     spacing: Spacing
     n_codebooks: int
@@ -121,10 +121,10 @@ class QuantizedLayer(nn.Module):
         """The weight the forward uses now: soft while learning, else rounded, else float."""
         if self.soft is not None:
             return self.soft_weight
-        if self.expanded is not None:
-            return self.expanded
+        if self.dequantized_weight is not None:
+            return self.dequantized_weight
         if self.packed_codes is not None:
-            return self._expand()
+            return self._dequantize_packed()
         assert self.float_weight is not None
         return self.float_weight
 
@@ -158,7 +158,7 @@ class QuantizedLayer(nn.Module):
         if self.float_weight is not None:
             self.dtype = self.float_weight.dtype  # the module may have been moved to another since
         self.codes = codes.reshape(self.shape)
-        self.expanded = self._read_off()
+        self.dequantized_weight = self._dequantize()
         self.soft = None
 
     def start_learning(self, target: Tensor | None = None) -> SoftRounding:
@@ -177,7 +177,7 @@ class QuantizedLayer(nn.Module):
         self.soft_weight = self.rows.reshape(self.shape)
         return self.soft
 
-    def soften(self, beta: float | None) -> Tensor:
+    def update_soft_weight(self, beta: float | None) -> Tensor:
         """Compute the soft weights for the next forward; returns their rounding penalty (see `soft_round`)."""
         assert self.soft is not None
         soft, penalty = self.soft(beta)
@@ -193,15 +193,15 @@ class QuantizedLayer(nn.Module):
     def approximate(self, terms: int) -> Callable[[], None]:
         """Let the codes stand for levels whose √2 has `terms` terms; what is returned takes that back."""
         if self.packed_codes is not None and self.spec is not None:
-            held, expanded = self.spec, self.expanded is not None
-            self.hold_packed(self.packed_codes, replace(held, terms=terms), expanded=expanded)
-            return partial(self.hold_packed, self.packed_codes, held, expanded=expanded)
+            snapshot, dequantized_weight = self.spec, self.dequantized_weight is not None
+            self.set_packed(self.packed_codes, replace(snapshot, terms=terms), dequantized_weight=dequantized_weight)
+            return partial(self.set_packed, self.packed_codes, snapshot, dequantized_weight=dequantized_weight)
         assert self.codes is not None
         codes, exact = self.codes.reshape(self.n_codebooks, -1), self.codebook
         self.set_codebook(exact.with_terms(terms), codes)
         return partial(self.set_codebook, exact, codes)
 
-    def held(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """What puts back everything that the layer holds now."""
         kept = {k: v.copy() if k in _MEMBERS else v for k, v in self.__dict__.items()}
         return partial(self.__setstate__, kept)
@@ -209,23 +209,25 @@ class QuantizedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """What torch moves a module with: levels keep their type, and weights of a new type are read off them anew."""
         exact = {name: getattr(self, name) for name in ("levels", "scale")}
-        before = self.expanded
+        before = self.dequantized_weight
         super()._apply(fn, recurse)
         for name, tensor in exact.items():
             if tensor is not None and getattr(self, name).dtype != tensor.dtype:
                 setattr(self, name, tensor.to(getattr(self, name).device))
-        now = self.expanded
+        now = self.dequantized_weight
         if before is not None and now is not None and now.dtype != before.dtype:
-            self.expanded = self._expand() if self.packed_codes is not None else self._read_off().to(now.dtype)
+            self.dequantized_weight = (
+                self._dequantize_packed() if self.packed_codes is not None else self._dequantize().to(now.dtype)
+            )
         return self
 
-    def _read_off(self) -> Tensor:
+    def _dequantize(self) -> Tensor:
         """The levels that the codes stand for, in the weight's shape and own type."""
         assert self.codes is not None and self.levels is not None
         rows = self.codes.reshape(self.n_codebooks, -1)
         return dequantize(rows, self.levels).to(self.dtype).reshape(self.shape)
 
-    def drop_float(self) -> None:
+    def discard_float_weight(self) -> None:
         """Forget the float weight: from here on the codes are all there is."""
         self.float_weight = None
 
@@ -235,29 +237,31 @@ class QuantizedLayer(nn.Module):
         Raises:
             ValueError: the layer is not rounded, or was moved to another type since.
         """
-        holder = self.expanded if self.packed_codes is None else self.like
+        holder = self.dequantized_weight if self.packed_codes is None else self.dtype_marker
         if holder is not None and self.soft is None and holder.dtype != self.dtype:
-            told = f"quantized as {self.dtype}, but moved to {holder.dtype} since"
-            raise ValueError(f"{told}; expected the network in the type it was quantized in")
+            message = f"quantized as {self.dtype}, but moved to {holder.dtype} since"
+            raise ValueError(f"{message}; expected the network in the type it was quantized in")
         if self.packed_codes is not None and self.spec is not None:
             return self.packed_codes, self.spec
         if self.codes is None or self.soft is not None:
             raise ValueError("the layer is not rounded")
         return pack(self.codes, self.n_bits), CodebookSpec.of(self.codebook, self.dtype)
 
-    def hold_packed(self, codes: Tensor, spec: CodebookSpec, *, expanded: bool) -> None:
+    def set_packed(self, codes: Tensor, spec: CodebookSpec, *, dequantized_weight: bool) -> None:
         """Take packed codes in place of the float weight; expand them once, here, or whenever the weight is read."""
-        self.drop_float()
+        self.discard_float_weight()
         self.spacing, self.packed_codes, self.spec = spec.spacing, codes, spec
-        if self.like is None:
-            self.like = torch.empty(0, dtype=self.dtype)
-        if expanded:
-            self.expanded = self._expand()
+        if self.dtype_marker is None:
+            self.dtype_marker = torch.empty(0, dtype=self.dtype)
+        if dequantized_weight:
+            self.dequantized_weight = self._dequantize_packed()
 
-    def _expand(self) -> Tensor:
+    def _dequantize_packed(self) -> Tensor:
         """The weight that the packed codes stand for, cast to the type that the network was moved to since."""
-        assert self.packed_codes is not None and self.spec is not None and self.like is not None
-        return expand(self.packed_codes, self.spec, self.shape, self.n_bits, self.dtype).to(self.like.dtype)
+        assert self.packed_codes is not None and self.spec is not None and self.dtype_marker is not None
+        return dequantize_packed(self.packed_codes, self.spec, self.shape, self.n_bits, self.dtype).to(
+            self.dtype_marker.dtype
+        )
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override,misc]

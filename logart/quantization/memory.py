@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logart.quantization.cache import Need
+from logart.quantization.cache import MemoryEstimate
 from logart.quantization.config import QuantConfig, ReconInput, SearchMethod
 from logart.quantization.dbs import PROBES
-from logart.quantization.surgery import Unit
+from logart.quantization.surgery import Block
 
 # Measured on the CPU, where a library's own copies count too (EXPERIMENTS.md).
 _LEARNING = 26  # times a block's weights: α and Adam, the levels, the soft weight, the gradients, the start in float64
@@ -22,7 +22,7 @@ _STEP = 3  # times a batch of a block's inputs and outputs, beside what the back
 _RESIDUAL = (
     4  # times a layer's outputs of all search images: LW's residual, and a candidate's on their way to its error
 )
-_PULLS = 2 * (PROBES + 1) + 2  # likewise BW's pulls and probes, twice while batches are joined, and a candidate's
+_VJPS = 2 * (PROBES + 1) + 2  # likewise BW's pulls and probes, twice while batches are joined, and a candidate's
 _PASS = 4  # times a batch of the largest of all inputs and outputs: running the network up to a block
 
 
@@ -30,37 +30,39 @@ _PASS = 4  # times a batch of the largest of all inputs and outputs: running the
 class _Traffic:
     """Bytes per image that a block is given, gives, and saves for a backward pass."""
 
-    given: int = 0
-    left: int = 0
+    inputs: int = 0
+    outputs: int = 0
     saved: int = 0
 
 
-def foresee(reference: nn.Module, units: Sequence[Unit], example: Tensor, config: QuantConfig) -> dict[str, Need]:
+def estimate_memory(
+    reference: nn.Module, blocks: Sequence[Block], example: Tensor, config: QuantConfig
+) -> dict[str, MemoryEstimate]:
     """What each unit of a float network will need, by name.
 
     Args:
         reference: the float network.
         example: a few images [n, ...] on its device.
     """
-    traffic = _traffic(reference, [unit.name for unit in units], example, saved=config.learns)
+    traffic = _traffic(reference, [block.name for block in blocks], example, saved=config.learns)
     prefixes = 2 if config.compensates or config.recon_input is ReconInput.MIXED else 1
-    layers = [name for unit in units for name in unit.layers] if config.searches_data else []
+    layers = [name for block in blocks for name in block.layers] if config.searches_data else []
     searched = _traffic(reference, layers, example, saved=False) if layers else {}
-    held = _PULLS if config.search_method is SearchMethod.BLOCK_WISE else _RESIDUAL
-    largest = max(max(seen.given, seen.left) for seen in traffic.values())
+    snapshot = _VJPS if config.search_method is SearchMethod.BLOCK_WISE else _RESIDUAL
+    largest = max(max(seen.inputs, seen.outputs) for seen in traffic.values())
     needs = {}
-    for unit in units:
-        seen, working = traffic[unit.name], 0
+    for block in blocks:
+        seen, working = traffic[block.name], 0
         if config.learns:
-            activations = config.batch_size * (seen.saved + _STEP * (seen.given + seen.left))
-            working = activations + _LEARNING * sum(_weight(reference, name).nbytes for name in unit.layers)
+            activations = config.batch_size * (seen.saved + _STEP * (seen.inputs + seen.outputs))
+            working = activations + _LEARNING * sum(_weight(reference, name).nbytes for name in block.layers)
         if config.compensates:
-            working = max(working, *(_gram_bytes(reference, name) for name in unit.layers))
+            working = max(working, *(_gram_bytes(reference, name) for name in block.layers))
         if config.searches_data:
-            most = max(2 * searched[name].given + held * searched[name].left for name in unit.layers)
+            most = max(2 * searched[name].inputs + snapshot * searched[name].outputs for name in block.layers)
             working = max(working, config.search_samples * most)
         working = max(working, _PASS * config.batch_size * largest)
-        needs[unit.name] = Need(config.images_needed * (prefixes * seen.given + seen.left), working)
+        needs[block.name] = MemoryEstimate(config.images_needed * (prefixes * seen.inputs + seen.outputs), working)
     return needs
 
 
@@ -87,7 +89,7 @@ def _traffic(model: nn.Module, names: Sequence[str], example: Tensor, *, saved: 
     def leave(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inside.pop()
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):  # capturing refuses all others
-            seen[name].given, seen[name].left = args[0][0].nbytes, output[0].nbytes
+            seen[name].inputs, seen[name].outputs = args[0][0].nbytes, output[0].nbytes
 
     def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -15,16 +15,16 @@ from logart.errors import NetworkError, NoRoomError, one_line
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
 from logart.quantization import capture, surgery
 from logart.quantization.cache import Cache, Captured
-from logart.quantization.compensate import compensate_unit
+from logart.quantization.compensate import compensate_block
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric
-from logart.quantization.dbs import search_unit
+from logart.quantization.dbs import search_block
 from logart.quantization.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.quantization.layer_report import Report, layer_reports
 from logart.quantization.layers import QuantizedLayer
-from logart.quantization.memory import foresee
+from logart.quantization.memory import estimate_memory
 from logart.quantization.reconstruct import BlockReport, Loss, learn_rounding
-from logart.quantization.state import Done, Keeper
-from logart.quantization.surgery import Unit
+from logart.quantization.state import StageResult, StageStore
+from logart.quantization.surgery import Block
 from logart.runtime import progress_bar
 
 
@@ -37,9 +37,9 @@ def quantize_model(
     row_groups: Mapping[str, int] = MappingProxyType({}),
     device: torch.device | str = "cpu",
     quiet: bool = True,
-    observe: Callable[[str, nn.Module], None] = lambda stage, model: None,
+    on_stage_end: Callable[[str, nn.Module], None] = lambda stage, model: None,
     cache: Cache | None = None,
-    keeper: Keeper | None = None,
+    stage_store: StageStore | None = None,
 ) -> tuple[nn.Module, Report]:
     """Quantize the convolutions and linear layers of a network onto the grid that `config` asks for.
 
@@ -53,10 +53,11 @@ def quantize_model(
             where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
         device: where to compute, and where the result is.
         quiet: no progress bars.
-        observe: called with ("float", folded float model), ("searched", …) after DBS, unless rounding is compensated,
+        on_stage_end: called with ("float", folded float model), ("searched", …) after DBS, unless rounding is
+            compensated,
             and ("rounded", …) after compensation and LLR; the time it takes is not counted.
         cache: where the inputs and targets of a block are held; without it, on the device.
-        keeper: keeps what each block has come to, and gives it back in a later call with equal arguments, whose
+        stage_store: keeps what each block has come to, and gives it back in a later call with equal arguments, whose
             codes are then the same bit for bit; without it, nothing is kept.
 
     Returns:
@@ -75,25 +76,25 @@ def quantize_model(
     names, report.skipped = surgery.layers_to_quantize(reference, example)
     if not names:
         raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-    units = surgery.find_units(reference, names, block_types)
-    observe("float", reference)
+    blocks = surgery.find_blocks(reference, names, block_types)
+    on_stage_end("float", reference)
 
     quantized = surgery.clone_sharing(reference)
     surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise, row_groups)
     surgery.check_replaced(quantized, example)
     cache = Cache(device) if cache is None else cache
-    work = _Work(reference, quantized, units, images, config, device, quiet, cache, keeper or Keeper())
-    work.look_at_memory(example)
+    work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
+    work.choose_cache(example)
     if not config.compensates:  # which searches each layer's grid itself
         report.search_seconds = sum(done.seconds for done in work.each("DBS", work.search))
-        observe("searched", quantized)
+        on_stage_end("searched", quantized)
     if config.learns or config.compensates:
         title, step = ("LLR", work.learn) if config.learns else ("compensate", work.compensate)
-        outcomes = work.each(title, step)
-        report.reconstruction_seconds = sum(done.seconds for done in outcomes)
-        report.blocks = [done.report for done in outcomes if done.report is not None]
-        observe("rounded", quantized)
-    report.layers = layer_reports(quantized, units)
+        results = work.each(title, step)
+        report.reconstruction_seconds = sum(done.seconds for done in results)
+        report.blocks = [done.report for done in results if done.report is not None]
+        on_stage_end("rounded", quantized)
+    report.layers = layer_reports(quantized, blocks)
     quantized.packed_info = {"settings": config.as_dict(), "layers": report.as_dict()}  # type: ignore[assignment]
     return quantized, report
 
@@ -122,99 +123,101 @@ class _Work:
 
     reference: nn.Module
     quantized: nn.Module
-    units: list[Unit]
+    blocks: list[Block]
     images: Tensor
     config: QuantConfig
     device: torch.device
     quiet: bool
     cache: Cache
-    keeper: Keeper
+    stage_store: StageStore
 
-    def look_at_memory(self, example: Tensor) -> None:
+    def choose_cache(self, example: Tensor) -> None:
         """Foresee what each block needs, and decide where captured tensors live."""
         if self.config.images_needed == 0:
             return
-        told = self.cache.choose(foresee(self.reference, self.units, example, self.config))
+        message = self.cache.choose(estimate_memory(self.reference, self.blocks, example, self.config))
         if not self.quiet:
-            print(told, flush=True)
+            print(message, flush=True)
 
-    def each(self, stage: str, step: Callable[[Unit, Callable[[int, float], None]], BlockReport | None]) -> list[Done]:
+    def each(
+        self, stage: str, step: Callable[[Block, Callable[[int, float], None]], BlockReport | None]
+    ) -> list[StageResult]:
         """One stage of all units: what was kept is taken over, the rest is worked out and kept."""
         layers = surgery.quantized_layers(self.quantized)
         steps = self.config.iters if stage == "LLR" else 1
-        outcomes: list[Done] = []
-        with progress_bar(len(self.units) * steps, stage, self.quiet) as bar:
-            for index, unit in enumerate(self.units):
-                bar.set_description(f"{stage} {unit.name}")
+        results: list[StageResult] = []
+        with progress_bar(len(self.blocks) * steps, stage, self.quiet) as bar:
+            for index, block in enumerate(self.blocks):
+                bar.set_description(f"{stage} {block.name}")
 
                 def show(done: int, loss: float, before: int = index * steps) -> None:
                     bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
                     bar.update(before + done - bar.n)
 
-                own = {name: layers[name] for name in unit.layers}
-                done = self.keeper.restore(stage, index, own)
+                own = {name: layers[name] for name in block.layers}
+                done = self.stage_store.restore(stage, index, own)
                 if done is None:
                     start = time.perf_counter()
-                    report = self._with_room(own.values(), partial(step, unit, show))
-                    done = Done(time.perf_counter() - start, report)
-                    self.keeper.keep(stage, index, own, done)
-                outcomes.append(done)
+                    report = self._with_room(own.values(), partial(step, block, show))
+                    done = StageResult(time.perf_counter() - start, report)
+                    self.stage_store.save(stage, index, own, done)
+                results.append(done)
                 bar.update((index + 1) * steps - bar.n)
-        return outcomes
+        return results
 
     def _with_room(
         self, layers: Iterable[QuantizedLayer], step: Callable[[], BlockReport | None]
     ) -> BlockReport | None:
         """Work on a unit; where the GPU runs out of memory, again from the start with captured tensors elsewhere."""
         while True:
-            undo = [layer.held() for layer in layers]
+            undo = [layer.snapshot() for layer in layers]
             try:
                 return step()
             except torch.cuda.OutOfMemoryError as error:
                 place, self.cache.place = self.cache.place, self.cache.fall_back()
                 if self.cache.place is None:
                     raise NoRoomError(f"out of memory on {self.device} ({one_line(error)})") from error
-                told = f"out of memory on {self.device}: captured tensors go"
-                self.keeper.warn(f"{told} from {place} to {self.cache.place}")
+                message = f"out of memory on {self.device}: captured tensors go"
+                self.stage_store.warn(f"{message} from {place} to {self.cache.place}")
             for restore in undo:
                 restore()
             torch.cuda.empty_cache()
 
-    def search(self, unit: Unit, show: Callable[[int, float], None]) -> None:
+    def search(self, block: Block, show: Callable[[int, float], None]) -> None:
         """DBS of a unit; every layer then holds its codebook and codes of plain rounding."""
         data = None
         if self.config.searches_data:
             how = (self.images[: self.config.search_samples], self.config.search_batch_size, self.cache)
-            data = tuple(capture.inputs(net, unit.name, *how) for net in (self.reference, self.quantized))
-        search_unit(self.reference, self.quantized, unit, data, self.config)
+            data = tuple(capture.inputs(net, block.name, *how) for net in (self.reference, self.quantized))
+        search_block(self.reference, self.quantized, block, data, self.config)
 
-    def compensate(self, unit: Unit, show: Callable[[int, float], None]) -> None:
+    def compensate(self, block: Block, show: Callable[[int, float], None]) -> None:
         """Compensated rounding of a unit, with the search for each layer's grid."""
-        self._compensate(unit)
+        self._compensate(block)
 
-    def _compensate(self, unit: Unit) -> list[Tensor]:
+    def _compensate(self, block: Block) -> list[Tensor]:
         """The targets of the unit's layers, from which LLR may go on."""
-        data = capture.inputs(self.reference, *self._how(unit)), capture.inputs(self.quantized, *self._how(unit))
-        return compensate_unit(self.reference, self.quantized, unit, data, self.config)
+        data = capture.inputs(self.reference, *self._how(block)), capture.inputs(self.quantized, *self._how(block))
+        return compensate_block(self.reference, self.quantized, block, data, self.config)
 
-    def learn(self, unit: Unit, show: Callable[[int, float], None]) -> BlockReport:
+    def learn(self, block: Block, show: Callable[[int, float], None]) -> BlockReport:
         """LLR of a unit: quantized, float or mixed prefix in, float target out."""
         start = time.perf_counter()
-        starts = self._compensate(unit) if self.config.compensates else None
-        inputs, float_inputs, targets = self._capture(unit)
-        loss = self._losses.of(unit, targets)
+        starts = self._compensate(block) if self.config.compensates else None
+        inputs, float_inputs, targets = self._capture(block)
+        loss = self._losses.of(block, targets)
         captured = time.perf_counter()
-        block = self.quantized.get_submodule(unit.name)
-        layers = [surgery.quantized_layers(self.quantized)[name] for name in unit.layers]
+        module = self.quantized.get_submodule(block.name)
+        layers = [surgery.quantized_layers(self.quantized)[name] for name in block.layers]
         report = learn_rounding(
-            unit.name, block, layers, inputs, targets, self.config, loss, show, float_inputs, starts
+            block.name, module, layers, inputs, targets, self.config, loss, show, float_inputs, starts
         )
         learning = time.perf_counter() - captured
         return replace(report, capture_seconds=captured - start, learning_seconds=learning)
 
-    def _capture(self, unit: Unit) -> tuple[Captured, Captured | None, Captured]:
+    def _capture(self, block: Block) -> tuple[Captured, Captured | None, Captured]:
         """What the unit is fed, what the float one is if inputs are mixed, and what it gives: two passes at most."""
-        how = self._how(unit)
+        how = self._how(block)
         if self.config.recon_input is ReconInput.QUANTIZED:
             return capture.inputs(self.quantized, *how), None, capture.outputs(self.reference, *how)
         float_inputs, targets = capture.inputs_and_outputs(self.reference, *how)
@@ -222,13 +225,13 @@ class _Work:
             return float_inputs, None, targets
         return capture.inputs(self.quantized, *how), float_inputs, targets
 
-    def _how(self, unit: Unit) -> tuple[str, Tensor, int, Cache]:
-        return unit.name, self.images[: self.config.calib_samples], self.config.batch_size, self.cache
+    def _how(self, block: Block) -> tuple[str, Tensor, int, Cache]:
+        return block.name, self.images[: self.config.calib_samples], self.config.batch_size, self.cache
 
     @cached_property
     def _losses(self) -> _Losses:
         images = self.images[: self.config.calib_samples]
-        return _Losses(self.reference, self.quantized, self.units, images, self.config, self.device)
+        return _Losses(self.reference, self.quantized, self.blocks, images, self.config, self.device)
 
 
 class _Losses:
@@ -238,29 +241,29 @@ class _Losses:
         self,
         reference: nn.Module,
         quantized: nn.Module,
-        units: list[Unit],
+        blocks: list[Block],
         images: Tensor,
         config: QuantConfig,
         device: torch.device,
     ) -> None:
-        self._config, self._head = config, units[-1].name
+        self._config, self._head = config, blocks[-1].name
         layers = surgery.quantized_layers(quantized)
-        self._channels = {unit.name: layers[unit.layers[-1]].shape[0] for unit in units}
+        self._channels = {block.name: layers[block.layers[-1]].shape[0] for block in blocks}
         if config.recon_metric is ReconMetric.HESSIAN_PERTURB:
             self._importance = PerturbationImportance(
                 reference, images[:IMPORTANCE_IMAGES], config.temperature, config.batch_size, device, config.seed
             )
 
-    def of(self, unit: Unit, targets: Captured) -> Loss:
+    def of(self, block: Block, targets: Captured) -> Loss:
         """The loss of one unit, whose float outputs are `targets`."""
-        if self._config.head_kl and unit.name == self._head:
+        if self._config.head_kl and block.name == self._head:
             return kl_divergence
-        dim = channel_dim(targets.shape, self._channels[unit.name])
+        dim = channel_dim(targets.shape, self._channels[block.name])
         if self._config.recon_metric is ReconMetric.MAE:
             return partial(absolute_error, channel_dim=dim)
         if self._config.recon_metric is ReconMetric.MSE:
             return partial(squared_error, channel_dim=dim)
-        return partial(squared_error, channel_dim=dim, importance=self._importance.of(unit.name))
+        return partial(squared_error, channel_dim=dim, importance=self._importance.of(block.name))
 
 
 def channel_dim(shape: torch.Size, channels: int) -> int:

@@ -152,7 +152,7 @@ def _learn(
         for step in range(config.iters):
             chosen, batch = batches.draw()
             beta = penalty_exponent(step, config)
-            penalty = torch.stack([layer.soften(beta) for layer in layers]).sum()
+            penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
             reconstruction = loss(block(batch), targets[chosen])
             value = reconstruction.item()
             if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others

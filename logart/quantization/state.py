@@ -17,21 +17,21 @@ from logart.quantization.reconstruct import BlockReport
 
 
 @dataclass(frozen=True)
-class Done:
+class StageResult:
     """A unit that a stage is through with: the seconds it took, and LLR's report."""
 
     seconds: float
     report: BlockReport | None = None
 
 
-class Keeper:
+class StageStore:
     """Keeps nothing; what keeps something overrides both methods."""
 
-    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> Done | None:
+    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
         """Give a unit's layers what was kept of this stage; None, and nothing done, if nothing was."""
         return None
 
-    def keep(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
+    def save(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
         """Keep what a stage made of a unit's layers."""
 
     def warn(self, message: str) -> None:

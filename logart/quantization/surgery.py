@@ -21,7 +21,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # timm's BatchNormAct2d is a Ba
 
 
 @dataclass(frozen=True)
-class Unit:
+class Block:
     """What is reconstructed as one: a block, or a layer outside every block.
 
     Attributes:
@@ -273,7 +273,7 @@ def _refuse_sharing(model: nn.Module) -> None:
                     raise NetworkError(f"layers {other} and {name} share one weight; give each its own")
 
 
-def find_units(model: nn.Module, layers: Sequence[str], block_types: Sequence[str]) -> list[Unit]:
+def find_blocks(model: nn.Module, layers: Sequence[str], block_types: Sequence[str]) -> list[Block]:
     """Group layers, given in the order they run, into blocks and single layers.
 
     Args:
@@ -293,7 +293,7 @@ def find_units(model: nn.Module, layers: Sequence[str], block_types: Sequence[st
     for layer in layers:
         owner = next((block for block in blocks if _inside(layer, block)), layer)
         members.setdefault(owner, []).append(layer)
-    return [Unit(name, tuple(inside)) for name, inside in members.items()]
+    return [Block(name, tuple(inside)) for name, inside in members.items()]
 
 
 def _inside(name: str, block: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from logart.cli import FlagParser, run_command
 from logart.errors import UserError
-from logart.files import write_whole
+from logart.files import write_atomically
 from logart.report.groups import Group, Row, signed
 from logart.report.page import Block, Cell, Details, Grid, Heading, Paragraph, figure_names, figures, markdown, page
 from logart.report.paper import Sources, paper_figures
@@ -83,16 +83,16 @@ def _cell(groups: Sequence[Group], sources: Sources) -> Cell:
         return Cell("")
     notes: list[str] = []
     for index, group in enumerate(groups):
-        told = [f"n {group.n}"]
+        message = [f"n {group.n}"]
         if group.distance is not None:
-            told.append(signed(group.distance))
+            message.append(signed(group.distance))
         if group.seconds is not None:
-            told.append(f"{group.seconds:.3g} s" if group.seconds < 999.5 else f"{group.seconds:.0f} s")
+            message.append(f"{group.seconds:.3g} s" if group.seconds < 999.5 else f"{group.seconds:.0f} s")
         if index:
             notes.append(accuracy_text(group))
         if len(groups) > 1:
             notes.append(SEVERAL_FILES.format(group.row["config"] or group.row["preset"] or "flags"))
-        notes.append(" · ".join(told))
+        notes.append(" · ".join(message))
     return Cell(accuracy_text(groups[0]), (*notes, *sources.notes(groups[0])), groups[0].accuracy)
 
 
@@ -110,10 +110,10 @@ def run_blocks(run: Run, prefix: str) -> list[Block]:
         blocks.append(Paragraph("A packed file holds no float weights: the histograms are of the quantized weights, "
                                 "and loss curves are not known."))  # fmt: skip
     if run.row:
-        told = ", ".join(f"{name} {value}" for name, value in run.row.items() if value not in (None, ""))
-        blocks.append(Details("settings and results of this run", (Paragraph(told),)))
+        message = ", ".join(f"{name} {value}" for name, value in run.row.items() if value not in (None, ""))
+        blocks.append(Details("settings and results of this run", (Paragraph(message),)))
     head = ("layer", "shape", "bits", "block", "channels per number of base-2 levels", "error, nearest",
-            "error, final", "moved", "moved [%]")  # fmt: skip
+            "error, final", "n_changed_codes", "moved [%]")  # fmt: skip
     blocks.append(Grid("Layers; error: ‖w − q‖² / ‖w‖²; moved: weights on another level than the nearest",
                        head, tuple(map(_layer_cells, run.layers))))  # fmt: skip
     if run.blocks:
@@ -141,7 +141,7 @@ def _layer_cells(layer: RunLayer) -> tuple[Cell, ...]:
     weights = 1
     for size in layer.shape:
         weights *= size
-    share = None if layer.moved is None else 100 * layer.moved / max(1, weights)
+    share = None if layer.n_changed_codes is None else 100 * layer.n_changed_codes / max(1, weights)
     return (
         Cell(layer.name),
         Cell("×".join(map(str, layer.shape)), (), float(weights)),
@@ -149,7 +149,11 @@ def _layer_cells(layer: RunLayer) -> tuple[Cell, ...]:
         Cell(layer.block),
         Cell(", ".join(f"{k}: {count}" for k, count in sorted(layer.base_mix.items()))),
         *(Cell("" if e is None else f"{e:.4g}", (), e) for e in (layer.error_nearest, layer.error)),
-        Cell("" if layer.moved is None else str(layer.moved), (), None if layer.moved is None else float(layer.moved)),
+        Cell(
+            "" if layer.n_changed_codes is None else str(layer.n_changed_codes),
+            (),
+            None if layer.n_changed_codes is None else float(layer.n_changed_codes),
+        ),
         Cell("" if share is None else f"{share:.1f}", (), share),
     )
 
@@ -175,7 +179,7 @@ def write_report(files: Mapping[str, bytes], out: str) -> None:
         text = old.read_text("utf-8", "replace") if old.is_file() else ""
         shown = figure_names(text) if text.startswith(f"# {TITLE}\n") else []
         for name, data in files.items():
-            write_whole(folder / name, data)
+            write_atomically(folder / name, data)
         for name in {f"{name}.{kind}" for name in shown for kind in KINDS} - set(files):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

@@ -47,9 +47,13 @@ class Sources:
         return [Heading(2, "Sources"), Paragraph(said), *lines]
 
     def _settings(self, source: str) -> list[str]:
-        told = (("DBS on {} images", "search_samples"), ("LLR on {} images", "calib_samples"), ("{} steps", "iters_w"))
+        message = (
+            ("DBS on {} images", "search_samples"),
+            ("LLR on {} images", "calib_samples"),
+            ("{} steps", "iters_w"),
+        )
         rows = [row for row in self.figures if row["source"] == source]
-        seen = [(text, sorted({row[name] for row in rows if row[name]})) for text, name in told]
+        seen = [(text, sorted({row[name] for row in rows if row[name]})) for text, name in message]
         return [text.format(" or ".join(values)) for text, values in seen if values]
 
 

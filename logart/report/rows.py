@@ -49,8 +49,8 @@ def read_rows(path: str | Path) -> Rows:
         damaged.append(f"the first, at line {line}, {wrong}")
     if not rows:
         raise UserError(f"results: none of the {len(lines)} rows of {str(path)!r} can be shown; {damaged[0]}")
-    told = f"results: left out {len(damaged)} of the {len(lines)} rows of {str(path)!r}; "
-    return Rows(rows, told + damaged[0] if damaged else "")
+    message = f"results: left out {len(damaged)} of the {len(lines)} rows of {str(path)!r}; "
+    return Rows(rows, message + damaged[0] if damaged else "")
 
 
 def damage(row: Row) -> str:

@@ -21,7 +21,7 @@ from logart.runs.folder import FORMAT, PACKED, REPORT
 
 @dataclass(frozen=True)
 class RunLayer:
-    """What became of a layer; errors and `moved` are None where nobody said.
+    """What became of a layer; errors and `n_changed_codes` are None where nobody said.
 
     Attributes:
         histogram: counts in equal bins on ±`reach` of its codebook's largest magnitude.
@@ -35,7 +35,7 @@ class RunLayer:
     base_mix: dict[int, int]
     error_nearest: float | None
     error: float | None
-    moved: int | None
+    n_changed_codes: int | None
     histogram: list[int]
     reach: float
     levels: list[float]
@@ -103,12 +103,12 @@ def _refuse(name: str) -> None:
 
 
 def _packed_run(name: str, file: PackedFile) -> Run:
-    told = file.info.get("layers")
+    message = file.info.get("layers")
     layers = []
     for layer_name, layer in file.layers.items():
-        info = told.get(layer_name) if isinstance(told, dict) else None
+        info = message.get(layer_name) if isinstance(message, dict) else None
         known = info if isinstance(info, dict) else {}
-        moved = known.get("moved")
+        n_changed_codes = known.get("n_changed_codes")
         layers.append(
             RunLayer(
                 layer_name,
@@ -118,7 +118,7 @@ def _packed_run(name: str, file: PackedFile) -> Run:
                 base_mix(layer),
                 _error(known.get("error_nearest")),
                 _error(known.get("error")),
-                moved if type(moved) is int and moved >= 0 else None,
+                n_changed_codes if type(n_changed_codes) is int and n_changed_codes >= 0 else None,
                 *code_histogram(layer),
                 common_levels(layer),
             )
@@ -136,7 +136,7 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run
             _mix(entry["base_mix"]),
             _error(entry["error_nearest"]),
             _error(entry["error"]),
-            int(entry["moved"]),
+            int(entry["n_changed_codes"]),
             _counts(entry["histogram"]),
             HISTOGRAM_RANGE,
             common_levels(file.layers[entry["name"]]),

@@ -95,8 +95,8 @@ def _difference(row: Row, networks: Mapping[tuple[str, ...], Sequence[Group]]) -
     """What tells a network from others with its name on data with the same name."""
     rows = [groups[0].row for groups in networks.values()]
     same = [other for other in rows if (other["arch"], other["data"]) == (row["arch"], row["data"])]
-    told = [name for name in ("checkpoint", *NETWORK) if len({other[name] for other in same}) > 1]
-    return ", ".join(f"{name} {row[name][:24] or 'unknown'}" for name in told)
+    message = [name for name in ("checkpoint", *NETWORK) if len({other[name] for other in same}) > 1]
+    return ", ".join(f"{name} {row[name][:24] or 'unknown'}" for name in message)
 
 
 def _tables(groups: Sequence[Group]) -> list[Table]:
@@ -124,9 +124,11 @@ def _tables(groups: Sequence[Group]) -> list[Table]:
             tables.append(_table(dict(zip(GRID, grid, strict=True)), dict(zip(LLR, llr, strict=False)), mine))
     for number, table in enumerate(tables, 1):
         # What only LLR has tells nothing where a table is without.
-        told = {k: v for k, v in table.settings.items() if len({t.settings[k] for t in tables if k in t.settings}) > 1}
+        message = {
+            k: v for k, v in table.settings.items() if len({t.settings[k] for t in tables if k in t.settings}) > 1
+        }
         if len(tables) > 1:
-            table.title = f"Table {number}: " + ", ".join(f"{name} {value}" for name, value in told.items() if value)
+            table.title = f"Table {number}: " + ", ".join(f"{name} {value}" for name, value in message.items() if value)
     return tables
 
 
@@ -139,7 +141,7 @@ def _table(grid: dict[str, str], llr: dict[str, str], groups: Iterable[Group]) -
     plain = {method: method_label(method) for method in methods}
     for method in sorted(methods, key=_place):
         same = [other for other in methods if plain[other] == plain[method]]
-        told = [
+        message = [
             f"{name} {method[3 + i] or 'none'}"
             for i, name in enumerate((*SEARCH, *CALIBRATION))
             if len({other[3 + i] for other in same}) > 1
@@ -149,7 +151,7 @@ def _table(grid: dict[str, str], llr: dict[str, str], groups: Iterable[Group]) -
                 and method[3 + i] not in ("", "False", llr.get(name))
             )
         ]
-        table.labels[method] = ", ".join([plain[method], *told])
+        table.labels[method] = ", ".join([plain[method], *message])
     return table
 
 

@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logart.cli import FlagParser, finite, given, key_values, otherwise, refuse_idle
+from logart.cli import FlagParser, default_if_none, finite, given, key_values, refuse_without_effect
 from logart.errors import UserError
 from logart.grids.grid import ROOT2_TEXT, ScaleMethod, Spacing
 from logart.grids.search import ScaleSearch
 from logart.networks.data import DIGITS
 from logart.networks.network import INTERPOLATIONS, Network
-from logart.quantization.cache import Place
+from logart.quantization.cache import CacheLocation
 from logart.quantization.config import PRESETS, QuantConfig, Rounding, SearchMethod
 from logart.runs.claims import SILENT_MINUTES
 from logart.runs.results import RESULTS
@@ -88,7 +88,7 @@ def add_run_flags(parser: FlagParser) -> None:
                 "network and the report in a new folder")  # fmt: skip
     parser.flag("--resume", metavar="DIR", help="go on with an interrupted --run_dir, after its last finished "
                 "block; its flags need not be repeated")  # fmt: skip
-    parser.flag("--cache", choices=["auto", *(place.value for place in Place)],
+    parser.flag("--cache", choices=["auto", *(place.value for place in CacheLocation)],
                 help="where a block's captured inputs live: on the computing device, in host memory, there in "
                 "half precision (other codes), on disk; auto: the first with room, not half (default)")  # fmt: skip
     parser.flag("--once", nargs="?", const=SILENT_MINUTES, type=finite, metavar="MINUTES",
@@ -135,7 +135,7 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
     settings = dict(settings)
     if args.first_last_bits is not None:
         settings["first_last_bits"] = _first_last_bits(args.first_last_bits)
-    settings["hardware_terms"] = otherwise(args.hardware_approx_terms, 2) if args.hardware_approx else 0
+    settings["hardware_terms"] = default_if_none(args.hardware_approx_terms, 2) if args.hardware_approx else 0
     try:
         config = QuantConfig(**settings)
     except ValueError as error:
@@ -149,8 +149,8 @@ def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> st
     """The message with the user's names: of the flags, or of the config file where no flag that it names was given."""
     names = {field: flag for flag, field in flags.items()} | {"first_last_bits": "first_last_bits"}
     words = error.split()
-    told = [names[word] for word in words if word in names]
-    of_file = getattr(args, "config", None) is not None and not given(args, told)
+    message = [names[word] for word in words if word in names]
+    of_file = getattr(args, "config", None) is not None and not given(args, message)
     start, dashes = (f"--config: {args.config}: ", "") if of_file else ("", "--")
     return start + " ".join(f"{dashes}{names[word]}" if word in names else word for word in words)
 
@@ -175,7 +175,7 @@ def refuse_idle_flags(
     """
 
     def refuse(names: Sequence[str], acts: bool, why: str) -> None:
-        refuse_idle(args, {name: f"--{name}" for name in names}, acts, why)
+        refuse_without_effect(args, {name: f"--{name}" for name in names}, acts, why)
 
     method = config.scale_method
     log = method.spacing is Spacing.LOG
@@ -217,19 +217,19 @@ def run_options(
     if args.once is not None and args.once <= 0:
         raise UserError(f"--once: expected more than 0 minutes, got {args.once:g}")
     return RunOptions(
-        device=resolve_device(otherwise(args.device, "auto")),
-        results=otherwise(args.results, RESULTS),
+        device=resolve_device(default_if_none(args.device, "auto")),
+        results=default_if_none(args.results, RESULTS),
         val_batch_size=val_batch_size,
         workers=workers,
         # The built-in digits tell the whole story; elsewhere one more evaluation may take minutes.
         test_before_calibration=config.learns and (bool(args.test_before_calibration) or data == DIGITS),
-        test_with_terms=otherwise(args.hardware_approx_terms, 2) if args.test_with_hardware_approx else 0,
+        test_with_terms=default_if_none(args.hardware_approx_terms, 2) if args.test_with_hardware_approx else 0,
         quiet=bool(args.quiet),
         network_flags=network_flags,
         save=args.save,
         run_dir=args.run_dir,
         resume=args.resume,
-        cache=None if args.cache in (None, "auto") else Place(args.cache),
+        cache=None if args.cache in (None, "auto") else CacheLocation(args.cache),
         once=args.once,
     )
 
@@ -247,7 +247,7 @@ def network_columns(args: argparse.Namespace, network: Network, track: str, data
         "network_options": " ".join(words),
         "data": data,
         "preset": args.preset,
-        "capture_precision": args.cache if args.cache == Place.HALF.value else None,
+        "capture_precision": args.cache if args.cache == CacheLocation.HALF.value else None,
     }
 
 

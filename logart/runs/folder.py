@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from logart.errors import UserError
-from logart.files import write_whole
+from logart.files import write_atomically
 from logart.networks.evaluate import Accuracy
 from logart.packed.block_state import load_state, save_state
 from logart.packed.file import PackedFileError
 from logart.quantization.layer_report import Report
 from logart.quantization.layers import QuantizedLayer
-from logart.quantization.state import Done, Keeper
+from logart.quantization.state import StageResult, StageStore
 from logart.runs.results import holds_row, row_digest
 from logart.runs.results_schema import Cell
 
@@ -42,7 +42,7 @@ ROW = "row-"
 
 
 @dataclass
-class RunFolder(Keeper):
+class RunFolder(StageStore):
     """A run's folder, locked by this process.
 
     Attributes:
@@ -59,8 +59,8 @@ class RunFolder(Keeper):
     _full: bool = False
     _log: TextIO = field(default_factory=io.StringIO)
 
-    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> Done | None:
-        """See `Keeper`; a state that cannot be read is worked out again."""
+    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
+        """See `StageStore`; a state that cannot be read is worked out again."""
         path = self._state(stage, index)
         if not path.exists():
             return None
@@ -70,8 +70,8 @@ class RunFolder(Keeper):
             self.warn(f"{error}; the block is worked out again")
             return None
 
-    def keep(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: Done) -> None:
-        """See `Keeper`; where there is no room, the run goes on without."""
+    def save(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
+        """See `StageStore`; where there is no room, the run goes on without."""
         with self._room():
             save_state(self._state(stage, index), layers, done)
             self._write_json(ACCURACIES, self._progress())
@@ -85,7 +85,7 @@ class RunFolder(Keeper):
     def finish(self, report: Report, row: Mapping[str, Cell], recorded: str | None) -> None:
         """Keep the report and the results row, and in which file the row is by now; OSError where that fails."""
         content = {"format": FORMAT, "recorded": recorded, "row": dict(row)} | asdict(report)
-        write_whole(self.path / REPORT, as_json(content))
+        write_atomically(self.path / REPORT, as_json(content))
         if recorded is not None:
             for note in self._announced():
                 with suppress(OSError):  # it says nothing any more
@@ -121,7 +121,7 @@ class RunFolder(Keeper):
         return sorted(self.path.glob(f"{ROW}*"))
 
     def warn(self, message: str) -> None:
-        """See `Keeper`; the log has it too."""
+        """See `StageStore`; the log has it too."""
         super().warn(message)
         self._note(message)
 
@@ -156,7 +156,7 @@ class RunFolder(Keeper):
         return {"seconds": self.seconds, "accuracies": {k: v._asdict() for k, v in self.accuracies.items()}}
 
     def _write_json(self, name: str, content: Any) -> None:
-        write_whole(self.path / name, as_json(content))
+        write_atomically(self.path / name, as_json(content))
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -164,8 +164,8 @@ class RunFolder(Keeper):
             yield
         except OSError as error:
             if not self._full:
-                told = f"--run_dir: cannot write to {self.path} ({error.strerror})"
-                self.warn(f"{told}; the run goes on, but cannot be resumed")
+                message = f"--run_dir: cannot write to {self.path} ({error.strerror})"
+                self.warn(f"{message}; the run goes on, but cannot be resumed")
             self._full = True
 
 

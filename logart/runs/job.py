@@ -15,7 +15,7 @@ from logart.runs.checks import check_network
 from logart.runs.claims import claimed
 from logart.runs.columns import settings_columns
 from logart.runs.results_schema import Cell
-from logart.runs.resume import identity, opened
+from logart.runs.resume import fingerprint, opened
 from logart.runs.run import RunOptions, run
 
 
@@ -57,7 +57,7 @@ class Job:
         with claimed(options.results, settings, options.once):
             images, names = load()
             check_network(network.model, images, network.num_classes, flags=options.network_flags)
-            who = identity(self.config, self.columns, network.model, images, source.val.names, options.device)
+            who = fingerprint(self.config, self.columns, network.model, images, source.val.names, options.device)
             with opened(options.run_dir, options.resume, self.flags, who, names, self.started) as folder:
                 if not options.quiet:
                     origin = f"{network.arch} ({network.source}) on {source.name}"

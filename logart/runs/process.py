@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def run_fresh(words: Sequence[str], *also: str) -> int:
+def run_in_subprocess(words: Sequence[str], *also: str) -> int:
     """Run a command in a process of its own, so that memory and seeds are fresh.
 
     Args:

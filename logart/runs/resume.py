@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from logart.errors import Interrupted, UserError
-from logart.files import write_whole
+from logart.files import write_atomically
 from logart.networks.data import DIGITS
 from logart.networks.evaluate import Accuracy
 from logart.quantization.config import QuantConfig
@@ -40,7 +40,7 @@ FREE_FLAGS = (
 PLACES = ("results", "save", "checkpoint", "config", "calib_list", "save_calib_list", "data_path", "dataset")
 
 
-def identity(
+def fingerprint(
     config: QuantConfig,
     columns: Mapping[str, Cell],
     model: nn.Module,
@@ -137,12 +137,12 @@ def opened(
         run_dir: a new one.
         resume: that of a run to go on with, in place of `run_dir`.
         flags: what a new one keeps of the flags that began the run.
-        who: the run's `identity`.
+        who: the run's `fingerprint`.
         names: of the calibration images.
         started: `time.perf_counter()` when the command began.
 
     Raises:
-        UserError: the folder cannot be had, holds something else, is in use, or began with another `identity`.
+        UserError: the folder cannot be had, holds something else, is in use, or began with another `fingerprint`.
         Interrupted: after Ctrl-C.
     """
     place = run_dir if resume is None else resume
@@ -198,14 +198,14 @@ def _begin(folder: RunFolder, flags: Mapping[str, Any], who: Mapping[str, Any], 
     content = {"format": FORMAT, "directory": _here(), "flags": dict(flags), "identity": who}
     try:
         listed = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
-        write_whole(folder.path / "calibration.txt", listed)
-        write_whole(folder.path / RUN, as_json(content))
+        write_atomically(folder.path / "calibration.txt", listed)
+        write_atomically(folder.path / RUN, as_json(content))
     except OSError as error:
         raise UserError(f"--run_dir: cannot write to {folder.path} ({error.strerror})") from error
 
 
 def _take_over(folder: RunFolder, who: Mapping[str, Any]) -> None:
-    before = read_entries(folder.path / RUN, str(folder.path), identity=dict)["identity"]
+    before = read_entries(folder.path / RUN, str(folder.path), fingerprint=dict)["identity"]
     for name, value in who.items():
         if before.get(name) != value:
             raise UserError(

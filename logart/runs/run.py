@@ -18,7 +18,7 @@ from logart.networks.data import ImageSource, validation_batches
 from logart.networks.evaluate import Accuracy, accuracy
 from logart.networks.network import Network
 from logart.packed.checkpoint import SizeTable, save_packed
-from logart.quantization.cache import Cache, Place
+from logart.quantization.cache import Cache, CacheLocation
 from logart.quantization.config import QuantConfig
 from logart.quantization.layer_report import Report
 from logart.quantization.layers import hardware_approximation
@@ -63,7 +63,7 @@ class RunOptions:
     save: str | None = None
     run_dir: str | None = None
     resume: str | None = None
-    cache: Place | None = None
+    cache: CacheLocation | None = None
     once: float | None = None
 
 
@@ -106,9 +106,9 @@ def run(
             row_groups=network.row_groups,
             device=options.device,
             quiet=options.quiet,
-            observe=stages.observe,
+            on_stage_end=stages.on_stage_end,
             cache=Cache(options.device, options.cache, folder.path if folder else None),
-            keeper=folder,
+            stage_store=folder,
         )
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
@@ -120,8 +120,8 @@ def run(
         | cost_columns(report, total, options.device)
     )
     row |= environment()
-    told = {"run": {name: value for name, value in columns.items() if value is not None and name not in _SAID}}
-    info = {**quantized.packed_info, **run_info(network, source, stages), **told}  # type: ignore[dict-item]
+    message = {"run": {name: value for name, value in columns.items() if value is not None and name not in _SAID}}
+    info = {**quantized.packed_info, **run_info(network, source, stages), **message}  # type: ignore[dict-item]
     left = _write(quantized, info, report, row, options, folder)
     if not options.quiet:
         print(layer_table(report))
@@ -158,7 +158,7 @@ def _write(
     """Write all that a run leaves, the run's folder first and, once all else is there, the note that it is finished."""
     problems: list[str] = []
     written: list[str] = []
-    sizes, told, kept = None, "", False
+    sizes, message, kept = None, "", False
     if folder is not None:
         with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
             folder.finish(report, row, None)
@@ -169,13 +169,13 @@ def _write(
         with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
             sizes = save_packed(quantized, options.save, info)
     with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
-        place, told = _record(row, options.results, folder, problems)
+        place, message = _record(row, options.results, folder, problems)
         written.append(f"the row is in {place}")
         if folder is not None and kept:
             folder.finish(report, row, os.path.abspath(place))
     if folder is not None and not kept:
         written.append(f"--resume {folder.path} writes the rest when it can")
-    return _Left(sizes, told, problems and problems + written)
+    return _Left(sizes, message, problems and problems + written)
 
 
 def _record(row: Mapping[str, Cell], results: str, folder: RunFolder | None, problems: list[str]) -> tuple[str, str]:
@@ -226,7 +226,7 @@ class _Stages:
     folder: RunFolder | None
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
 
-    def observe(self, stage: str, network: nn.Module) -> None:
+    def on_stage_end(self, stage: str, network: nn.Module) -> None:
         """What `quantize_model` calls: measures, unless learning goes on from here and nobody asked."""
         if stage != "searched" or self.options.test_before_calibration or not self.config.learns:
             self.measure(stage, network)
@@ -284,7 +284,7 @@ def layer_table(report: Report) -> str:
         shape = "×".join(map(str, layer.shape))
         lines.append(
             f"{layer.name:<{width}}  {shape:<18} {layer.n_bits:>4}  {layer.error_nearest:10.5f} {layer.error:7.5f} "
-            f"{100 * layer.moved / weights:5.1f}%  {mix}"
+            f"{100 * layer.n_changed_codes / weights:5.1f}%  {mix}"
         )
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
     lines += [f"block {b.name}: LLR ended worse and was undone" for b in report.blocks if b.kept == "before"]

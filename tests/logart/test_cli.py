@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from logart.cli import FlagParser, finite, given, key_values, refuse_idle, run_command
+from logart.cli import FlagParser, finite, given, key_values, refuse_without_effect, run_command
 from logart.errors import UserError
 
 
@@ -154,11 +154,11 @@ def test_given_leaves_out_what_was_not_given(parser: FlagParser) -> None:
 def test_idle_flags_are_refused_only_when_given_and_idle(parser: FlagParser, argv: list[str]) -> None:
     args = parser.parse_args(argv)
     flags = {"rrweight": "--rrweight", "channel_wise": "--channel_wise"}
-    refuse_idle(args, flags, True, "never")
-    refuse_idle(args, {"batch_size": "--batch_size"}, False, "not given")
+    refuse_without_effect(args, flags, True, "never")
+    refuse_without_effect(args, {"batch_size": "--batch_size"}, False, "not given")
     name = "--channel_wise" if "channel" in argv[0] else "--rrweight"
     with pytest.raises(UserError, match=f"^{name} has no effect here: nothing is learned$"):
-        refuse_idle(args, flags, False, "nothing is learned")
+        refuse_without_effect(args, flags, False, "nothing is learned")
 
 
 @pytest.mark.parametrize(

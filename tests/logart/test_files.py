@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from logart.files import real_place, write_whole
+from logart.files import real_place, write_atomically
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
@@ -17,8 +17,8 @@ def test_a_written_file_has_the_mode_of_any_file_of_the_user(umask: int, mode: i
     there.touch(0o640)
     before = os.umask(umask)
     try:
-        write_whole(path, b"x")
-        write_whole(there, b"x")
+        write_atomically(path, b"x")
+        write_atomically(there, b"x")
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == there.stat().st_mode & 0o777 == mode
@@ -30,7 +30,7 @@ def test_a_file_written_through_a_link_leaves_the_link(tmp_path: Path) -> None:
     real.parent.mkdir()
     link.symlink_to(real)
     for data in (b"first", b"second"):
-        write_whole(link, data)
+        write_atomically(link, data)
         assert link.is_symlink() and real.read_bytes() == data
     assert [path.name for path in real.parent.iterdir()] == ["real"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from small_runs import SURROUNDINGS, Files, Outcome, seeded, told
+from small_runs import SURROUNDINGS, Files, Outcome, printed, seeded
 from torch import Tensor, nn
 
 import logart.quantization.pipeline
@@ -194,7 +194,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
 ) -> None:
     argv = ["--checkpoint", str(files.digits), *"--iters_w 4 --calib_samples 16 --workers 0".split()]
     row = outcome(*argv).row
-    lines = told(capsys)
+    lines = printed(capsys)
     assert lines[0] == (
         "digits_resnet (untrained.safetensors) on digits: 4 bits, dynamic (tensor_wise DBS), a codebook per channel, "
         "LLR 4 steps a block (mse, quantized input, lr 0.01, λ 0.1), seed 0, on cpu"
@@ -238,7 +238,7 @@ def test_compensated_rounding_from_flags_to_a_row(
 ) -> None:
     argv = [*files.unlearned(), *"--rounding compensated --calib_samples 6".split()]
     first = outcome(*argv)
-    lines = told(capsys)
+    lines = printed(capsys)
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:4]] == ["float", "after compensated rounding"]
     assert "compensated rounding, 6 images" in lines[0] and "DBS" not in lines[0] and "LLR" not in lines[0]
     empty = {"search_method", "search_samples", "lr", "rrweight", "recon_input", "search_Acc@1", "search_Acc@5"}
@@ -257,9 +257,7 @@ def test_nearest_is_no_steps(files: Files, outcome: Callable[..., Outcome]) -> N
     assert named.row["rounding"] == "nearest"
 
 
-def test_resnet18_from_a_file_in_the_hub_s_folder(
-    hub: Path, files: Files, outcome: Callable[..., Outcome]
-) -> None:
+def test_resnet18_from_a_file_in_the_hub_s_folder(hub: Path, files: Files, outcome: Callable[..., Outcome]) -> None:
     path = seeded(lambda: torchvision.models.resnet18(num_classes=4), hub / "resnet18_imagenet.pth.tar")
     flags = "--arch resnet18 --num_classes 4 --input_size 32 --scale_method log_2 --iters_w 0 --workers 0"
     ran = outcome("--data_path", str(files.images), *flags.split())

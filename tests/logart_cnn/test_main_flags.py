@@ -100,9 +100,7 @@ OTHER_VALUES = {
 
 
 @pytest.mark.parametrize("name", EFFECTS | OTHER_VALUES)
-def test_a_flag_changes_what_it_says_and_nothing_else(
-    name: str, files: Files, outcome: Callable[..., Outcome]
-) -> None:
+def test_a_flag_changes_what_it_says_and_nothing_else(name: str, files: Files, outcome: Callable[..., Outcome]) -> None:
     (EFFECTS | OTHER_VALUES)[name].check(files, outcome)
 
 
@@ -172,9 +170,7 @@ def test_save_writes_the_network_with_the_options_it_was_built_with(files: Files
     assert model(torch.zeros(1, *info["preprocessing"]["input_size"])).shape == (1, 4)
 
 
-def test_quiet_leaves_only_accuracies(
-    files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_leaves_only_accuracies(files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = [*files.on_images(), "--results", str(tmp_path / "results.csv")]
     assert main(argv) == 0
     out, err = capfd.readouterr()

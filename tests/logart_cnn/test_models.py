@@ -82,9 +82,7 @@ def trained(model, seed=1):
 
 
 def assert_same_logits(network, reference, size=64):
-    images = torch.randn(
-        2, network.preprocessing.input_size[0], size, size, generator=torch.Generator().manual_seed(5)
-    )
+    images = torch.randn(2, network.preprocessing.input_size[0], size, size, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected, seen = reference(images), network.model(images)
     assert expected.std() > 1e-3 and not torch.equal(expected[0], expected[1])
@@ -142,9 +140,7 @@ class FlatBlock(nn.Module):
     def __init__(self, inp, out, stride, expansion):
         super().__init__()
         mid = inp * expansion
-        expand = (
-            [nn.Conv2d(inp, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6()] if expansion > 1 else []
-        )
+        expand = [nn.Conv2d(inp, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU6()] if expansion > 1 else []
         self.conv = nn.Sequential(
             *expand,
             nn.Conv2d(mid, mid, 3, stride, 1, groups=mid, bias=False),
@@ -227,9 +223,7 @@ class PyclsRegNet(nn.Module):
 
     def __init__(self, widths, depths, group):
         super().__init__()
-        self.stem = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(3, 32, 3, 2, 1, bias=False), bn=nn.BatchNorm2d(32))
-        )
+        self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 32, 3, 2, 1, bias=False), bn=nn.BatchNorm2d(32)))
         inp = 32
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
             blocks = OrderedDict()
@@ -284,9 +278,7 @@ def test_stock_networks_take_their_librarys_layout(hub, arch):
     network = load_network(arch)
     assert_same_logits(network, reference)
     assert (network.arch, network.source, network.num_classes) == (arch, url, 1000)
-    assert network.preprocessing == Preprocessing(
-        (3, 224, 224), 0.875, "bilinear", IMAGENET_MEAN, IMAGENET_STD
-    )
+    assert network.preprocessing == Preprocessing((3, 224, 224), 0.875, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
     assert network.block_types == (block,)
     assert sum(type(module).__name__ == block for module in network.model.modules()) == blocks
     assert not network.model.training and all(p.dtype == torch.float32 for p in network.model.parameters())
@@ -338,9 +330,7 @@ def test_cifar_resnets(tmp_path, depth, parameters):
     assert_same_logits(network, reference, size=32)
     assert network.preprocessing == Preprocessing((3, 32, 32), 1.0, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
     assert (network.block_types, network.num_classes, network.source) == (("CifarBlock",), 10, "a.th")
-    assert (
-        sum(type(module).__name__ == "CifarBlock" for module in network.model.modules()) == (depth - 2) // 2
-    )
+    assert sum(type(module).__name__ == "CifarBlock" for module in network.model.modules()) == (depth - 2) // 2
     fails("--checkpoint: cifar_resnet", f"cifar_resnet{depth}")
 
 
@@ -445,9 +435,7 @@ def test_timm_with_a_checkpoint(tmp_path):
 def test_timm_takes_the_data_settings_of_its_own_config(tmp_path):
     torch.save(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "a.pth")
     network = load_network("timm:resnet10t.c3_in1k", tmp_path / "a.pth", num_classes=7)
-    assert network.preprocessing == Preprocessing(
-        (3, 176, 176), 0.875, "bicubic", IMAGENET_MEAN, IMAGENET_STD
-    )
+    assert network.preprocessing == Preprocessing((3, 176, 176), 0.875, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 
 def test_timms_pretrained_weights(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_results, told
+from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_results, printed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -272,7 +272,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     files: VitFiles, on_digits: list[str], outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = outcome(*on_digits, *"--optimize --iters_w 2 --optim_size 8".split()).row
-    lines = told(capsys)
+    lines = printed(capsys)
     assert lines[0] == (
         "digits_vit (digits.pth) on digits: 4 bits, dynamic (tensor_wise DBS), a codebook per channel, "
         "LLR 2 steps a block (hessian_perturb, mixed 0.5 input, lr 0.1, λ 0.1), seed 0, on cpu"
@@ -313,7 +313,7 @@ def test_without_optimize_the_run_ends_after_dbs(
     on_digits: list[str], outcome: Callable[..., Outcome], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = outcome(*on_digits)
-    assert [line.split(" Acc")[0].rstrip() for line in told(capsys)[2:4]] == [
+    assert [line.split(" Acc")[0].rstrip() for line in printed(capsys)[2:4]] == [
         "float", "after DBS"
     ]  # fmt: skip
     assert ran.losses == [] and {ran.row[name] for name in LLR_COLUMNS} == {""}
@@ -340,7 +340,7 @@ def test_compensated_rounding_from_flags_to_a_row(
 ) -> None:
     argv = [*files.unlearned(), *"--rounding compensated --optim_size 6".split()]
     first = outcome(*argv)
-    lines = told(capsys)
+    lines = printed(capsys)
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:4]] == ["float", "after compensated rounding"]
     assert "compensated rounding, 6 images" in lines[0] and "DBS" not in lines[0] and "LLR" not in lines[0]
     empty = {*LLR_COLUMNS, "search_method", "search_Acc@1", "search_Acc@5"} - {"calib_samples", "batch_size"}
@@ -413,13 +413,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str
         log.append((name, dict(seen)))
         seen.clear()
 
-    def quantize(*args: Any, observe: Callable[[str, nn.Module], None], **kwargs: Any) -> Any:
+    def quantize(*args: Any, on_stage_end: Callable[[str, nn.Module], None], **kwargs: Any) -> Any:
         def watched(stage: str, network: nn.Module) -> None:
             note(stage)
-            observe(stage, network)
+            on_stage_end(stage, network)
             seen.clear()  # an evaluation's
 
-        return originals[0](*args, observe=watched, **kwargs)
+        return originals[0](*args, on_stage_end=watched, **kwargs)
 
     def learn(name: str, *args: Any) -> Any:
         note(name)

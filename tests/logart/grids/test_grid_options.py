@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logart.grids.reassigned_codes import reassign_unused_codes
 from torch import Tensor
 
 from logart.grids.grid import Codebook, ScaleMethod, log_codebook
 from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import SCALES, ScaleSearch, choose_codebook
-from logart.grids.spare_codes import spend_free_codes
 
 N_BITS = range(2, 9)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -61,7 +61,7 @@ def test_spent_codes_equal_the_oracle(n_bits: int, terms: int, scale: float) -> 
     for k in mixes(n_bits):
         plain = log_codebook(w.abs().amax(1), n_bits, k, terms=terms).scaled(scale, terms)
         for asymmetric, zero_code in SPENDINGS:
-            book = spend_free_codes(plain, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms)
+            book = reassign_unused_codes(plain, w, asymmetric=asymmetric, zero_code=zero_code, terms=terms)
             assert book.half_steps is not None and book.signs is not None
             assert torch.equal(book.n_base2, plain.n_base2) and torch.equal(book.scale, plain.scale)  # type: ignore[arg-type]
             other = book.with_terms(3)
@@ -71,7 +71,7 @@ def test_spent_codes_equal_the_oracle(n_bits: int, terms: int, scale: float) -> 
                     continue
                 steps = oracle.half_steps(max(-low, high), n_bits, k)
                 options = {"asymmetric": asymmetric, "zero_code": zero_code, "scale": scale, "terms": terms}
-                signed = oracle.spend_free_codes(steps, k, low, high, **options)  # type: ignore[arg-type]
+                signed = oracle.reassign_unused_codes(steps, k, low, high, **options)  # type: ignore[arg-type]
                 found = zip(book.signs[c].tolist(), book.half_steps[c].tolist(), strict=True)
                 assert [(s, h if s else None) for s, h in found] == signed, (k, asymmetric, zero_code, c)
                 assert len(signed) == 2**n_bits
@@ -84,7 +84,7 @@ def test_spent_codes_equal_the_oracle(n_bits: int, terms: int, scale: float) -> 
 def levels_of(w: list[float], n_bits: int, k: int, **options: bool) -> list[float]:
     rows = torch.tensor([w])
     book = log_codebook(rows.abs().amax(1), n_bits, k)
-    return spend_free_codes(book, rows, **{"asymmetric": False, "zero_code": False, **options}).levels[0].tolist()  # type: ignore[no-any-return]
+    return reassign_unused_codes(book, rows, **{"asymmetric": False, "zero_code": False, **options}).levels[0].tolist()  # type: ignore[no-any-return]
 
 
 def test_by_hand() -> None:
@@ -111,7 +111,7 @@ def test_fewer_than_two_free_codes_change_nothing(n_bits: int) -> None:
         book = log_codebook(torch.ones(1), n_bits, k)
         for reached, sign in product(book.levels[0, -2:].tolist(), (-1, 1)):
             w = sign * torch.tensor([[-reached, 1.0, 0.3]], dtype=torch.float64)
-            spent = spend_free_codes(book, w, asymmetric=True, zero_code=False)
+            spent = reassign_unused_codes(book, w, asymmetric=True, zero_code=False)
             for field in fields(Codebook):
                 before, after = getattr(book, field.name), getattr(spent, field.name)
                 assert torch.equal(before, after) if isinstance(before, Tensor) else before == after
@@ -153,7 +153,7 @@ def test_borders_beside_zero_are_half_the_next_level(n_bits: int) -> None:
     w = channels()
     for k, scale in product(mixes(n_bits), (1.0, 0.75)):
         plain = log_codebook(w.abs().amax(1), n_bits, k).scaled(scale, 0)
-        book = spend_free_codes(plain, w, asymmetric=False, zero_code=True)
+        book = reassign_unused_codes(plain, w, asymmetric=False, zero_code=True)
         zero = 2 ** (n_bits - 1) - 1
         live = w.abs().amax(1) > 0
         assert book.signs is not None and torch.equal(
@@ -166,7 +166,7 @@ def test_borders_beside_zero_are_half_the_next_level(n_bits: int) -> None:
         assert nearest(towards, book)[live].tolist() == [[zero, zero]] * 15
         assert nearest(away, book)[live].tolist() == [[zero - 1, zero + 1]] * 15
         assert nearest(torch.tensor([[0.0, -0.0]]).expand(16, 2), book)[live].tolist() == [[zero, zero]] * 15
-    both = spend_free_codes(plain, w, asymmetric=True, zero_code=False)
+    both = reassign_unused_codes(plain, w, asymmetric=True, zero_code=False)
     inner = (both.levels[:, :-1] < 0) & (both.levels[:, 1:] > 0)
     assert inner.any() and not both.borders[inner].any()  # between both signs without zero: zero
 
@@ -175,7 +175,7 @@ def test_the_border_between_the_signs_is_zero_however_small_they_are() -> None:
     """Levels of unequal magnitude whose product vanishes in float64."""
     w = torch.tensor([[-1e-200, 0.0]], dtype=torch.float64)
     plain = log_codebook(w.abs().amax(1), 3, 4, dtype=w.dtype)
-    book = spend_free_codes(plain, w, asymmetric=True, zero_code=False)
+    book = reassign_unused_codes(plain, w, asymmetric=True, zero_code=False)
     assert int((book.levels > 0).sum()) == 1
     assert float(book.borders[0, -1]) == 0
 
@@ -189,7 +189,7 @@ def test_scaling_and_approximating_keep_the_codes(n_bits: int, terms: int) -> No
         plain = log_codebook(w.abs().amax(1), n_bits, k, terms=terms)
         scaled = plain.scaled(scale, terms)
         assert torch.equal(scaled.levels, plain.levels * scale[:, None]) and torch.equal(scaled.scale, scale)  # type: ignore[arg-type]
-        spent = spend_free_codes(scaled, w, asymmetric=True, zero_code=True, terms=terms)
+        spent = reassign_unused_codes(scaled, w, asymmetric=True, zero_code=True, terms=terms)
         for before in (plain, scaled, spent):
             for other in oracle.TERMS:
                 after = before.with_terms(other)
@@ -211,7 +211,7 @@ def test_no_scale_takes_the_largest_float_past_the_largest_float(n_bits: int, dt
     for k, scale, terms in product(mixes(n_bits), scales, oracle.TERMS):
         book = log_codebook(w.abs().amax(1), n_bits, k, terms=terms, dtype=dtype).scaled(scale, terms, dtype)
         assert book.scale is not None and float(book.scale[-1]) == scale
-        for spent in (book, spend_free_codes(book, w, asymmetric=True, zero_code=True, terms=terms)):
+        for spent in (book, reassign_unused_codes(book, w, asymmetric=True, zero_code=True, terms=terms)):
             assert torch.isfinite(spent.levels.to(dtype)).all() and torch.isfinite(spent.borders).all()
         if scale <= max(SCALES):  # those that are searched also survive the approximation at test time
             assert all(torch.isfinite(book.with_terms(t).levels.to(dtype)).all() for t in oracle.TERMS)
@@ -231,7 +231,7 @@ def test_any_weights_spend_their_codes_as_the_oracle_says(
     k, w = min(k, 2 ** (n_bits - 1)), torch.tensor([weights])
     low, high = float(w.min()), float(w.max())
     book = log_codebook(w.abs().amax(1), n_bits, k).scaled(scale, 0)
-    spent = spend_free_codes(book, w, asymmetric=spending[0], zero_code=spending[1])
+    spent = reassign_unused_codes(book, w, asymmetric=spending[0], zero_code=spending[1])
     assert len(set(spent.levels[0].tolist())) <= 2**n_bits
     q = dequantize(nearest(w, spent), spent.levels)
     assert torch.equal(dequantize(nearest(q, spent), spent.levels), q)
@@ -240,6 +240,6 @@ def test_any_weights_spend_their_codes_as_the_oracle_says(
         return
     options = {"asymmetric": spending[0], "zero_code": spending[1], "scale": scale}
     steps = oracle.half_steps(max(-low, high), n_bits, k)
-    signed = oracle.spend_free_codes(steps, k, low, high, **options)  # type: ignore[arg-type]
+    signed = oracle.reassign_unused_codes(steps, k, low, high, **options)  # type: ignore[arg-type]
     if float(book.scale[0]) == scale:  # type: ignore[index] # else it was cut at the largest float
         assert close(spent.levels[0].tolist(), expected_levels(signed, scale, 0))

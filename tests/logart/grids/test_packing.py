@@ -31,7 +31,7 @@ def test_packing_is_the_bits_in_order(case: tuple[int, list[int]]) -> None:
 def test_more_codes_than_are_worked_on_at_once(n_bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 2**n_bits, (count,), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
     expected = pack(codes, n_bits)
-    monkeypatch.setattr(packing, "_AT_ONCE", 2)
+    monkeypatch.setattr(packing, "_CHUNK_SIZE", 2)
     assert torch.equal(pack(codes, n_bits), expected)
     assert torch.equal(unpack(expected, n_bits, count), codes)
 

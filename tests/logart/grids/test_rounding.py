@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logart.grids.reassigned_codes import reassign_unused_codes
 
 from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook
-from logart.grids.rounding import dequantize, lower_neighbour, nearest, soft_bit, soft_neighbours
+from logart.grids.rounding import dequantize, lower_neighbour, nearest, rectified_sigmoid, soft_neighbours
 from logart.grids.search import mse_codebook
-from logart.grids.spare_codes import spend_free_codes
 
 N_BITS = range(2, 9)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -241,7 +241,7 @@ def start_books(n_bits: int) -> list[tuple[str, Codebook]]:
     """Grids of two channels of each kind, a zero code and a scale among them."""
     w = torch.tensor([[1.0, -0.9, 0.2], [-0.01, 3.0, 0.3]], dtype=torch.float64)
     plain = log_codebook(w.abs().amax(1), n_bits, 1, dtype=w.dtype)
-    spent = spend_free_codes(plain.scaled(0.75, 0), w, asymmetric=True, zero_code=True)
+    spent = reassign_unused_codes(plain.scaled(0.75, 0), w, asymmetric=True, zero_code=True)
     return [("log", plain), ("spent", spent), ("linear", minmax_codebook(w, n_bits))]
 
 
@@ -261,7 +261,7 @@ def test_learning_from_codes_starts_at_the_codes_and_can_move_towards_the_weight
             every_code = codes.repeat(1, w.shape[1]).to(torch.uint8)
             lower, lo, a, b, alpha = soft_neighbours(every_w, book, every_code)
             assert lower.dtype == torch.uint8 and alpha.dtype == dtype
-            h = soft_bit(alpha)
+            h = rectified_sigmoid(alpha)
             assert torch.equal(lower + (h >= 0.5).to(torch.uint8), every_code), name
             assert bool((alpha.abs() < 2.5).all())  # where h is clipped, it has not left the slope
             below = every_w.double() < dequantize(every_code, book.levels)
@@ -280,10 +280,10 @@ def test_learning_from_the_nearest_codes_starts_at_the_weight_where_rounding_agr
         plain, from_codes = soft_neighbours(w, book), soft_neighbours(w, book, nearest(w, book))
         exact = (w != dequantize(nearest(w, book), book.levels)) & (w > book.levels[:, :1]) & (w < book.levels[:, -1:])
         assert torch.equal(plain[0][exact], from_codes[0][exact]), name
-        h = soft_bit(plain[4])
+        h = rectified_sigmoid(plain[4])
         nearest_is_lower = nearest(w, book) == plain[0]
         expected = torch.where(nearest_is_lower, h.clamp(max=0.1), h.clamp(min=0.9))
-        torch.testing.assert_close(soft_bit(from_codes[4])[exact], expected[exact], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rectified_sigmoid(from_codes[4])[exact], expected[exact], rtol=1e-9, atol=1e-9)
 
 
 WEIGHTS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=12)

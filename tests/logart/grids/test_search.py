@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from logart.grids.reassigned_codes import reassign_unused_codes
 from torch import Tensor
 
 import logart.grids.search
@@ -24,7 +25,6 @@ from logart.grids.search import (
     rounding_errors,
     squared_error,
 )
-from logart.grids.spare_codes import spend_free_codes
 
 
 def weights(channels: int, elements: int, seed: int = 0) -> Tensor:
@@ -286,8 +286,8 @@ def test_block_sensitivity_is_exact_for_a_linear_block_seen_along_all_directions
         torch.einsum("iocp,io->icp", jacobian, residual),
         torch.einsum("iocp,vo->vicp", jacobian, hadamard),
     )
-    moved = torch.einsum("iocp,ipk,ck->cio", jacobian, patches, delta)
-    expected = (residual - moved).square().sum((1, 2)) - residual.square().sum()
+    n_changed_codes = torch.einsum("iocp,ipk,ck->cio", jacobian, patches, delta)
+    expected = (residual - n_changed_codes).square().sum((1, 2)) - residual.square().sum()
     torch.testing.assert_close(sensitivity.error(delta), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -317,7 +317,7 @@ def test_how_many_candidates_are_held_together_changes_nothing(
     w = torch.cat([weights(6, 30, seed=1), torch.zeros(1, 30, dtype=torch.float64)])  # equal errors: the last one wins
     expected = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
     for at_once in (1, 2, 4, 7):
-        monkeypatch.setattr(logart.grids.search, "_LEVELS_AT_ONCE", at_once * len(w) * 2**4)
+        monkeypatch.setattr(logart.grids.search, "_LEVELS_PER_CHUNK", at_once * len(w) * 2**4)
         found = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
         for name in ("levels", "n_base2", "half_steps", "signs"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
@@ -351,7 +351,7 @@ def test_what_the_search_leaves_out_could_not_have_won(search: ScaleSearch, opti
     terms = options.get("terms", 0)
     books = log_candidates(w.abs().amax(1), 3, range(5), terms=terms, dtype=w.dtype, scale_search=search)
     spending = {name: options.get(name, False) for name in ("asymmetric", "zero_code")}
-    every = [spend_free_codes(book, w, **spending, terms=terms) for book in books]
+    every = [reassign_unused_codes(book, w, **spending, terms=terms) for book in books]
     expected = least_error(w, every, squared_error)[0]
     found = choose_codebook(w, ScaleMethod.DYNAMIC, 3, scale_search=search, **options)
     assert torch.equal(found.levels, expected.levels)

@@ -130,7 +130,7 @@ def test_integers_that_no_codebook_has_are_refused(columns: tuple[str, ...], row
 
 
 def test_channels_are_named_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec_module, "_AT_ONCE", 3)
+    monkeypatch.setattr(spec_module, "_CHUNK_SIZE", 3)
     columns = [torch.zeros(8, dtype=torch.int64), torch.tensor([0, 0, 0, 0, 0, 0, 0, 9])]
     ranges = {"top_half_step": (0, 0), "n_base2": (0, 4)}
     with pytest.raises(ValueError, match="channel 7: n_base2 9 is out of range at 4 bits"):

@@ -122,7 +122,7 @@ def test_codebooks_are_made_and_printed_some_at_a_time(
     write = sys.stdout.write
     monkeypatch.setattr(sys.stdout, "write", lambda text: (written.append(text), write(text))[1])
     monkeypatch.setattr(CodebookSpec, "codebook", counting)
-    monkeypatch.setattr(logart.packed.inspect, "_AT_ONCE", 18)  # two rows of nine weights
+    monkeypatch.setattr(logart.packed.inspect, "_CHUNK_SIZE", 18)  # two rows of nine weights
     assert shown(capsys, packed, "--layer", "0", *json_flag) == expected
     assert made == [2, 2]
     assert printed_before[0] == 0 < printed_before[1]  # the first two were out before the next were made

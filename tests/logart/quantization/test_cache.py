@@ -17,21 +17,21 @@ import logart.quantization.pipeline
 from logart import QuantConfig, quantize_model
 from logart.errors import NetworkError, NonFiniteError
 from logart.quantization import capture
-from logart.quantization.cache import Cache, Kept, Need, Place
-from logart.quantization.memory import foresee
-from logart.quantization.surgery import Unit, find_units, quantized_layers
+from logart.quantization.cache import Cache, CacheLocation, MemoryEstimate, OffloadedTensor
+from logart.quantization.memory import estimate_memory
+from logart.quantization.surgery import Block, find_blocks, quantized_layers
 
 CPU = torch.device("cpu")
-ELSEWHERE = [Place.HALF, Place.DISK]
+ELSEWHERE = [CacheLocation.HALF, CacheLocation.DISK]
 
 
 @pytest.mark.parametrize("place", ELSEWHERE)
-def test_what_was_written_is_read(place: Place, tmp_path: Path) -> None:
+def test_what_was_written_is_read(place: CacheLocation, tmp_path: Path) -> None:
     values = torch.randn(7, 3, 2)
     memory, kept = Cache(CPU, place, tmp_path).empty(7, values)
     memory.copy_(values)
-    assert isinstance(kept, Kept) and len(kept) == 7 and kept.shape == values.shape
-    expected = values.half().float() if place is Place.HALF else values
+    assert isinstance(kept, OffloadedTensor) and len(kept) == 7 and kept.shape == values.shape
+    expected = values.half().float() if place is CacheLocation.HALF else values
     chosen = torch.tensor([5, 0, 5])
     for index in (slice(2, 6), chosen):
         read = kept[index]
@@ -42,13 +42,13 @@ def test_what_was_written_is_read(place: Place, tmp_path: Path) -> None:
 
 
 def test_on_the_device_nothing_is_copied() -> None:
-    for place in (Place.DEVICE, Place.CPU):
+    for place in (CacheLocation.DEVICE, CacheLocation.CPU):
         memory, kept = Cache(CPU, place).empty(4, torch.zeros(2, 3))
         assert kept is memory
 
 
 def test_integers_are_not_halved() -> None:
-    memory, kept = Cache(CPU, Place.HALF).empty(2, torch.tensor([[70001]]))
+    memory, kept = Cache(CPU, CacheLocation.HALF).empty(2, torch.tensor([[70001]]))
     memory.fill_(70001)
     assert kept[:].tolist() == [[70001], [70001]]
 
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NetworkError, match=r"of 0\.0 MiB do not fit into .* \(No space left on device\)"):
-        Cache(CPU, Place.DISK, tmp_path).empty(4, torch.zeros(2, 3))
+        Cache(CPU, CacheLocation.DISK, tmp_path).empty(4, torch.zeros(2, 3))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,12 +71,14 @@ def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_auto_takes_the_first_with_room_to_spare(
     free: dict[str, int], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = {Place(name): count * 2**20 for name, count in free.items()}
+    room = {CacheLocation(name): count * 2**20 for name, count in free.items()}
     monkeypatch.setattr(Cache, "_free", lambda self: room)
     cache = Cache(torch.device("cuda"), None)
-    told = cache.choose({"small": Need(5 * 2**20, 30 * 2**20), "large": Need(100 * 2**20, 20 * 2**20)})
-    assert cache.place == Place(place)
-    assert told.splitlines() == [
+    printed = cache.choose(
+        {"small": MemoryEstimate(5 * 2**20, 30 * 2**20), "large": MemoryEstimate(100 * 2**20, 20 * 2**20)}
+    )
+    assert cache.place == CacheLocation(place)
+    assert printed.splitlines() == [
         "block  captured and working memory, foreseen",
         "small       5.0 MiB     30.0 MiB",
         "large     100.0 MiB     20.0 MiB",
@@ -85,26 +87,26 @@ def test_auto_takes_the_first_with_room_to_spare(
 
 
 def test_no_room_anywhere_is_refused_but_what_was_asked_for_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cache, "_free", lambda self: dict.fromkeys(Place, 2**20))
-    needs = {"a": Need(5 * 2**20, 0)}
+    monkeypatch.setattr(Cache, "_free", lambda self: dict.fromkeys(CacheLocation, 2**20))
+    needs = {"a": MemoryEstimate(5 * 2**20, 0)}
     with pytest.raises(NetworkError, match=r"of a take 5\.0 MiB; free: device 1\.0 MiB, cpu 1\.0 MiB, disk 1\.0 MiB"):
         Cache(CPU, None).choose(needs)
-    cache = Cache(CPU, Place.CPU)
+    cache = Cache(CPU, CacheLocation.CPU)
     assert cache.choose(needs).endswith("kept on cpu (1.0 MiB free), too little")
-    assert cache.place is Place.CPU
-    told = Cache(CPU, Place.HALF).choose({"a": Need(2**21 - 2, 0)})  # which halves it
-    assert told.endswith("(1.0 MiB free)")
-    assert Cache(CPU, Place.HALF).choose({"a": Need(2**21, 8)}).endswith("too little")
+    assert cache.place is CacheLocation.CPU
+    printed = Cache(CPU, CacheLocation.HALF).choose({"a": MemoryEstimate(2**21 - 2, 0)})  # which halves it
+    assert printed.endswith("(1.0 MiB free)")
+    assert Cache(CPU, CacheLocation.HALF).choose({"a": MemoryEstimate(2**21, 8)}).endswith("too little")
 
 
 @pytest.mark.parametrize(("settings", "prefixes"), [({}, 1), ({"recon_input": "mixed"}, 2), ({"rounding": "both"}, 2)])
 def test_the_need_is_what_capturing_takes(settings: dict[str, Any], prefixes: int) -> None:
     model, images = small_resnet(n_images=6)
     model.eval().requires_grad_(False)
-    units = find_units(model, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)], ["ResidualBlock"])
+    blocks = find_blocks(model, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)], ["ResidualBlock"])
     config = QuantConfig(calib_samples=6, batch_size=4, **settings)
-    needs = foresee(model, units, images[:2], config)
-    assert set(needs) == {unit.name for unit in units}
+    needs = estimate_memory(model, blocks, images[:2], config)
+    assert set(needs) == {block.name for block in blocks}
     for name, need in needs.items():
         entered, gave = capture.inputs_and_outputs(model, name, images, 4, Cache(CPU))
         assert need.captured == prefixes * entered[:].nbytes + gave[:].nbytes
@@ -114,25 +116,27 @@ def test_the_need_is_what_capturing_takes(settings: dict[str, Any], prefixes: in
 
 def test_working_memory_grows_with_the_batch_by_what_autograd_saves() -> None:
     """Of conv, ReLU, conv: both convolutions save their inputs, and the second's is what the ReLU saves."""
-    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    model = nn.Sequential(OrderedDict(block=block)).requires_grad_(False)
-    unit = Unit("block", ("block.0", "block.2"))
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(OrderedDict(module=module)).requires_grad_(False)
+    block = Block("block", ("block.0", "block.2"))
     working = [
-        foresee(model, [unit], torch.rand(2, 3, 5, 5), QuantConfig(batch_size=size))["block"].working
+        estimate_memory(model, [block], torch.rand(2, 3, 5, 5), QuantConfig(batch_size=size))["block"].working
         for size in (10, 30)
     ]
     given, middle, left = 3 * 25 * 4, 8 * 25 * 4, 2 * 25 * 4
     assert (working[1] - working[0]) / 20 == given + middle + 3 * (given + left)
-    plain = foresee(model, [unit], torch.rand(2, 3, 5, 5), QuantConfig(rounding="nearest", search_samples=4))["block"]
+    plain = estimate_memory(model, [block], torch.rand(2, 3, 5, 5), QuantConfig(rounding="nearest", search_samples=4))[
+        "block"
+    ]
     assert plain.working < working[0]
 
 
 @pytest.mark.parametrize(("method", "copies"), [("layer_wise", 4), ("block_wise", 2 * 33 + 2)])
 def test_the_search_by_outputs_needs_the_largest_layer_of_all_search_images(method: str, copies: int) -> None:
-    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    model = nn.Sequential(OrderedDict(block=block)).requires_grad_(False)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(OrderedDict(module=module)).requires_grad_(False)
     config = QuantConfig(rounding="nearest", search_method=method, search_samples=40)
-    need = foresee(model, [Unit("block", ("block.0", "block.2"))], torch.rand(2, 3, 5, 5), config)["block"]
+    need = estimate_memory(model, [Block("block", ("block.0", "block.2"))], torch.rand(2, 3, 5, 5), config)["block"]
     assert need.working == 40 * 25 * 4 * (2 * 3 + copies * 8)
 
 
@@ -151,13 +155,13 @@ def codes_of(config: dict[str, Any], cache: Cache, **arguments: Any) -> list[lis
         model, QuantConfig(n_bits=3, **config), images, block_types=("ResidualBlock",), cache=cache, **arguments
     )
     codes = [layer.codes.flatten().tolist() for layer in quantized_layers(quantized).values()]  # type: ignore[union-attr]
-    return codes + [[float(loss) for loss in block.losses] for block in report.blocks]  # type: ignore[misc]
+    return codes + [[float(loss) for loss in module.losses] for module in report.blocks]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_disk_gives_the_codes_of_the_device(name: str, tmp_path: Path) -> None:
     expected = codes_of(CONFIGS[name], Cache(CPU))
-    assert codes_of(CONFIGS[name], Cache(CPU, Place.DISK, tmp_path)) == expected
+    assert codes_of(CONFIGS[name], Cache(CPU, CacheLocation.DISK, tmp_path)) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -166,8 +170,8 @@ def test_a_gpu_that_runs_out_falls_back_a_step(
 ) -> None:
     """In the middle of a block, when its layers hold something new already: it begins the block again."""
     expected = codes_of(CONFIGS[name], Cache(CPU))
-    where = {"LW": "search_unit", "BW": "search_unit", "compensated": "compensate_unit"}.get(name, "learn_rounding")
-    original, cache, seen = getattr(logart.quantization.pipeline, where), Cache(CPU, Place.DEVICE, tmp_path), []
+    where = {"LW": "search_block", "BW": "search_block", "compensated": "compensate_block"}.get(name, "learn_rounding")
+    original, cache, seen = getattr(logart.quantization.pipeline, where), Cache(CPU, CacheLocation.DEVICE, tmp_path), []
 
     def running_out(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -178,18 +182,18 @@ def test_a_gpu_that_runs_out_falls_back_a_step(
 
     monkeypatch.setattr(logart.quantization.pipeline, where, running_out)
     assert codes_of(CONFIGS[name], cache) == expected
-    assert seen[:4] == [Place.DEVICE, Place.DEVICE, Place.CPU, Place.CPU]
+    assert seen[:4] == [CacheLocation.DEVICE, CacheLocation.DEVICE, CacheLocation.CPU, CacheLocation.CPU]
     assert "out of memory on cpu: captured tensors go from device to cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", [Place.CPU, Place.HALF, Place.DISK])
+@pytest.mark.parametrize("place", [CacheLocation.CPU, CacheLocation.HALF, CacheLocation.DISK])
 def test_out_of_memory_that_holds_no_captured_tensors_is_one_error(
-    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: CacheLocation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def running_out(*args: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
 
-    monkeypatch.setattr(logart.quantization.pipeline, "compensate_unit", running_out)
+    monkeypatch.setattr(logart.quantization.pipeline, "compensate_block", running_out)
     with pytest.raises(NetworkError, match="out of memory on cpu"):
         codes_of(CONFIGS["compensated"], Cache(CPU, place, tmp_path))
 
@@ -198,8 +202,8 @@ def test_what_torch_holds_in_reserve_on_a_gpu_is_free(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 8 * 2**20))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**20)
-    told = Cache(torch.device("cuda"), Place.DEVICE).choose({"a": Need(0, 0)})
-    assert told.endswith("kept on device (6.0 MiB free)")
+    printed = Cache(torch.device("cuda"), CacheLocation.DEVICE).choose({"a": MemoryEstimate(0, 0)})
+    assert printed.endswith("kept on device (6.0 MiB free)")
 
 
 class Divides(nn.Module):
@@ -222,4 +226,4 @@ def test_what_half_precision_cannot_hold_is_named() -> None:
     model, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.ones(3, 2)
     x[1, 0] = 1e5
     with pytest.raises(NonFiniteError, match="block 1: .* image 1 are too large for half precision; expected another"):
-        capture.inputs(model, "1", x, 2, Cache(CPU, Place.HALF))
+        capture.inputs(model, "1", x, 2, Cache(CPU, CacheLocation.HALF))

@@ -154,12 +154,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes of tensors that `run` held at once beyond what was there before."""
     with torch.profiler.profile(profile_memory=True) as profile:
         kept = run()
-    held = peak = 0
+    snapshot = peak = 0
     assert profile.profiler is not None and kept is not None
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            snapshot += event.nbytes()
+            peak = max(peak, snapshot)
     return peak
 
 

@@ -18,9 +18,9 @@ from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
 from logart.quantization import compensate
 from logart.quantization.compensate import (
-    compensate_unit,
-    descend,
-    feed_back,
+    compensate_block,
+    coordinate_descent,
+    error_feedback,
     metric,
     quadratic_error,
     round_compensated,
@@ -30,7 +30,7 @@ from logart.quantization.config import QuantConfig, Rounding
 from logart.quantization.dbs import layer_moments
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.pipeline import quantize_model
-from logart.quantization.surgery import Unit, clone_sharing, quantized_layers, replace_layers
+from logart.quantization.surgery import Block, clone_sharing, quantized_layers, replace_layers
 from logart_cnn.models import load_network
 
 IMAGES = (6, 4, 6, 5)  # neither square nor divisible by the strides
@@ -43,7 +43,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tokens": (lambda: nn.Linear(7, 6, bias=False), (5, 8, 7)),
     "more weights than rows": (lambda: nn.Linear(30, 6), (8, 30)),
 }
-RIDGE, FLOOR = 0.01, 1e-12
+DAMPING, FLOOR = 0.01, 1e-12
 
 
 def twins(build: Callable[[], nn.Module], n_bits: int = 3, n_codebooks: int = 0) -> tuple[nn.Module, QuantizedLayer]:
@@ -79,7 +79,7 @@ def plain_metric_and_target(layer: nn.Module, x: Tensor, x_hat: Tensor) -> tuple
         mean = of_x_hat.mean(0)
         of_x, of_x_hat = of_x - of_x.mean(0), of_x_hat - mean
         gram = of_x_hat.T @ of_x_hat
-        ridge = RIDGE * gram.diagonal().mean() + FLOOR * len(of_x) * (1 + mean.square().mean())
+        ridge = DAMPING * gram.diagonal().mean() + FLOOR * len(of_x) * (1 + mean.square().mean())
         metrics.append(gram + ridge * torch.eye(len(w), dtype=w.dtype))
         targets.append(torch.linalg.solve(metrics[-1], of_x_hat.T @ (of_x @ w) + ridge * w))
     return torch.stack(metrics), torch.stack(targets)
@@ -168,7 +168,7 @@ def test_hard_inputs_leave_a_definite_metric_and_sane_weights(name: str, build: 
     moments = layer_moments(layer, quantized, layer, quantized, x, x_hat, batch_size=16, shifted=True).centred()
     assert float(torch.linalg.eigvalsh(metric(moments)).amin()) > 0
     config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, batch_size=16)
-    (t,) = compensate_unit(nn.Sequential(layer), nn.Sequential(quantized), Unit("0", ("0",)), (x, x_hat), config)
+    (t,) = compensate_block(nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (x, x_hat), config)
     w = layer.weight
     assert isinstance(w, Tensor) and isinstance(quantized.bias, Tensor)
     assert bool(torch.isfinite(quantized.bias).all())
@@ -237,9 +237,9 @@ def plain_descend(codes: Tensor, t: Tensor, a: Tensor, levels: list[float]) -> l
         q[j] = own
         return least
 
-    moved = True
-    while moved:
-        moved = False
+    n_changed_codes = True
+    while n_changed_codes:
+        n_changed_codes = False
         for place, j in enumerate(order):
             answering = None if place % 64 == 63 or place == len(order) - 1 else order[place + 1]
             best = min(range(len(levels)), key=lambda i: objective(j, levels[i]))  # noqa: B023
@@ -248,7 +248,7 @@ def plain_descend(codes: Tensor, t: Tensor, a: Tensor, levels: list[float]) -> l
             errors = [after_answer(j, i, answering) for i in options]
             k = min(range(4), key=errors.__getitem__)
             if errors[k] < errors[0] * (1 - 1e-12):
-                found[j], moved = options[k], True
+                found[j], n_changed_codes = options[k], True
             q[j] = levels[found[j]]
     return found
 
@@ -257,7 +257,7 @@ def plain_descend(codes: Tensor, t: Tensor, a: Tensor, levels: list[float]) -> l
 def test_feed_back_is_the_recursion_with_explicit_inverses(groups: int, size: int) -> None:
     """Also where the columns do not fill the last block."""
     t, a, codebook = correlated(groups, 2, size, seed=size)
-    codes = feed_back(t, a, codebook)
+    codes = error_feedback(t, a, codebook)
     assert codes.dtype == torch.uint8
     levels = codebook.levels.tolist()
     assert codes.tolist() == [plain_feed_back(row, a[c // 2], levels[c]) for c, row in enumerate(t)]
@@ -271,7 +271,7 @@ def test_descent_is_the_plain_one(groups: int, size: int) -> None:
     start = nearest(t, codebook)
     levels = codebook.levels.tolist()
     expected = [plain_descend(start[c], t[c], a[c // 2], levels[c]) for c in range(len(t))]
-    assert descend(start, t, a, codebook).tolist() == expected
+    assert coordinate_descent(start, t, a, codebook).tolist() == expected
     assert size < 9 or start.tolist() != expected
 
 
@@ -282,13 +282,13 @@ def test_descent_never_rises_and_ends_where_no_weight_can_improve(
 ) -> None:
     t, a, codebook = correlated(2, 4, 40, seed=n_bits, n_bits=n_bits)
     random = torch.randint(0, 2**n_bits, t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    starts = {"nearest": nearest(t, codebook), "fed back": feed_back(t, a, codebook), "random": random}
+    starts = {"nearest": nearest(t, codebook), "fed back": error_feedback(t, a, codebook), "random": random}
     codes = starts.get(start, torch.zeros_like(random))
-    given, end = codes.clone(), descend(codes, t, a, codebook)
+    given, end = codes.clone(), coordinate_descent(codes, t, a, codebook)
     assert torch.equal(codes, given)
     monkeypatch.setattr(compensate, "SWEEPS", 1)
     sweeps = 0
-    while not torch.equal(after := descend(codes, t, a, codebook), codes):
+    while not torch.equal(after := coordinate_descent(codes, t, a, codebook), codes):
         assert_no_worse(plain_error(after, t, a, codebook), plain_error(codes, t, a, codebook))
         codes, sweeps = after, sweeps + 1
     assert sweeps < 100 and torch.equal(codes, end)  # so the real one ended by itself
@@ -304,7 +304,7 @@ def test_codes_follow_linear_distance_on_a_log_grid() -> None:
     """1.45 is nearer to 1 than to 2 by distance, not by ratio; A = I leaves nothing else to decide."""
     codebook = log_codebook(torch.tensor([2.0]), 3, 4)
     t, a = torch.tensor([[1.45, -1.45, 1.55, -2.95]], dtype=torch.float64), torch.eye(4, dtype=torch.float64)[None]
-    for codes in (feed_back(t, a, codebook), descend(nearest(t, codebook), t, a, codebook)):
+    for codes in (error_feedback(t, a, codebook), coordinate_descent(nearest(t, codebook), t, a, codebook)):
         assert dequantize(codes, codebook.levels).tolist() == [[1.0, -1.0, 2.0, -2.0]]
 
 
@@ -318,9 +318,9 @@ def test_the_result_is_no_worse_than_feedback_or_nearest(
     codebook = choose_codebook(t, method, n_bits)
     codes = round_compensated(t, a, codebook)
     reached = plain_error(codes, t, a, codebook)
-    assert_no_worse(reached, plain_error(feed_back(t, a, codebook), t, a, codebook))
+    assert_no_worse(reached, plain_error(error_feedback(t, a, codebook), t, a, codebook))
     assert_no_worse(reached, plain_error(nearest(t, codebook), t, a, codebook))
-    assert torch.equal(codes, descend(codes, t, a, codebook))
+    assert torch.equal(codes, coordinate_descent(codes, t, a, codebook))
 
 
 TOYS: dict[str, Callable[[Callable[[int, int], Tensor]], Tensor]] = {
@@ -355,7 +355,7 @@ def test_toy_problems_are_within_5_percent_of_the_optimum(inputs: str) -> None:
 # ---------------------------------------------------------------- layers and units
 
 
-def expanded(codebook: Codebook, channels: int) -> Codebook:
+def dequantized_weight(codebook: Codebook, channels: int) -> Codebook:
     """A codebook of every channel, from one per group of consecutive channels."""
     return codebook.select(torch.arange(len(codebook.levels)).repeat_interleave(channels // len(codebook.levels)))
 
@@ -376,8 +376,8 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
     channels, w, wanted = len(layer.weight), quantized.rows.clone(), layer(x)  # type: ignore[arg-type]
     float_bias = layer.bias
     config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, batch_size=4, **OPTIONS[options])  # type: ignore[arg-type]
-    unit, models = Unit("0", ("0",)), (nn.Sequential(layer), nn.Sequential(quantized))
-    (t,) = compensate_unit(*models, unit, (x, x_hat), config)
+    block, models = Block("0", ("0",)), (nn.Sequential(layer), nn.Sequential(quantized))
+    (t,) = compensate_block(*models, block, (x, x_hat), config)
     a, plain_t = plain_metric_and_target(layer, x, x_hat)
     plain_t = plain_t.reshape(t.shape)
     torch.testing.assert_close(t, plain_t, rtol=1e-9, atol=1e-10)
@@ -390,7 +390,7 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
         t.reshape(quantized.n_codebooks, -1), config.scale_method, 3, error=error, **config.grid_options
     )
     assert torch.equal(quantized.codebook.levels, codebook.levels)
-    codes = round_compensated(t.flatten(1), a, expanded(codebook, channels))
+    codes = round_compensated(t.flatten(1), a, dequantized_weight(codebook, channels))
     assert quantized.codes is not None and torch.equal(quantized.codes.flatten(1), codes)
     levels = codebook.levels.tolist()
     for c, row in enumerate(quantized.weight.flatten(1).tolist()):
@@ -409,7 +409,7 @@ def test_the_mean_output_is_kept_in_float32_at_large_means(bias: bool) -> None:
     x = hard_inputs("mean 1e4")
     x_hat = x + 0.2 * torch.randn_like(x) + 3
     config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, batch_size=8)
-    compensate_unit(nn.Sequential(layer), nn.Sequential(quantized), Unit("0", ("0",)), (x, x_hat), config)
+    compensate_block(nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (x, x_hat), config)
     assert isinstance(quantized.bias, nn.Parameter)
     assert quantized.bias.dtype == torch.float32 and not quantized.bias.requires_grad
     layer.double()
@@ -428,7 +428,7 @@ def test_later_layers_make_up_for_the_earlier_ones() -> None:
     quantized = clone_sharing(model)
     replace_layers(quantized, {"0": 2, "2": 2}, channel_wise=True)
     config = QuantConfig(n_bits=2, rounding=Rounding.COMPENSATED, batch_size=4)
-    first, second = compensate_unit(model, quantized, Unit("", ("0", "2")), (x, x_hat), config)
+    first, second = compensate_block(model, quantized, Block("", ("0", "2")), (x, x_hat), config)
     _, t = plain_metric_and_target(model[0], x, x_hat)
     torch.testing.assert_close(first, t.reshape(first.shape), rtol=1e-9, atol=1e-10)
     _, t = plain_metric_and_target(model[2], model[:2](x), quantized[:2](x_hat))  # type: ignore[index]
@@ -454,7 +454,7 @@ def test_a_trained_network_gains_in_every_channel(monkeypatch: pytest.MonkeyPatc
     for t, a, codebook in seen:
         reached, fed_back, rounded = (
             torch.tensor(plain_error(how, t, a, codebook), dtype=torch.float64)
-            for how in (round_compensated(t, a, codebook), feed_back(t, a, codebook), nearest(t, codebook))
+            for how in (round_compensated(t, a, codebook), error_feedback(t, a, codebook), nearest(t, codebook))
         )
         assert_no_worse(reached.tolist(), fed_back.minimum(rounded).tolist())
         feedback_wins += float((fed_back < rounded).double().mean()) / len(seen)

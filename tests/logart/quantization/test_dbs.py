@@ -5,17 +5,17 @@ from itertools import product
 
 import pytest
 import torch
+from logart.grids.reassigned_codes import reassign_unused_codes
 from networks import ResidualBlock, hooks_of, settle, smooth_images
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from logart.grids.grid import Codebook
 from logart.grids.search import ScaleSearch, least_error, log_candidates, rounding_error, squared_error
-from logart.grids.spare_codes import spend_free_codes
 from logart.quantization import dbs
 from logart.quantization.config import QuantConfig
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.quantization.surgery import Unit, clone_sharing, fold_batch_norms, replace_layers
+from logart.quantization.surgery import Block, clone_sharing, fold_batch_norms, replace_layers
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -130,7 +130,7 @@ def test_the_search_takes_the_least_error_of_brute_force(
     config = QuantConfig(n_bits=n_bits, search_method=method, search_samples=len(x), iters=0)  # type: ignore[arg-type]
     float_model, model = nn.Sequential(layer), nn.Sequential(quantized)
     data = (x, x_hat) if config.searches_data else None
-    dbs.search_unit(float_model, model, Unit("0", ("0",)), data, config)
+    dbs.search_block(float_model, model, Block("0", ("0",)), data, config)
     assert quantized.n_base2 is not None and quantized.codes is not None
     assert quantized.n_base2.tolist() == last_least(expected)
     reached = quantized.weight.reshape(quantized.rows.shape) - quantized.rows
@@ -151,7 +151,9 @@ def scaled_candidates(w: Tensor, config: QuantConfig) -> list[Codebook]:
     absmax, search = w.abs().amax(1), config.scale_search
     mixes = range(2 ** (config.n_bits - 1) + 1)
     books = list(log_candidates(absmax, config.n_bits, mixes, terms=terms, dtype=w.dtype, scale_search=search))
-    return [spend_free_codes(book, w, **spending, terms=terms) for book in books] if any(spending.values()) else books
+    return (
+        [reassign_unused_codes(book, w, **spending, terms=terms) for book in books] if any(spending.values()) else books
+    )
 
 
 @pytest.mark.parametrize("options", SCALED)
@@ -175,7 +177,7 @@ def test_scales_are_searched_by_the_measure_asked_for(method: str, options: str)
         expected = forward_errors(layer, x, x_hat, deltas)
     else:
         expected = exact_errors(model, block, quantized, x, x_hat, deltas)
-    dbs.search_unit(model, block, Unit("", ("0",)), (x, x_hat) if config.searches_data else None, config)
+    dbs.search_block(model, block, Block("", ("0",)), (x, x_hat) if config.searches_data else None, config)
     best = last_least(expected)
     assert quantized.levels is not None and len(set(best)) > 1
     for c, index in enumerate(best):
@@ -190,7 +192,7 @@ def test_measures_choose_differently() -> None:
         (model, quantized), (x, x_hat) = quantized_block(seed=0, n_bits=4)
         config = QuantConfig(search_method=method, iters=0)  # type: ignore[arg-type]
         data = (x, x_hat) if config.searches_data else None
-        dbs.search_unit(model, quantized, Unit("", ("conv1", "conv2")), data, config)
+        dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), data, config)
         mixes.append(torch.cat([quantized.conv1.n_base2, quantized.conv2.n_base2]).tolist())  # type: ignore[list-item]
     assert mixes[0] != mixes[1] != mixes[2] != mixes[0]
 
@@ -198,7 +200,7 @@ def test_measures_choose_differently() -> None:
 def test_later_layers_of_a_block_see_the_earlier_ones_quantized() -> None:
     (model, quantized), (x, x_hat) = quantized_block(seed=1, n_bits=2)
     config = QuantConfig(n_bits=2, search_method="layer_wise", iters=0)  # type: ignore[arg-type]
-    dbs.search_unit(model, quantized, Unit("", ("conv1", "conv2")), (x, x_hat), config)
+    dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), (x, x_hat), config)
     first = model.relu(model.conv1(x))  # type: ignore[operator]
     first_hat = model.relu(quantized.conv1(x_hat))  # type: ignore[operator]
     assert not torch.equal(quantized.conv1.weight, model.conv1.weight)  # type: ignore[arg-type]
@@ -310,7 +312,7 @@ def test_inputs_and_gradients_are_left_alone(method: str) -> None:
     x_hat = x + 0.1 * torch.randn_like(x)
     before = x.clone(), x_hat.clone()
     config = QuantConfig(search_method=method, search_samples=8, iters=0)  # type: ignore[arg-type]
-    dbs.search_unit(model, block, Unit("", ("1",)), (x, x_hat), config)
+    dbs.search_block(model, block, Block("", ("1",)), (x, x_hat), config)
     assert torch.equal(x, before[0]) and torch.equal(x_hat, before[1])
     assert layer.weight.grad is None
     assert quantized.n_base2 is not None and not quantized.n_base2.requires_grad
@@ -329,5 +331,5 @@ def test_a_search_that_raises_leaves_no_hook(method: str) -> None:
     model, block = (nn.Sequential(*parts, one, Broken()) for one in (layer, quantized))
     config = QuantConfig(search_method=method, search_samples=2, iters=0)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="broken"):
-        dbs.search_unit(model, block, Unit("", (str(len(parts)),)), (torch.randn(2, 4, 5, 5),) * 2, config)
+        dbs.search_block(model, block, Block("", (str(len(parts)),)), (torch.randn(2, 4, 5, 5),) * 2, config)
     assert hooks_of(model) == hooks_of(block) == 0

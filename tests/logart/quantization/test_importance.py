@@ -27,9 +27,9 @@ def reference(model: nn.Module, name: str, images: Tensor, temperature: float, s
             kept = []
 
             def move(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                moved = (output + sign * 1e-6 * v).detach().requires_grad_()  # noqa: B023
-                kept.append(moved)  # noqa: B023
-                return moved
+                n_changed_codes = (output + sign * 1e-6 * v).detach().requires_grad_()  # noqa: B023
+                kept.append(n_changed_codes)  # noqa: B023
+                return n_changed_codes
 
             handle = model.get_submodule(name).register_forward_hook(move)
             given = torch.exp(model(image[None])[0] / temperature)

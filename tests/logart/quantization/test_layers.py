@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from logart.grids.reassigned_codes import reassign_unused_codes
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook
 from logart.grids.rounding import lower_neighbour, nearest, soft_round
-from logart.grids.spare_codes import spend_free_codes
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
 from logart.quantization.surgery import clone_sharing, replace_layers
 
@@ -106,7 +106,7 @@ def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
     }
     x = torch.randn(2, 4, 5, 5)
     before = quantized(x)
-    quantized.drop_float()
+    quantized.discard_float_weight()
     assert "float_weight" not in quantized.state_dict()
     assert torch.equal(quantized(x), before)
     assert torch.equal(dequantized(quantized), quantized.weight)
@@ -194,7 +194,7 @@ def test_the_written_out_gradient_is_the_one_of_the_formula(name: str, beta: flo
     alpha = 2.5 * torch.randn(w.shape, dtype=torch.float64)  # some clipped at either end
     lower = lower_neighbour(w, codebook).long()
     lo, hi = codebook.levels.gather(1, lower), codebook.levels.gather(1, lower + 1)
-    pull = torch.randn_like(w)
+    vjp = torch.randn_like(w)
     gradients = []
     for plainly in (True, False):
         leaf = alpha.clone().requires_grad_()
@@ -202,7 +202,7 @@ def test_the_written_out_gradient_is_the_one_of_the_formula(name: str, beta: flo
             soft, penalty = plain_soft_round(leaf, lo, hi, codebook.spacing is Spacing.LOG, beta)
         else:
             soft, penalty = soft_round(leaf, soft_rounding.lo, soft_rounding.a, soft_rounding.b, beta)
-        ((soft * pull).sum() + 0.3 * penalty).backward()
+        ((soft * vjp).sum() + 0.3 * penalty).backward()
         assert leaf.grad is not None
         gradients.append((soft.detach(), penalty.detach(), leaf.grad))
     for expected, found in zip(*gradients, strict=True):
@@ -241,7 +241,7 @@ def test_forward_uses_soft_weights_while_learning() -> None:
     x = torch.randn(5, 8)
     soft_rounding = quantized.start_learning()
     torch.nn.init.normal_(soft_rounding.alpha, 0, 1)
-    penalty = quantized.soften(3.0)
+    penalty = quantized.update_soft_weight(3.0)
     soft, expected_penalty = soft_rounding(3.0)
     assert torch.equal(quantized(x), F.linear(x, soft, quantized.bias))  # type: ignore[arg-type]
     assert torch.equal(penalty, expected_penalty)
@@ -273,7 +273,7 @@ def test_a_codebook_with_every_option_comes_back_as_it_was_set(codebooks_of: int
     quantized = QUANTIZED_TYPES[nn.Linear].from_float(nn.Linear(8, 6).requires_grad_(False), 3, codebooks_of)
     scale = torch.linspace(0.4, 1.25, codebooks_of, dtype=torch.float64)
     plain = log_codebook(quantized.rows.abs().amax(1), 3, 2, terms=3).scaled(scale, 3)
-    codebook = spend_free_codes(plain, quantized.rows, asymmetric=True, zero_code=True, terms=3)
+    codebook = reassign_unused_codes(plain, quantized.rows, asymmetric=True, zero_code=True, terms=3)
     quantized.set_codebook(codebook)
     back = quantized.codebook
     for name in ("levels", "half_steps", "signs", "n_base2", "scale"):
@@ -316,7 +316,7 @@ def test_the_approximation_keeps_codes_and_goes_away(terms: int) -> None:
 
 def test_the_approximation_needs_no_float_weight() -> None:
     quantized = quantize(nn.Linear(8, 3), k=0)
-    quantized.drop_float()
+    quantized.discard_float_weight()
     exact = quantized.weight.clone()
     with hardware_approximation(quantized, 2):
         assert not torch.equal(quantized.weight, exact)

@@ -44,7 +44,7 @@ def test_the_report_agrees_with_the_network(search_method: str) -> None:
         QuantConfig(**BASE, search_method=search_method),  # type: ignore[arg-type]
         images,
         block_types=["ResidualBlock"],
-        observe=lambda stage, network: seen.update({stage: network}),
+        on_stage_end=lambda stage, network: seen.update({stage: network}),
     )
     layers = quantized_layers(quantized)
     assert [layer.name for layer in report.layers] == ["stem", *LAYERS_OF_BLOCKS, "head"] and len(layers) == 7
@@ -62,14 +62,14 @@ def test_the_report_agrees_with_the_network(search_method: str) -> None:
         assert entry.base_mix == Counter(layer.n_base2.tolist())
         assert sum(entry.base_mix.values()) == len(w)
         plain = nearest(w.flatten(1), layer.codebook)
-        assert entry.moved == int((layer.codes.flatten(1) != plain).sum())
+        assert entry.n_changed_codes == int((layer.codes.flatten(1) != plain).sum())
         q = layer.codebook.levels.gather(1, plain.long())
         energy = w.double().square().sum()
         error_nearest = float((q - w.flatten(1)).square().sum() / energy)
         assert entry.error_nearest == pytest.approx(error_nearest, rel=1e-6)
         assert entry.error == pytest.approx(float((layer.weight - w).double().square().sum() / energy), rel=1e-6)
         assert entry.error >= entry.error_nearest * (1 - 1e-6)
-    assert sum(entry.moved for entry in report.layers) > 10
+    assert sum(entry.n_changed_codes for entry in report.layers) > 10
 
 
 LAYERS_OF_BLOCKS = [f"blocks.{name}" for name in ("0.conv1", "0.conv2", "1.conv1", "1.conv2", "1.down")]
@@ -83,7 +83,7 @@ def test_stages_are_observed_in_order_and_the_last_is_returned() -> None:
         QuantConfig(**BASE),
         images,
         block_types=["ResidualBlock"],
-        observe=lambda stage, network: seen.append((stage, network(images).detach())),
+        on_stage_end=lambda stage, network: seen.append((stage, network(images).detach())),
     )
     assert [stage for stage, _ in seen] == ["float", "searched", "rounded"]
     logits = model(images).detach()
@@ -96,7 +96,9 @@ def test_stages_are_observed_in_order_and_the_last_is_returned() -> None:
 def test_without_iterations_rounding_is_to_nearest() -> None:
     quantized, report = run(iters=0)
     assert report.blocks == [] and report.reconstruction_seconds == 0
-    assert all(layer.moved == 0 and layer.error == pytest.approx(layer.error_nearest) for layer in report.layers)
+    assert all(
+        layer.n_changed_codes == 0 and layer.error == pytest.approx(layer.error_nearest) for layer in report.layers
+    )
     for layer in quantized_layers(quantized).values():
         assert layer.codes is not None
         assert torch.equal(layer.codes.reshape(layer.n_codebooks, -1), nearest(layer.rows, layer.codebook))
@@ -392,7 +394,7 @@ def test_stages_observed_where_rounding_is_compensated(rounding: str) -> None:
     model, images = small_resnet()
     stages: list[str] = []
     config = QuantConfig(**BASE | {"rounding": rounding})
-    quantize_model(model, config, images, observe=lambda stage, network: stages.append(stage))
+    quantize_model(model, config, images, on_stage_end=lambda stage, network: stages.append(stage))
     assert stages == ["float", "rounded"]
 
 

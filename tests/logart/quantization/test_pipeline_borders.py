@@ -55,7 +55,7 @@ def test_float_and_quantized_network_share_what_is_equal() -> None:
     model, images = small_resnet()
     seen: dict[str, nn.Module] = {}
     quantized, _ = quantize_model(
-        model, QuantConfig(**BASE), images, observe=lambda s, network: seen.update({s: network})
+        model, QuantConfig(**BASE), images, on_stage_end=lambda s, network: seen.update({s: network})
     )
     reference = seen["float"]
     for name, layer in quantized_layers(quantized).items():

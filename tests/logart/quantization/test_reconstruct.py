@@ -91,8 +91,8 @@ def test_some_roundings_move_both_ways() -> None:
     _, quantized, inputs, targets = block()
     plain = codes_of(quantized).int()
     learn(quantized, inputs, targets)
-    moved = codes_of(quantized).int() - plain
-    assert int((moved == 1).sum()) > 3 and int((moved == -1).sum()) > 3
+    n_changed_codes = codes_of(quantized).int() - plain
+    assert int((n_changed_codes == 1).sum()) > 3 and int((n_changed_codes == -1).sum()) > 3
 
 
 def test_only_alpha_learns() -> None:
@@ -195,7 +195,7 @@ def test_the_learning_rate_falls_along_a_cosine_to_three_tenths() -> None:
 def test_learning_follows_its_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     betas: list[float | None] = []
-    step, soften = torch.optim.Adam.step, QuantizedLayer.soften
+    step, update_soft_weight = torch.optim.Adam.step, QuantizedLayer.update_soft_weight
 
     def watched_step(self: torch.optim.Adam, closure: Any = None) -> Any:
         rates.append(self.param_groups[0]["lr"])
@@ -203,10 +203,10 @@ def test_learning_follows_its_schedules(monkeypatch: pytest.MonkeyPatch) -> None
 
     def watched_soften(self: QuantizedLayer, beta: float | None) -> Tensor:
         betas.append(beta)
-        return soften(self, beta)
+        return update_soft_weight(self, beta)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    monkeypatch.setattr(QuantizedLayer, "soften", watched_soften)
+    monkeypatch.setattr(QuantizedLayer, "update_soft_weight", watched_soften)
     _, quantized, inputs, targets = block()
     learn(quantized, inputs, targets, iters=10)
     assert rates == [learning_rate(s, config(iters=10)) for s in range(10)]
@@ -265,11 +265,13 @@ def test_a_step_that_raises_leaves_hard_codes() -> None:
 
 def test_progress_is_told_of_about_a_hundred_steps() -> None:
     _, quantized, inputs, targets = block()
-    told: list[int] = []
-    report = learn(quantized, inputs[:8], targets[:8], iters=350, batch_size=2, progress=lambda s, loss: told.append(s))
-    assert told[0] == 1 and told[-1] == 350 and told == sorted(set(told))
-    assert 90 <= len(told) <= 130
-    assert len(report.losses) == len(told)
+    printed: list[int] = []
+    report = learn(
+        quantized, inputs[:8], targets[:8], iters=350, batch_size=2, progress=lambda s, loss: printed.append(s)
+    )
+    assert printed[0] == 1 and printed[-1] == 350 and printed == sorted(set(printed))
+    assert 90 <= len(printed) <= 130
+    assert len(report.losses) == len(printed)
 
 
 @pytest.mark.parametrize(("drop_prob", "taken"), [(1.0, 0), (0.0, 1)])

@@ -12,10 +12,10 @@ from torch.nn.utils import prune
 from logart.errors import NetworkError
 from logart.quantization.layers import QuantConv2d, QuantLinear
 from logart.quantization.surgery import (
-    Unit,
+    Block,
     check_replaced,
     clone_sharing,
-    find_units,
+    find_blocks,
     fold_batch_norms,
     layers_to_quantize,
     quantized_layers,
@@ -102,8 +102,8 @@ def test_a_weight_that_is_computed_is_skipped_with_the_reason() -> None:
 
 def test_a_layer_that_is_run_from_a_list_is_refused() -> None:
     layer = nn.Conv2d(3, 3, 1)
-    model = Graph(lambda m, x: m.held[0](x), conv=layer)  # type: ignore[index]
-    model.held = [layer]  # type: ignore[assignment]
+    model = Graph(lambda m, x: m.snapshot[0](x), conv=layer)  # type: ignore[index]
+    model.snapshot = [layer]  # type: ignore[assignment]
     clone = clone_sharing(model)
     replace_layers(clone, {"conv": 3}, channel_wise=True)
     with pytest.raises(NetworkError, match="layer conv is also held elsewhere"):
@@ -173,7 +173,7 @@ def nested() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("types", "units"),
+    ("types", "blocks"),
     [
         ([], ["0", "1.0", "1.1.0", "1.1.1", "2.0", "5"]),
         (["Inner"], ["0", "1.0", "1.1:1.1.0+1.1.1", "2:2.0", "5"]),
@@ -182,21 +182,21 @@ def nested() -> nn.Module:
         (["Linear"], ["0", "1.0", "1.1.0", "1.1.1", "2.0", "5:5"]),
     ],
 )
-def test_units_group_layers_in_the_order_they_run(types: list[str], units: list[str]) -> None:
+def test_units_group_layers_in_the_order_they_run(types: list[str], blocks: list[str]) -> None:
     model = nested()
     layers, _ = layers_to_quantize(model, IMAGES.float())
     expected = []
-    for unit in units:
-        name, _, inside = unit.partition(":")
-        expected.append(Unit(name, tuple(inside.split("+")) if inside else (name,)))
-    assert find_units(model, layers, types) == expected
+    for block in blocks:
+        name, _, inside = block.partition(":")
+        expected.append(Block(name, tuple(inside.split("+")) if inside else (name,)))
+    assert find_blocks(model, layers, types) == expected
 
 
 def test_units_follow_the_forward_not_the_definition() -> None:
     a, b = Inner(nn.Conv2d(3, 3, 1)), Inner(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     model = Graph(lambda m, x: F.relu(m.a(m.b(x))), a=a, b=b)
     layers, _ = layers_to_quantize(model, IMAGES.float())
-    assert find_units(model, layers, ["Inner"]) == [Unit("b", ("b.0", "b.1")), Unit("a", ("a.0",))]
+    assert find_blocks(model, layers, ["Inner"]) == [Block("b", ("b.0", "b.1")), Block("a", ("a.0",))]
 
 
 def test_names_that_begin_alike_are_not_inside() -> None:
@@ -204,9 +204,9 @@ def test_names_that_begin_alike_are_not_inside() -> None:
     model = nn.Sequential()
     model.add_module("b1", Inner(convs["b1"]))
     model.add_module("b10", convs["b10"])
-    assert find_units(model, ["b1.0", "b10"], ["Inner"]) == [Unit("b1", ("b1.0",)), Unit("b10", ("b10",))]
+    assert find_blocks(model, ["b1.0", "b10"], ["Inner"]) == [Block("b1", ("b1.0",)), Block("b10", ("b10",))]
 
 
 def test_unknown_block_types_are_refused() -> None:
     with pytest.raises(ValueError, match="no module of type Bottleneck, Nothing in Sequential"):
-        find_units(nested(), ["0"], ["Bottleneck", "Nothing"])
+        find_blocks(nested(), ["0"], ["Bottleneck", "Nothing"])

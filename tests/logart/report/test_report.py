@@ -153,10 +153,10 @@ def test_the_page_is_whole_and_asks_nothing_of_a_network(shipped: Path) -> None:
     assert all(str(image["src"]).startswith("data:image/svg+xml;base64,") and image["alt"] for image in page.images)
     assert page.tags["script"] == 1 and page.tags["link"] == 1
     assert not re.search(r'(src|href)="(?!data:)', html) and "@import" not in html and "url(" not in html
-    told = (shipped / "report.md").read_text("utf-8")
-    assert {name for name in re.findall(r"\]\((\w+)\.svg\)", told)} == names
-    assert "87.73 ± 0.08" in told and "87.73 ± 0.08" in html
-    assert "click" in html and "click" not in told  # Markdown's tables do not sort
+    printed = (shipped / "report.md").read_text("utf-8")
+    assert {name for name in re.findall(r"\]\((\w+)\.svg\)", printed)} == names
+    assert "87.73 ± 0.08" in printed and "87.73 ± 0.08" in html
+    assert "click" in html and "click" not in printed  # Markdown's tables do not sort
 
 
 def test_an_older_report_leaves_nothing_behind_and_loses_nothing_else(tmp_path: Path) -> None:
@@ -346,8 +346,8 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert all(str(image["src"]).startswith("data:") for image in page.images)
     assert not any(name.startswith("on") for name in page.attributes)
     assert "<script>alert(1)</script>" in page.text and "\x1b" not in page.text and "\u202e" not in page.text
-    told = files["report.md"].decode()
-    assert "<script" not in told and "<img" not in told and "\\|" in told
+    printed = files["report.md"].decode()
+    assert "<script" not in printed and "<img" not in printed and "\\|" in printed
     assert all(b"<script" not in data for name, data in files.items() if name.endswith(".svg"))
 
 
@@ -367,7 +367,7 @@ def run_folder(folder: Path, packed: Path, **changes: Any) -> Path:
     file = PackedFile.read(packed)
     layers = [
         {"name": name, "shape": list(layer.shape), "n_bits": layer.n_bits, "block": name, "error_nearest": 0.25,
-         "base_mix": {str(k): n for k, n in base_mix(layer).items()}, "error": 0.5, "moved": 9,
+         "base_mix": {str(k): n for k, n in base_mix(layer).items()}, "error": 0.5, "n_changed_codes": 9,
          "histogram": [0] * 29 + [7, 5] + [0] * 29}
         for name, layer in file.layers.items()
     ]  # fmt: skip
@@ -552,9 +552,9 @@ def test_rows_left_out_are_told_on_stderr_and_on_the_page(tmp_path: Path, capfd:
     line = f"left out 1 of the 3 rows of '{path}'; the first, at line 3, has no Acc@1; expected a number from 0 to 100"
     printed = capfd.readouterr()
     assert printed.err == f"logart-report: results: {line}\n" and printed.out.startswith("report: ")
-    told = Page((out / "report.html").read_text("utf-8"))
-    assert "2 runs." in told.text and line in told.text
-    assert told.cell(0, "dynamic, TW", "4 bits, LLR")[0] == "70.00 ± 14.14"
+    printed = Page((out / "report.html").read_text("utf-8"))
+    assert "2 runs." in printed.text and line in printed.text
+    assert printed.cell(0, "dynamic, TW", "4 bits, LLR")[0] == "70.00 ± 14.14"
 
 
 def test_a_row_without_damage_is_whole() -> None:

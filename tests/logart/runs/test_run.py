@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import told
+from small_runs import printed
 from torch import Tensor, nn
 
 import logart.runs.columns
@@ -197,7 +197,7 @@ def test_compensated_rounding_has_nothing_between_float_and_final(
     }  # fmt: skip
     assert row["rounding"] == rounding and float(row["search_seconds"]) == 0
     assert float(row["reconstruction_seconds"]) == round(report.reconstruction_seconds, 3) > 0
-    out = told(capsys)
+    out = printed(capsys)
     assert [line.split(" Acc")[0].rstrip() for line in out[:2]] == ["float", title]
     assert out[-1].startswith("DBS 0.0 s, rounding ")
 
@@ -300,7 +300,7 @@ def test_config_columns_of_compensated_rounding() -> None:
 
 def test_what_is_printed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs(test_before_calibration=True)
-    out = told(capsys)
+    out = printed(capsys)
     (row,) = runs.rows()
     for line, (title, prefix) in zip(
         out, (("float", "float_"), ("after DBS", "search_"), ("after LLR", "")), strict=False

@@ -13,7 +13,9 @@ from torch import Tensor
 from logart.grids.grid import Codebook, log_levels
 
 
-def spend_free_codes(codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_code: bool, terms: int = 0) -> Codebook:
+def reassign_unused_codes(
+    codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_code: bool, terms: int = 0
+) -> Codebook:
     """The same number of codes, some on other levels (DESIGN section 2, asymmetric codes and the zero code).
 
     Args:
@@ -25,14 +27,14 @@ def spend_free_codes(codebook: Codebook, w: Tensor, *, asymmetric: bool, zero_co
         terms: as for `log_codebook`.
     """
     if asymmetric:
-        codebook = move_codes(codebook, *_free_codes(codebook, w), terms=terms)
+        codebook = move_codes(codebook, *_unused_codes(codebook, w), terms=terms)
     if zero_code:
         every = torch.ones(len(w), dtype=torch.bool, device=w.device)
         codebook = zero_smallest_negative(codebook, every, terms=terms)
     return codebook
 
 
-def _free_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unused_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How many codes of each channel rounding never reaches, of which sign, and whether that has no weight; [C]."""
     assert codebook.signs is not None
     n_codes = codebook.levels.shape[1]
@@ -45,7 +47,7 @@ def _free_codes(codebook: Codebook, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def move_codes(codebook: Codebook, free: Tensor, negative: Tensor, one_sided: Tensor, *, terms: int = 0) -> Codebook:
-    """The top codes of one sign become levels below the smallest, as `spend_free_codes` says.
+    """The top codes of one sign become levels below the smallest, as `reassign_unused_codes` says.
 
     Args:
         codebook: a symmetric log codebook.
