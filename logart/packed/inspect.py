@@ -43,7 +43,7 @@ def describe_layer(layer: PackedLayer, ranges: Ranges, info: Any) -> dict[str, A
         "float_bytes": layer.shape.numel() * layer.dtype.itemsize,
         "error": known.get("error"),
         "error_nearest": known.get("error_nearest"),
-        "moved": known.get("moved"),
+        "n_changed_codes": known.get("n_changed_codes"),
     }
 
 

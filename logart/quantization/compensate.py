@@ -42,11 +42,11 @@ _BLOCK = 64  # columns worked on before the others hear of it
 def compensate_block(
     reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, Captured], config: QuantConfig
 ) -> list[Tensor]:
-    """Give every layer of a unit its codebook, codes and bias, in the order they run; they hold float weights before.
+    """Give every layer of a block its codebook, codes and bias, in the order they run; they hold float weights before.
 
     Args:
-        reference, quantized: the float network and the one being quantized; only the unit inside is run.
-        data: the unit's inputs [n, ...] in both networks, in this order.
+        reference, quantized: the float network and the one being quantized; only the block inside is run.
+        data: the block's inputs [n, ...] in both networks, in this order.
 
     Returns:
         T of each layer, in the weight's shape and type.

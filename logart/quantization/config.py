@@ -85,7 +85,7 @@ class QuantConfig:
         drop_prob: with a mixed input, the probability that an element is the quantized prefix's.
         recon_metric: the loss of LLR.
         temperature: of the KL divergence that `hessian_perturb` looks at.
-        head_kl: compare the last unit's logits by their KL divergence, whatever the metric.
+        head_kl: compare the last block's logits by their KL divergence, whatever the metric.
         hardware_terms: 0 for the exact √2, else the number of powers of two that stand for it.
         seed: of the order of images during LLR and of the probes of BW.
     """

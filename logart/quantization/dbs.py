@@ -22,11 +22,11 @@ _PATCH_ELEMENTS = 1 << 26  # elements of unfolded patches held at once: 256 MB i
 def search_block(
     reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, ...] | None, config: QuantConfig
 ) -> None:
-    """Give every layer of a unit its codebook, in the order they run, and round it to nearest.
+    """Give every layer of a block its codebook, in the order they run, and round it to nearest.
 
     Args:
-        reference, quantized: the float network and the one being quantized; only the unit inside is run.
-        data: the unit's inputs [n, ...] in both networks, in this order; None when the measure needs none.
+        reference, quantized: the float network and the one being quantized; only the block inside is run.
+        data: the block's inputs [n, ...] in both networks, in this order; None when the measure needs none.
     """
     for name in block.layers:
         layer = quantized.get_submodule(name)

@@ -70,7 +70,7 @@ class Report:
                 "block": layer.block,
                 "error_nearest": float(f"{layer.error_nearest:.4g}"),
                 "error": float(f"{layer.error:.4g}"),
-                "moved": layer.n_changed_codes,
+                "n_changed_codes": layer.n_changed_codes,
             }
             for layer in self.layers
         }

@@ -108,7 +108,7 @@ class QuantizedLayer(nn.Module):
         layer.register_parameter("float_weight", weight)
         for name in ("codes", "levels", "packed_codes", *_STORED):
             layer.register_buffer(name, None)
-        for name in ("expanded", "like"):
+        for name in ("dequantized_weight", "dtype_marker"):
             layer.register_buffer(name, None, persistent=False)
         layer.register_module("soft", None)
         layer.spacing, layer.n_bits, layer.n_codebooks = Spacing.LOG, n_bits, n_codebooks

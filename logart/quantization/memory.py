@@ -38,7 +38,7 @@ class _Traffic:
 def estimate_memory(
     reference: nn.Module, blocks: Sequence[Block], example: Tensor, config: QuantConfig
 ) -> dict[str, MemoryEstimate]:
-    """What each unit of a float network will need, by name.
+    """What each block of a float network will need, by name.
 
     Args:
         reference: the float network.

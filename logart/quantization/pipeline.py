@@ -119,7 +119,7 @@ def gather_images(images: Tensor | Iterable[Tensor], count: int) -> Tensor:
 
 @dataclass
 class _Work:
-    """The stages, unit by unit in the order they run; what a stage has finished is kept, and found again later."""
+    """The stages, block by block in the order they run; what a stage has finished is kept, and found again later."""
 
     reference: nn.Module
     quantized: nn.Module
@@ -168,7 +168,7 @@ class _Work:
     def _with_room(
         self, layers: Iterable[QuantizedLayer], step: Callable[[], BlockReport | None]
     ) -> BlockReport | None:
-        """Work on a unit; where the GPU runs out of memory, again from the start with captured tensors elsewhere."""
+        """Work on a block; where the GPU runs out of memory, again from the start with captured tensors elsewhere."""
         while True:
             undo = [layer.snapshot() for layer in layers]
             try:
@@ -184,7 +184,7 @@ class _Work:
             torch.cuda.empty_cache()
 
     def search(self, block: Block, show: Callable[[int, float], None]) -> None:
-        """DBS of a unit; every layer then holds its codebook and codes of plain rounding."""
+        """DBS of a block; every layer then holds its codebook and codes of plain rounding."""
         data = None
         if self.config.searches_data:
             how = (self.images[: self.config.search_samples], self.config.search_batch_size, self.cache)
@@ -192,16 +192,16 @@ class _Work:
         search_block(self.reference, self.quantized, block, data, self.config)
 
     def compensate(self, block: Block, show: Callable[[int, float], None]) -> None:
-        """Compensated rounding of a unit, with the search for each layer's grid."""
+        """Compensated rounding of a block, with the search for each layer's grid."""
         self._compensate(block)
 
     def _compensate(self, block: Block) -> list[Tensor]:
-        """The targets of the unit's layers, from which LLR may go on."""
+        """The targets of the block's layers, from which LLR may go on."""
         data = capture.inputs(self.reference, *self._how(block)), capture.inputs(self.quantized, *self._how(block))
         return compensate_block(self.reference, self.quantized, block, data, self.config)
 
     def learn(self, block: Block, show: Callable[[int, float], None]) -> BlockReport:
-        """LLR of a unit: quantized, float or mixed prefix in, float target out."""
+        """LLR of a block: quantized, float or mixed prefix in, float target out."""
         start = time.perf_counter()
         starts = self._compensate(block) if self.config.compensates else None
         inputs, float_inputs, targets = self._capture(block)
@@ -216,7 +216,7 @@ class _Work:
         return replace(report, capture_seconds=captured - start, learning_seconds=learning)
 
     def _capture(self, block: Block) -> tuple[Captured, Captured | None, Captured]:
-        """What the unit is fed, what the float one is if inputs are mixed, and what it gives: two passes at most."""
+        """What the block is fed, what the float one is if inputs are mixed, and what it gives: two passes at most."""
         how = self._how(block)
         if self.config.recon_input is ReconInput.QUANTIZED:
             return capture.inputs(self.quantized, *how), None, capture.outputs(self.reference, *how)
@@ -235,7 +235,7 @@ class _Work:
 
 
 class _Losses:
-    """The reconstruction loss of each unit."""
+    """The reconstruction loss of each block."""
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class _Losses:
             )
 
     def of(self, block: Block, targets: Captured) -> Loss:
-        """The loss of one unit, whose float outputs are `targets`."""
+        """The loss of one block, whose float outputs are `targets`."""
         if self._config.head_kl and block.name == self._head:
             return kl_divergence
         dim = channel_dim(targets.shape, self._channels[block.name])
@@ -267,5 +267,5 @@ class _Losses:
 
 
 def channel_dim(shape: torch.Size, channels: int) -> int:
-    """Where an output has its channels: dimension 1, unless only the last has as many as the unit's last layer."""
+    """Where an output has its channels: dimension 1, unless only the last has as many as the block's last layer."""
     return -1 if shape[-1] == channels != shape[1] else 1

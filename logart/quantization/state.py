@@ -18,7 +18,7 @@ from logart.quantization.reconstruct import BlockReport
 
 @dataclass(frozen=True)
 class StageResult:
-    """A unit that a stage is through with: the seconds it took, and LLR's report."""
+    """A block that a stage is through with: the seconds it took, and LLR's report."""
 
     seconds: float
     report: BlockReport | None = None
@@ -28,11 +28,11 @@ class StageStore:
     """Keeps nothing; what keeps something overrides both methods."""
 
     def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
-        """Give a unit's layers what was kept of this stage; None, and nothing done, if nothing was."""
+        """Give a block's layers what was kept of this stage; None, and nothing done, if nothing was."""
         return None
 
     def save(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
-        """Keep what a stage made of a unit's layers."""
+        """Keep what a stage made of a block's layers."""
 
     def warn(self, message: str) -> None:
         """A line on stderr, past the progress bars there."""

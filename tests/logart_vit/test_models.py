@@ -19,7 +19,7 @@ from logart.errors import UserError
 from logart.networks.data import Preprocessing
 from logart.networks.network import Network
 from logart.networks.weights import file_sha256, state_sha256
-from logart.quantization.surgery import find_units, layers_to_quantize
+from logart.quantization.surgery import find_blocks, layers_to_quantize
 from logart_vit import models
 from logart_vit.models import BETWEEN_BLOCKS, EMBEDDINGS, MODELS, TRANSFORMER_BLOCKS, load_network
 
@@ -230,14 +230,14 @@ def test_mistakes() -> None:
 def units(network: Network) -> list[str]:
     images = torch.zeros(1, *network.preprocessing.input_size)
     layers, _ = layers_to_quantize(network.model, images)
-    return [unit.name for unit in find_units(network.model, layers, network.block_types)]
+    return [block.name for block in find_blocks(network.model, layers, network.block_types)]
 
 
 def test_the_blocks_of_a_vit() -> None:
     vit("a.pth")
     network = load_network("vit_tiny", "a.pth", model_kwargs=VIT, num_classes=5)
     assert network.block_types == ("PatchEmbed", "Block")
-    assert units(network) == ["patch_embed", "blocks.0", "blocks.1", "head"]
+    assert blocks(network) == ["patch_embed", "blocks.0", "blocks.1", "head"]
 
 
 def test_the_blocks_of_a_swin() -> None:
@@ -245,7 +245,7 @@ def test_the_blocks_of_a_swin() -> None:
     network = load_network("swin_tiny", "a.pth", model_kwargs=SWIN, num_classes=5)
     assert network.block_types == ("PatchEmbed", "SwinTransformerBlock", "PatchMerging")
     blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0"]
-    assert units(network) == ["patch_embed", *blocks, "head.fc"]
+    assert blocks(network) == ["patch_embed", *blocks, "head.fc"]
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], 
     assert block in network.block_types
     images = torch.rand(2, *network.preprocessing.input_size)
     layers, _ = layers_to_quantize(network.model, images)
-    names = {unit.name for unit in find_units(network.model, layers, network.block_types) if unit.name not in layers}
+    names = {block.name for block in find_blocks(network.model, layers, network.block_types) if block.name not in layers}
     calls: list[str] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -285,8 +285,8 @@ def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], 
         assert len(args[0]) == len(output) == 2
         calls.append(type(module).__name__)
 
-    for unit in names:
-        network.model.get_submodule(unit).register_forward_hook(see, with_kwargs=True)
+    for block in names:
+        network.model.get_submodule(block).register_forward_hook(see, with_kwargs=True)
     with torch.no_grad():
         network.model(images)
     assert len(calls) == len(names) and set(calls) <= set(network.block_types) and block in calls

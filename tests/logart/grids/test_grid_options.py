@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logart.grids.reassigned_codes import reassign_unused_codes
 from torch import Tensor
 
 from logart.grids.grid import Codebook, ScaleMethod, log_codebook
+from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import SCALES, ScaleSearch, choose_codebook
 

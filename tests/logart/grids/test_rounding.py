@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logart.grids.reassigned_codes import reassign_unused_codes
 
 from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook
+from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.rounding import dequantize, lower_neighbour, nearest, rectified_sigmoid, soft_neighbours
 from logart.grids.search import mse_codebook
 

@@ -7,12 +7,12 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from logart.grids.reassigned_codes import reassign_unused_codes
 from torch import Tensor
 
 import logart.grids.search
 from logart.grids.grid import ScaleMethod, Spacing, distinct_n_base2
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
+from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.search import (
     HALF_STEPS,
     SCALES,

@@ -382,13 +382,13 @@ def test_what_is_known_of_layers_comes_back_whatever_it_is(known: Any, whole: by
     file = PackedFile.read(place)
     names, by_column = list(file.layers), known == "nested"
     if known == "swapped":
-        known = {name: {"moved": 1} for name in reversed(names)}
+        known = {name: {"n_changed_codes": 1} for name in reversed(names)}
     elif known == "empty":
         known = {name: {} for name in names}
     elif known == "unlike":
-        known = {name: {"moved": 1} if name != "linear" else {"moved": 1, "error": 2} for name in names}
+        known = {name: {"n_changed_codes": 1} if name != "linear" else {"n_changed_codes": 1, "error": 2} for name in names}
     elif known == "nested":
-        known = {name: {"moved": [index], "é": {"x": None}} for index, name in enumerate(names)}
+        known = {name: {"n_changed_codes": [index], "é": {"x": None}} for index, name in enumerate(names)}
     data = replace(file, info={"a": 1, "layers": known, "b": 2}).to_bytes()
     place.write_bytes(data)
     again = PackedFile.read(place)

@@ -5,12 +5,12 @@ from itertools import product
 
 import pytest
 import torch
-from logart.grids.reassigned_codes import reassign_unused_codes
 from networks import ResidualBlock, hooks_of, settle, smooth_images
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from logart.grids.grid import Codebook
+from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.search import ScaleSearch, least_error, log_candidates, rounding_error, squared_error
 from logart.quantization import dbs
 from logart.quantization.config import QuantConfig

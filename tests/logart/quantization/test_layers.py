@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from logart.grids.reassigned_codes import reassign_unused_codes
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook
+from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.rounding import lower_neighbour, nearest, soft_round
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
 from logart.quantization.surgery import clone_sharing, replace_layers
