@@ -278,7 +278,7 @@ def find_blocks(model: nn.Module, layers: Sequence[str], block_types: Sequence[s
 
     Args:
         layers: names of the layers.
-        block_types: class names of blocks; of nested blocks the outermost counts. Without any, each layer is a block of its own.
+        block_types: class names of blocks; of nested blocks the outermost counts. Without any, each layer is one.
 
     Raises:
         ValueError: block types are given and the network has none of them.

@@ -227,7 +227,7 @@ def test_mistakes() -> None:
 # Blocks
 
 
-def units(network: Network) -> list[str]:
+def blocks(network: Network) -> list[str]:
     images = torch.zeros(1, *network.preprocessing.input_size)
     layers, _ = layers_to_quantize(network.model, images)
     return [block.name for block in find_blocks(network.model, layers, network.block_types)]
@@ -277,7 +277,7 @@ def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], 
     assert block in network.block_types
     images = torch.rand(2, *network.preprocessing.input_size)
     layers, _ = layers_to_quantize(network.model, images)
-    names = {block.name for block in find_blocks(network.model, layers, network.block_types) if block.name not in layers}
+    names = {b.name for b in find_blocks(network.model, layers, network.block_types) if b.name not in layers}
     calls: list[str] = []
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

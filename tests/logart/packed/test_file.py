@@ -386,7 +386,9 @@ def test_what_is_known_of_layers_comes_back_whatever_it_is(known: Any, whole: by
     elif known == "empty":
         known = {name: {} for name in names}
     elif known == "unlike":
-        known = {name: {"n_changed_codes": 1} if name != "linear" else {"n_changed_codes": 1, "error": 2} for name in names}
+        known = {
+            name: {"n_changed_codes": 1} if name != "linear" else {"n_changed_codes": 1, "error": 2} for name in names
+        }
     elif known == "nested":
         known = {name: {"n_changed_codes": [index], "é": {"x": None}} for index, name in enumerate(names)}
     data = replace(file, info={"a": 1, "layers": known, "b": 2}).to_bytes()
