@@ -73,7 +73,7 @@ def test_the_wheel_names_its_commands(wheel: Path) -> None:
     (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
     lines = archive.read(entry_points).decode().splitlines()
     assert {"logart-cnn = logart_cnn.main:main", "logart-vit = logart_vit.main:main"} <= set(lines)
-    assert "logart-report = logart.report:main" in lines
+    assert "logart-report = logart.report.__main__:main" in lines
 
 
 def test_the_installed_wheel_is_found_without_the_checkout(installed: Path, tmp_path: Path) -> None:

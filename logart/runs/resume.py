@@ -195,7 +195,7 @@ def _make(flag: str, path: Path) -> None:
 
 
 def _begin(folder: RunFolder, flags: Mapping[str, Any], who: Mapping[str, Any], names: Sequence[str]) -> None:
-    content = {"format": FORMAT, "directory": _here(), "flags": dict(flags), "identity": who}
+    content = {"format": FORMAT, "directory": _here(), "flags": dict(flags), "fingerprint": who}
     try:
         listed = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
         write_atomically(folder.path / "calibration.txt", listed)
@@ -205,7 +205,7 @@ def _begin(folder: RunFolder, flags: Mapping[str, Any], who: Mapping[str, Any], 
 
 
 def _take_over(folder: RunFolder, who: Mapping[str, Any]) -> None:
-    before = read_entries(folder.path / RUN, str(folder.path), fingerprint=dict)["identity"]
+    before = read_entries(folder.path / RUN, str(folder.path), fingerprint=dict)["fingerprint"]
     for name, value in who.items():
         if before.get(name) != value:
             raise UserError(

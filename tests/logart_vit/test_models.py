@@ -244,8 +244,8 @@ def test_the_blocks_of_a_swin() -> None:
     saved("a.pth", "swin_tiny_patch4_window7_224", num_classes=5, **SWIN)
     network = load_network("swin_tiny", "a.pth", model_kwargs=SWIN, num_classes=5)
     assert network.block_types == ("PatchEmbed", "SwinTransformerBlock", "PatchMerging")
-    blocks = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0"]
-    assert blocks(network) == ["patch_embed", *blocks, "head.fc"]
+    names = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0"]
+    assert blocks(network) == ["patch_embed", *names, "head.fc"]
 
 
 @pytest.fixture
@@ -285,8 +285,8 @@ def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], 
         assert len(args[0]) == len(output) == 2
         calls.append(type(module).__name__)
 
-    for block in names:
-        network.model.get_submodule(block).register_forward_hook(see, with_kwargs=True)
+    for each in names:
+        network.model.get_submodule(each).register_forward_hook(see, with_kwargs=True)
     with torch.no_grad():
         network.model(images)
     assert len(calls) == len(names) and set(calls) <= set(network.block_types) and block in calls

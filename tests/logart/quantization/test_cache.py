@@ -118,15 +118,15 @@ def test_working_memory_grows_with_the_batch_by_what_autograd_saves() -> None:
     """Of conv, ReLU, conv: both convolutions save their inputs, and the second's is what the ReLU saves."""
     module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     model = nn.Sequential(OrderedDict(module=module)).requires_grad_(False)
-    block = Block("block", ("block.0", "block.2"))
+    block = Block("module", ("module.0", "module.2"))
     working = [
-        estimate_memory(model, [block], torch.rand(2, 3, 5, 5), QuantConfig(batch_size=size))["block"].working
+        estimate_memory(model, [block], torch.rand(2, 3, 5, 5), QuantConfig(batch_size=size))["module"].working
         for size in (10, 30)
     ]
     given, middle, left = 3 * 25 * 4, 8 * 25 * 4, 2 * 25 * 4
     assert (working[1] - working[0]) / 20 == given + middle + 3 * (given + left)
     plain = estimate_memory(model, [block], torch.rand(2, 3, 5, 5), QuantConfig(rounding="nearest", search_samples=4))[
-        "block"
+        "module"
     ]
     assert plain.working < working[0]
 
@@ -136,7 +136,7 @@ def test_the_search_by_outputs_needs_the_largest_layer_of_all_search_images(meth
     module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     model = nn.Sequential(OrderedDict(module=module)).requires_grad_(False)
     config = QuantConfig(rounding="nearest", search_method=method, search_samples=40)
-    need = estimate_memory(model, [Block("block", ("block.0", "block.2"))], torch.rand(2, 3, 5, 5), config)["block"]
+    need = estimate_memory(model, [Block("module", ("module.0", "module.2"))], torch.rand(2, 3, 5, 5), config)["module"]
     assert need.working == 40 * 25 * 4 * (2 * 3 + copies * 8)
 
 

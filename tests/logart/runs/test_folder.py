@@ -79,7 +79,7 @@ def test_what_a_folder_holds(track: str, whole: dict[str, Path]) -> None:
     assert len(set(listed)) == 64 and all(name.startswith("digits/train/") for name in listed)
     log = (folder / "log.txt").read_text()
     assert "captured and working memory, foreseen" in log and f"Acc@1 {float(row['Acc@1']):6.2f}" in log
-    settings = json.loads((folder / "run.json").read_text())["identity"]["settings"]
+    settings = json.loads((folder / "run.json").read_text())["fingerprint"]["settings"]
     assert (settings["iters"], settings["calib_samples"]) == (20, 64)
 
 

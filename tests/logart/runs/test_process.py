@@ -20,9 +20,9 @@ def main(argv):
 """
 CALLER = """
 import multiprocessing, os
-from logart.runs.process import run_fresh
+from logart.runs.process import run_in_subprocess as run
 print("asked by", os.getpid(), multiprocessing.get_start_method(), flush=True)
-print("codes", run_fresh(["command", "0"]), run_fresh(["command", "3"]), run_fresh(["command", "die"]))
+print("codes", run(["command", "0"]), run(["command", "3"]), run(["command", "die"]))
 """
 
 

@@ -76,8 +76,8 @@ def test_the_schema_has_the_columns_of_both_tracks_once() -> None:
     times = {"search_seconds", "reconstruction_seconds", "total_seconds"}
     vit = {"config", "drop_prob", "recon_metric", "timm_version"}
     assert accuracies | times | vit <= set(NAMES)
-    assert {column.block for column in COLUMNS if column.name in accuracies} == {"%"}
-    assert {column.block for column in COLUMNS if column.name in times} == {"s"}
+    assert {column.unit for column in COLUMNS if column.name in accuracies} == {"%"}
+    assert {column.unit for column in COLUMNS if column.name in times} == {"s"}
 
 
 def test_markdown_has_one_row_of_three_cells_for_every_column() -> None:
