@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from logart.cli import FlagParser, default_if_none, run_command
-from logart.errors import UserError, one_line
+from logart.errors import UserError
 from logart.networks.data import DIGITS, ImageSource, open_images, validation_batches
 from logart.networks.image_info import preprocessing_of
 from logart.packed.checkpoint import load_packed
@@ -241,10 +241,8 @@ def command(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: {value}; expected {least} or more")
     batch_size, workers = default_if_none(args.batch_size, 128), default_if_none(args.workers, 2)
     device = resolve_device(default_if_none(args.device, "auto"))
-    try:
-        data, total, found = compare(args.paths, args.data_path, args.images, batch_size, workers, device, bool(args.json))
-    except OSError as error:
-        raise UserError(f"PATH: {one_line(error)}; expected packed files or run folders") from None
+    quiet = bool(args.json)
+    data, total, found = compare(args.paths, args.data_path, args.images, batch_size, workers, device, quiet)
     if args.json:
         print(json.dumps({"data": data, "images": total, "networks": [asdict(each) for each in found]}))
     else:
