@@ -12,27 +12,85 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from logart.errors import Interrupted, NothingToDo, UserError, printable
+from logart.errors import Interrupted, NothingToDo, UserError, near_or_all, printable
+from logart.interrupt import interrupted
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser in which `--n_bits_w` may be written `--n-bits-w` and errors take one line."""
+    """An argument parser for flags with several spellings, of which help and errors show one; errors take one line.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        groups: the titles of the help's groups, in order.
+    """
+
+    def __init__(self, groups: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
+        self._titled = {title: self.add_argument_group(title) for title in groups}
+        self._shown: dict[str, str] = {}  # a spelling with _, without dashes -> the flag
+        self._elsewhere: dict[str, str] = {}
 
-    def flag(self, name: str, *aliases: str, **kwargs: Any) -> None:
-        """Add a flag that is None unless given, in both spellings; keywords as for `add_argument`."""
-        spellings: list[str] = []
-        for spelling in (name, *aliases):
-            spellings += [spelling, "--" + spelling[2:].replace("_", "-"), "--" + spelling[2:].replace("-", "_")]
-        kwargs.setdefault("dest", name[2:].replace("-", "_"))
-        kwargs.setdefault("default", None)
-        self.add_argument(*dict.fromkeys(spellings), **kwargs)
+    def flag(
+        self, name: str, *others: str, group: str | None = None, default: object = None, help: str = "", **kwargs: Any
+    ) -> None:
+        """Add a flag that is None unless given; each spelling may be written with - or _.
+
+        Args:
+            name: the spelling that is shown.
+            others: those that are accepted too.
+            group: the title of its group in the help.
+            default: what the help says of it; None says nothing.
+            help: what the flag is for.
+            kwargs: as for `add_argument`.
+        """
+        shown = "--" + name[2:].replace("-", "_")
+        help = help if default is None else f"{help} (default: {getattr(default, 'value', default)})"
+        kwargs.setdefault("dest", shown[2:])
+        to = self if group is None else self._titled[group]
+        action = to.add_argument(shown, default=None, help=help, **kwargs)
+        for option in action.option_strings:
+            for spelling in (shown, *others):
+                key = option.replace(shown[2:], spelling[2:])  # of --no-..., too
+                self._shown[key[2:].replace("-", "_")] = option
+
+    def elsewhere(self, flags: Mapping[str, str]) -> None:
+        """Say what to do about flags, written with _ and without dashes, that another command has."""
+        self._elsewhere |= flags
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the parent's, of flags in any spelling."""
+        return super().parse_known_args(self._in_one_spelling(sys.argv[1:] if args is None else args), namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the parent's; an unknown flag gets a hint."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+            hint = self._elsewhere.get(name, "")
+            close = get_close_matches(name, self._shown, n=1)
+            if not hint and close and unknown[0].startswith("-"):
+                hint = f"did you mean {self._shown[close[0]]}?"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + f"; {hint}" * bool(hint))
+        return found
+
+    def _in_one_spelling(self, words: Sequence[str]) -> list[str]:
+        result: list[str] = []
+        for index, word in enumerate(words):
+            if word == "--":
+                return result + list(words[index:])
+            name, equals, value = word.partition("=")
+            shown = self._shown.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+            result.append(word if shown is None else shown + equals + value)
+        return result
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {near_or_all(str(value), choices)}")
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
@@ -51,8 +109,9 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks √, or a file name that is not UTF-8, must not end a run of hours.
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = parser.parse_args(argv)
+    args = argparse.Namespace()
     try:
+        parser.parse_args(argv, args)
         command(args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -70,9 +129,7 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         print(f"{parser.prog}: {end}", flush=True)
         return end.code
     except KeyboardInterrupt as error:
-        how = error if isinstance(error, Interrupted) else "nothing was recorded"
-        print(f"{parser.prog}: interrupted; {how}", file=sys.stderr)
-        return 130
+        return interrupted(parser.prog, *([error] if isinstance(error, Interrupted) else []))
     return 0
 
 

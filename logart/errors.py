@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that names the flag, what was seen and what was expected.
@@ -44,6 +47,19 @@ class Interrupted(KeyboardInterrupt):
 def one_line(error: BaseException) -> str:
     """What an error of a library says, fit for a message of one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the known name which this one resembles; empty where none does."""
+    known = list(known)
+    near = get_close_matches(name, known, n=1) or get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def near_or_all(name: str, known: Iterable[str], more: str = "") -> str:
+    """The end of an error about an unknown name: the known one that it resembles, else all of them, and `more`."""
+    known = list(known)
+    return did_you_mean(name, known) or f"expected one of {', '.join(known)}{more}"
 
 
 def printable(text: object) -> str:

@@ -122,7 +122,7 @@ def _load(
             input_size=input_size,
         )
     if model_kwargs:
-        raise UserError(f"--model-kwargs: only for --arch {TIMM}NAME, not for {arch}")
+        raise UserError(f"--model_kwargs: only for --arch {TIMM}NAME, not for {arch}")
     if arch not in _STOCK:
         raise unknown_network(arch, ARCHS, flag="--arch")
     return _load_stock(arch, checkpoint, num_classes)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import runpy
-from difflib import get_close_matches
 from functools import cached_property
 from inspect import getattr_static
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from logart.errors import UserError
+from logart.errors import UserError, did_you_mean, near_or_all
 from logart.grids.grid import ScaleMethod
 from logart.grids.search import ScaleSearch
 from logart.quantization.config import SearchMethod
@@ -112,9 +111,7 @@ def load_config(path: str | Path, *, flag: str = "--config") -> dict[str, Any]:
     found = _settings(_config_class(path, where), where)
     for name in found:
         if name not in FIELDS:
-            near = get_close_matches(name.lower(), FIELDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(FIELDS)}"
-            raise UserError(f"{where} sets an unknown field {name}; {hint}")
+            raise UserError(f"{where} sets an unknown field {name}; {near_or_all(name, FIELDS)}")
     return {name: _checked(name, found.get(name, getattr(Config, name)), where) for name in FIELDS}
 
 
@@ -149,7 +146,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
     kind, shown = FIELDS[name], " ".join(repr(value).split())
     if name in CHOICES:
         if value not in CHOICES[name]:
-            raise UserError(f"{where}: {name} must be one of {', '.join(CHOICES[name])}; got {shown}")
+            hint = did_you_mean(value, CHOICES[name]) if isinstance(value, str) else ""
+            expected = f"must be one of {', '.join(CHOICES[name])}"
+            raise UserError(f"{where}: {name} {expected}; got {shown}" + f"; {hint}" * bool(hint))
         return CHOICES[name][CHOICES[name].index(value)]  # an enum's member would be printed by its own name
     # To Python a bool is an int, and an int is no float; to a user it is the other way round.
     fits = kind is bool if isinstance(value, bool) else isinstance(value, (int, float) if kind is float else kind)

@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 from small_runs import rows
 
-from logart_cnn.main import build_config, build_parser
-from logart_vit.main import build_parser as build_vit_parser
-from logart_vit.main import build_settings
+from logart_cnn.command import build_config, build_parser
+from logart_vit.command import build_parser as build_vit_parser
+from logart_vit.command import build_settings
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "ablation.py"

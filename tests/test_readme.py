@@ -31,10 +31,10 @@ from logart.report.__main__ import build_parser as build_report_parser
 from logart.report.__main__ import main as report_main
 from logart.runs.results_schema import columns_markdown
 from logart_cnn import models
-from logart_cnn.main import build_config, build_parser, main
+from logart_cnn.command import build_config, build_parser, main
 from logart_vit import models as vit_models
-from logart_vit.main import build_parser as build_vit_parser
-from logart_vit.main import build_settings
+from logart_vit.command import build_parser as build_vit_parser
+from logart_vit.command import build_settings
 from logart_vit.main import main as vit_main
 from logart_vit.models import MODELS
 

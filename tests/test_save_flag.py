@@ -125,7 +125,7 @@ def test_arguments_that_json_cannot_say_are_refused_before_any_work(
     main, argv = TRACKS["vit"]
     with pytest.raises(SystemExit) as stop:
         main([*argv, "--model_kwargs", "depth={1}", "--save", str(tmp_path / "a.safetensors")])
-    assert stop.value.code == 2 and "--model-kwargs: Object of type set" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--model_kwargs: Object of type set" in capsys.readouterr().err
 
 
 def test_the_float_weights_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

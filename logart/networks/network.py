@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
-from logart.errors import UserError
+from logart.errors import UserError, near_or_all
 from logart.networks.data import Preprocessing
 
 DIGITS_PREPROCESSING = Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))  # of the training split
@@ -110,15 +109,15 @@ def load_by(
 
 def check_counts(num_classes: int | None, input_size: int | None) -> None:
     """Raise UserError where a number that a network shall be built with is below 1."""
-    for flag, value in (("--num-classes", num_classes), ("--input-size", input_size)):
+    for flag, value in (("--num_classes", num_classes), ("--input_size", input_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag}: {value}; expected at least 1")
 
 
 def unknown_network(name: str, known: Sequence[str], *, flag: str) -> UserError:
     """The error about a name that is none of the track's, with a hint."""
-    hint = f"; perhaps {TIMM}{name}" if timm.is_model(name) else close_names(name, known)
-    return UserError(f"{flag}: no network {name!r}{hint}; expected {', '.join(known)} or {TIMM}NAME")
+    hint = f"did you mean {TIMM}{name}?" if timm.is_model(name) else near_or_all(name, known, f" or {TIMM}NAME")
+    return UserError(f"{flag}: no network {name!r}; {hint}")
 
 
 def override(
@@ -140,7 +139,7 @@ def override(
         _per_channel("--std", p.std if std is None else std, channels),
     )
     if not 0 < result.crop_pct <= 1:
-        raise UserError(f"--crop-pct: {result.crop_pct}; expected more than 0 and at most 1")
+        raise UserError(f"--crop_pct: {result.crop_pct}; expected more than 0 and at most 1")
     if result.interpolation not in INTERPOLATIONS:
         raise UserError(f"--interpolation: {result.interpolation!r}; expected {', '.join(INTERPOLATIONS)}")
     if not min(result.std) > 0:
@@ -152,9 +151,3 @@ def _per_channel(flag: str, values: Sequence[float], channels: int) -> tuple[flo
     if len(values) not in (1, channels):
         raise UserError(f"{flag}: {len(values)} values; expected 1 or {channels}, one per input channel")
     return tuple(values) * (channels // len(values))
-
-
-def close_names(name: str, known: Sequence[str]) -> str:
-    """The end of an error about an unknown name."""
-    close = get_close_matches(name, known)
-    return f"; perhaps {' or '.join(close)}" if close else ""

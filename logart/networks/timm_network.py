@@ -13,9 +13,9 @@ from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from logart.errors import UserError, one_line
+from logart.errors import UserError, did_you_mean, one_line
 from logart.networks.data import Preprocessing
-from logart.networks.network import TIMM, Network, close_names
+from logart.networks.network import TIMM, Network
 from logart.networks.weights import file_sha256, load_state_dict, read_state_dict, state_sha256
 
 # What a family's own conversion of old checkpoints resizes: always from another network than the one asked for ...
@@ -86,16 +86,17 @@ def build_timm(
 ) -> tuple[Any, dict[str, Any]]:
     """A network of timm's without trained weights, and the arguments that gave it; all as for `load_timm`."""
     if not timm.is_model(name):
-        raise UserError(f"{flag}: timm has no model {name!r}{close_names(name, timm.list_models())}")
+        hint = did_you_mean(TIMM + name, [TIMM + known for known in timm.list_models()])
+        raise UserError(f"{flag}: timm has no model {name!r}" + f"; {hint}" * bool(hint))
     asked = dict(model_kwargs or {})
     if num_classes is not None and asked.setdefault("num_classes", num_classes) != num_classes:
-        raise UserError(f"--num-classes: {num_classes}, but --model-kwargs has num_classes={asked['num_classes']}")
+        raise UserError(f"--num_classes: {num_classes}, but --model_kwargs has num_classes={asked['num_classes']}")
     if input_size is not None and to_2tuple(asked.get("img_size", input_size)) != (input_size, input_size):
-        raise UserError(f"--input-size: {input_size}, but --model-kwargs has img_size={asked['img_size']}")
+        raise UserError(f"--input_size: {input_size}, but --model_kwargs has img_size={asked['img_size']}")
     try:
         return _build(name, {**(defaults or {}), **asked}, input_size)
     except Exception as error:  # whatever the model's own constructor raises
-        culprit = "--model-kwargs" if model_kwargs else flag if input_size is None else "--input-size"
+        culprit = "--model_kwargs" if model_kwargs else flag if input_size is None else "--input_size"
         raise UserError(f"{culprit}: timm cannot build {name} ({one_line(error)})") from error
 
 
@@ -122,7 +123,7 @@ def _pretrained(arch: str, name: str, kwargs: Mapping[str, Any], flag: str) -> t
     config = model.pretrained_cfg
     if config["num_classes"] != model.num_classes:  # timm would leave the last layer untrained
         raise UserError(
-            f"--num-classes: {model.num_classes} asked for, but timm's weights for {name} "
+            f"--num_classes: {model.num_classes} asked for, but timm's weights for {name} "
             f"have {config['num_classes']}; expected --checkpoint PATH"
         )
     return model, TIMM + ".".join(filter(None, (config["architecture"], config.get("tag"))))

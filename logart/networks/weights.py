@@ -166,7 +166,7 @@ def _shape_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor
     if only_rows and wanted and seen and all(key.rpartition(".")[0] == head for key in wrong):
         return (
             f"has {seen[0]} classes ({wrong[0]}), but the network was built for {wanted[0]}; "
-            f"expected --num-classes {seen[0]}"
+            f"expected --num_classes {seen[0]}"
         )
     return (
         f"does not fit the network: {wrong[0]} has shape {list(seen)}, expected {list(wanted)} "

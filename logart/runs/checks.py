@@ -69,7 +69,7 @@ def _check_arguments(model_kwargs: Mapping[str, Any] | None, flag: str) -> None:
         if not can_be_loaded(json.loads(json.dumps(model_kwargs, allow_nan=False))):
             raise ValueError("a packed file could not be loaded with these")
     except (TypeError, ValueError) as error:
-        raise UserError(f"--model-kwargs: {one_line(error)}; with {flag}, expected numbers, texts and lists") from error
+        raise UserError(f"--model_kwargs: {one_line(error)}; with {flag}, expected numbers, texts and lists") from error
 
 
 def _check_place(save: str, checkpoint: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The flags that both command lines have, and what follows from them: settings, idle flags, the row's columns.
+"""What follows from the flags of both command lines: settings, flags without effect, the row's columns.
 
 Only the entry points import this; the core never reads a command line.
 """
@@ -9,15 +9,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logart.cli import FlagParser, default_if_none, finite, given, key_values, refuse_without_effect
+from logart.cli import default_if_none, given, key_values, refuse_without_effect
 from logart.errors import UserError
-from logart.grids.grid import ROOT2_TEXT, ScaleMethod, Spacing
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleMethod, Spacing
 from logart.networks.data import DIGITS
-from logart.networks.network import INTERPOLATIONS, Network
+from logart.networks.network import Network
 from logart.quantization.cache import CacheLocation
-from logart.quantization.config import PRESETS, QuantConfig, Rounding, SearchMethod
-from logart.runs.claims import SILENT_MINUTES
+from logart.quantization.config import QuantConfig
 from logart.runs.results import RESULTS
 from logart.runs.results_schema import Cell
 from logart.runs.resume import stored_flags
@@ -25,76 +23,6 @@ from logart.runs.run import RunOptions
 from logart.runtime import resolve_device
 
 DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
-
-
-def add_network_flags(parser: FlagParser, model_kwargs: str) -> None:
-    """How the network is built and which images it gets; `model_kwargs` says where those act."""
-    parser.flag("--checkpoint", help="float weights: .pth, .pt, .th, .tar, .bin or .safetensors "
-                "(default: the network's own)")  # fmt: skip
-    parser.flag("--model_kwargs", nargs="+", metavar="KEY=VALUE", help=f"for timm.create_model{model_kwargs}")
-    parser.flag("--num_classes", type=int, help="outputs of the network")
-    parser.flag("--input_size", type=int, help="height and width of the input in pixels")
-    parser.flag("--crop_pct", type=finite, help="part of the resized image that the centre crop keeps")
-    parser.flag("--mean", type=finite, nargs="+", help="per channel, of pixels in 0..1")
-    parser.flag("--std", type=finite, nargs="+", help="per channel")
-    parser.flag("--interpolation", choices=INTERPOLATIONS, help="how images are resized")
-
-
-def add_grid_flags(parser: FlagParser, defaults: Mapping[str, Any]) -> None:
-    """The grid, its search and the schedule of LLR; `defaults` by the fields of QuantConfig, for the help."""
-    d = defaults
-    parser.flag("--channel_wise", action=argparse.BooleanOptionalAction,
-                help="one codebook per output channel, or one per layer (default: per channel)")  # fmt: skip
-    parser.flag("--scale_method", type=_scale_method, metavar="{" + ",".join(m.value for m in ScaleMethod) + "}",
-                help=f"the grid (default {d['scale_method']})")  # fmt: skip
-    parser.flag("--search_method", choices=[m.value for m in SearchMethod],
-                help=f"the error that DBS and scale search minimise (default {d['search_method']})")  # fmt: skip
-    parser.flag("--first_last_bits", metavar="{2..8,same}", help="bits of the first and last layer (default same)")
-    parser.flag("--scale_search", nargs="?", const="grid", choices=[m.value for m in ScaleSearch],
-                help="also search a factor of each channel's levels; half_step: only √2's powers, which need no "
-                "multiplier (default none; without a value: grid)")  # fmt: skip
-    parser.flag("--asymmetric", action=argparse.BooleanOptionalAction,
-                help="codes that a channel's shorter sign never reaches become small levels")  # fmt: skip
-    parser.flag("--zero_code", action=argparse.BooleanOptionalAction, help="one code of each channel is zero")
-    parser.flag("--hardware_approx", action="store_true",
-                help="√2 ≈ 1+1/2 (or more terms) during search, rounding and evaluation")  # fmt: skip
-    parser.flag("--hardware_approx_terms", type=int, choices=list(ROOT2_TEXT),
-                help="powers of two that stand for √2: 1+1/2, 1+1/2-1/16, 1+1/2-1/16-1/64 (default 2)")  # fmt: skip
-    parser.flag("--preset", choices=list(PRESETS),
-                help="defaults by name, which any flag overrides: fast (closed form, no learning), paper (the paper's "
-                "settings), best (what measured best)")  # fmt: skip
-    parser.flag("--rounding", choices=[m.value for m in Rounding],
-                help="to nearest, compensated in closed form, learned (LLR), or both in this order")  # fmt: skip
-    parser.flag("--iters_w", type=int, help=f"LLR steps per block; 0 learns nothing (default {d['iters']})")
-    parser.flag("--rrweight", "--weight", type=finite,
-                help=f"λ, the rounding penalty against the reconstruction loss (default {d['rrweight']})")  # fmt: skip
-    parser.flag("--b_start", type=finite, help=f"the penalty's exponent at the start (default {d['b_start']:g})")
-    parser.flag("--b_end", type=finite, help=f"the penalty's exponent at the end (default {d['b_end']:g})")
-    parser.flag("--warmup", type=finite, help=f"share of the steps without the penalty (default {d['warmup']})")
-
-
-def add_run_flags(parser: FlagParser) -> None:
-    """How the run goes about it."""
-    parser.flag("--test_before_calibration", action="store_true",
-                help="also evaluate after DBS, before LLR (always on for the built-in digits)")  # fmt: skip
-    parser.flag("--test_with_hardware_approx", action="store_true",
-                help="evaluate a second time with √2 ≈ 1+1/2 (or more terms), calibrated without it")  # fmt: skip
-    parser.flag("--seed", type=int, help="of every random choice (default 0)")
-    parser.flag("--device", help="auto (CUDA when there is one), cpu, cuda or cuda:N (default auto)")
-    parser.flag("--results", help="the CSV file that gets a row (default results.csv)")
-    parser.flag("--save", metavar="PATH.safetensors", help="write the quantized network to a packed file, which "
-                "`logart.load_packed` reads and `python -m logart.inspect` shows")  # fmt: skip
-    parser.flag("--run_dir", metavar="DIR", help="keep settings, log, the state of each finished block, the packed "
-                "network and the report in a new folder")  # fmt: skip
-    parser.flag("--resume", metavar="DIR", help="go on with an interrupted --run_dir, after its last finished "
-                "block; its flags need not be repeated")  # fmt: skip
-    parser.flag("--cache", choices=["auto", *(place.value for place in CacheLocation)],
-                help="where a block's captured inputs live: on the computing device, in host memory, there in "
-                "half precision (other codes), on disk; auto: the first with room, not half (default)")  # fmt: skip
-    parser.flag("--once", nargs="?", const=SILENT_MINUTES, type=finite, metavar="MINUTES",
-                help="do nothing where the results file has this row or another process is at it; one without a sign "
-                f"of life for so many minutes is taken over (without a value: {SILENT_MINUTES:g})")  # fmt: skip
-    parser.flag("--quiet", action="store_true", help="no progress, no tables; only the accuracies")
 
 
 def with_stored(args: argparse.Namespace) -> argparse.Namespace:
@@ -113,15 +41,6 @@ def with_stored(args: argparse.Namespace) -> argparse.Namespace:
 def kept_flags(args: argparse.Namespace) -> dict[str, Any]:
     """What a run's folder keeps of the flags given."""
     return {name: value for name, value in given(args, vars(args)).items() if name != "run_dir"}
-
-
-def _scale_method(text: str) -> str:
-    text = "dynamic" if text == "log_dynamic" else text
-    if text not in {method.value for method in ScaleMethod}:
-        raise argparse.ArgumentTypeError(
-            f"unknown grid {text!r}; expected one of {', '.join(method.value for method in ScaleMethod)}"
-        )
-    return text
 
 
 def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: Mapping[str, Any]) -> QuantConfig:
@@ -199,7 +118,10 @@ def refuse_idle_flags(
 def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of the network and its images, as keywords of both tracks' `load_network`."""
     kwargs = None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs")
-    return {"model_kwargs": kwargs} | {name: getattr(args, name) for name in ("num_classes", *DATA_SETTINGS)}
+    result = {"model_kwargs": kwargs} | {name: getattr(args, name) for name in ("num_classes", *DATA_SETTINGS)}
+    if isinstance(args.input_size, list):
+        result["channels"], result["input_size"], _ = args.input_size
+    return result
 
 
 def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -> str:

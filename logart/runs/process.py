@@ -6,7 +6,10 @@ import importlib
 import multiprocessing
 import sys
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from typing import Any
+
+from logart.interrupt import processes_without_interrupt
 
 
 def run_in_subprocess(words: Sequence[str], *also: str) -> int:
@@ -16,6 +19,8 @@ def run_in_subprocess(words: Sequence[str], *also: str) -> int:
         words: the module of an entry point, with a `main`, and its flags.
         also: other modules that it will ask for; those of the first call are the ones that count.
 
+    Ctrl-C ends the process, which prints nothing then: the one line is the caller's.
+
     Returns:
         Its exit code; negative for the signal that ended it.
     """
@@ -23,15 +28,21 @@ def run_in_subprocess(words: Sequence[str], *also: str) -> int:
     # a tenth of one. Not of this process, which may have asked for GPUs.
     known = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
-    if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload([words[0], *also])
     process = context.Process(target=_main, args=(words, multiprocessing.get_start_method()))
-    process.start()
+    with processes_without_interrupt():
+        if hasattr(context, "set_forkserver_preload"):
+            context.set_forkserver_preload([words[0], *also])
+            forkserver.ensure_running()
+        else:
+            process.start()
     try:
+        if process.ident is None:
+            process.start()  # may wait for the server's imports, which Ctrl-C need not
         process.join()
     except BaseException:  # Ctrl-C and SIGTERM
-        process.terminate()  # it releases its claim
-        process.join()
+        if process.ident is not None:
+            process.terminate()  # it releases its claim
+            process.join()
         raise
     code: int = process.exitcode
     return code

@@ -61,17 +61,54 @@ def test_both_spellings_set_one_destination(parser: FlagParser, argv: list[str],
     assert set(args.values()) == {None}  # a flag that was not given can be told from one given its default
 
 
-def test_a_flag_of_one_word_is_added_once(parser: FlagParser) -> None:
-    (action,) = (action for action in parser._actions if action.dest == "chosen")
-    assert action.option_strings == ["--mode"]
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("--batch", "; did you mean --batch_size?"),
+        ("--rounding_weigth=3", "; did you mean --rrweight?"),  # of two spellings, the one that is shown
+        ("--no-chanel-wise", "; did you mean --no-channel_wise?"),
+        ("-mode", "; did you mean --mode?"),
+        ("--other-one", "; ask the other command"),
+        ("--xyz", ""),
+        ("mode", ""),
+    ],
+)
+def test_an_unknown_word_gets_a_hint(
+    parser: FlagParser, word: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser.elsewhere({"other_one": "ask the other command"})
+    with pytest.raises(SystemExit):
+        parser.parse_args([word])
+    assert capsys.readouterr().err == f"tool: unrecognized arguments: {word}{hint}\n"
+
+
+@pytest.mark.parametrize(("value", "hint"), [("A", "did you mean a?"), ("x", "expected one of a, b")])
+def test_a_wrong_choice_gets_a_hint(
+    parser: FlagParser, value: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--mode", value])
+    assert capsys.readouterr().err == f"tool: --mode: invalid choice: {value!r}; {hint}\n"
+
+
+def test_help_is_in_groups_that_show_one_spelling_and_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = FlagParser(["first", "second", "empty"], prog="tool")
+    parser.flag("--late-one", "--later", group="second", default=7, help="b", type=int)
+    parser.flag("--early", group="first", default="off", help="a", action="store_true")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "first: --early a (default: off) second: --late_one LATE_ONE b (default: 7)" in text
+    assert "--later" not in text and "--late-one" not in text and "empty:" not in text
+    assert vars(parser.parse_args([])) == {"early": None, "late_one": None}
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batch_size", "x"], "--batch_size/--batch-size: invalid int value: 'x'"),
-        (["--batch-size"], "--batch_size/--batch-size: expected one argument"),
-        (["--batch", "3"], "unrecognized arguments: --batch 3"),
+        (["--batch_size", "x"], "--batch_size: invalid int value: 'x'"),
+        (["--batch-size"], "--batch_size: expected one argument"),
+        (["--batch", "3"], "unrecognized arguments: --batch 3; did you mean --batch_size?"),
         (["--quick"], "unrecognized arguments: --quick"),
         (["--mode", "c\nd"], "--mode: invalid choice: "),
     ],
@@ -91,7 +128,7 @@ def test_help_goes_to_stdout_with_code_0(parser: FlagParser, capsys: pytest.Capt
         run_command(parser, nothing, ["--help"])
     out, err = capsys.readouterr()
     assert stopped.value.code == 0 and err == ""
-    assert all(spelling in out for spelling in ("--batch_size", "--batch-size", "--no-channel_wise"))
+    assert "--batch_size" in out and "--no-channel_wise" in out
 
 
 def test_a_command_gets_the_parsed_flags_and_its_end_is_code_0(parser: FlagParser) -> None:

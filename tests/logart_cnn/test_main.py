@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 import logart.quantization.pipeline
 import logart.runs.job
 import logart.runs.run
-import logart_cnn.main
+import logart_cnn.command
 from logart.grids.grid import ScaleMethod
 from logart.grids.search import ScaleSearch
 from logart.networks.weights import file_sha256
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.runs.run import RunOptions
 from logart_cnn import models
-from logart_cnn.main import build_config, build_parser, main
+from logart_cnn.command import build_config, build_parser, main
 from logart_cnn.models import Network, load_network
 
 PAPER = (
@@ -40,42 +39,15 @@ def config(*argv: str) -> QuantConfig:
     return build_config(build_parser().parse_args(argv))
 
 
-def sample(action: argparse.Action) -> list[str]:
-    """Words that a flag takes."""
-    if action.nargs == 0:
-        return []
-    if action.choices:
-        return [str(next(iter(action.choices)))]
-    return {"scale_method": ["log_2"], "model_kwargs": ["a=1"]}.get(action.dest, ["3"])
-
-
-def test_every_flag_has_both_spellings() -> None:
-    parser = build_parser()
-    for action in parser._actions:
-        if action.dest == "help":
-            continue
-        flags = action.option_strings
-        for flag in flags:
-            word = flag.removeprefix("--no-") if flag.startswith("--no-") else flag.removeprefix("--")
-            prefix = flag.removesuffix(word)
-            assert {prefix + word.replace("_", "-"), prefix + word.replace("-", "_")} <= set(flags), flag
-        values = [getattr(parser.parse_args([flag, *sample(action)]), action.dest) for flag in flags]
-        assert None not in values
-        off = [value for flag, value in zip(flags, values, strict=True) if flag.startswith("--no-")]
-        on = [value for flag, value in zip(flags, values, strict=True) if not flag.startswith("--no-")]
-        assert on == on[:1] * len(on) and off == [False] * len(off)
-
-
 ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method search_method search_samples
     test_before_calibration calib_samples batch_size iters_w rrweight weight calib_lr b_start b_end warmup recon_input
     hardware_approx test_with_hardware_approx first_last_bits seed device workers results quiet calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache""".split()
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
+    search_batch_size val_batch_size""".split()
 
 
 def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
-    known = {flag for action in build_parser()._actions for flag in action.option_strings}
-    assert {f"--{flag}" for flag in ISSUE_FLAGS} <= known
     dests = {action.dest for action in build_parser()._actions} - {"help", "calib_list", "save_calib_list"}
     assert dests == {flag.replace("-", "_") for flag in ISSUE_FLAGS} - {"weight", "no_channel_wise"}
 
@@ -90,7 +62,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
     def run(*args: Any, **_: Any) -> None:
         called["run"] = args
 
-    monkeypatch.setattr(logart_cnn.main, "load_network", load)
+    monkeypatch.setattr(logart_cnn.command, "load_network", load)
     monkeypatch.setattr(logart.runs.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
@@ -201,7 +173,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     )
     assert lines[1] == (
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
-        "scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 batch_size=32 iters_w=4 "
+        "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 batch_size=32 iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized seed=0 "
         "first_last_bits=same hardware_approx_terms=0"
     )
@@ -297,7 +269,7 @@ def test_a_network_that_fails_late_takes_one_line_and_gets_no_row(
         network = load_network("digits_resnet", files.digits)
         return replace(network, model=HoldsTwoTensors().eval(), block_types=("TwoTensors",))
 
-    monkeypatch.setattr(logart_cnn.main, "load_network", load)
+    monkeypatch.setattr(logart_cnn.command, "load_network", load)
     flags = f"--quiet --workers 0 --results {tmp_path}/results.csv --save_calib_list {tmp_path}/images.txt"
     with pytest.raises(SystemExit) as stopped:
         main([*flags.split(), *"--iters_w 2 --calib_samples 4".split()])

@@ -27,7 +27,7 @@ import logart.runs.run
 from logart import load_packed
 from logart.networks.calibration import names_digest
 from logart.packed.file import PackedFile
-from logart_cnn.main import build_parser, main
+from logart_cnn.command import build_parser, main
 
 LAYER_WISE = "--search_method layer_wise --search_samples 4"
 BASE = f"{SMALL_KWARGS} num_classes=4 input_size=32"
@@ -52,6 +52,7 @@ EFFECTS = {
                             {"search_method": "layer_wise", "search_samples": "4", "search_batch_size": "32"},
                             given="--search_samples 4"),
     "search_samples": Effect("--search_samples 3", {"search_samples": "3"}, given=LAYER_WISE),
+    "search_batch_size": Effect("--search_batch_size 3", {"search_batch_size": "3"}, given=LAYER_WISE, codes=False),
     "calib_samples": Effect("--calib_samples 5", {"calib_samples": "5"}),
     "batch_size": Effect("--batch_size 3", {"batch_size": "3"}),
     "iters_w": Effect("--iters_w 9", {"iters_w": "9"}),
@@ -121,19 +122,20 @@ def test_num_classes(files: Files, outcome: Callable[..., Outcome], tmp_path: Pa
     assert outcome(*argv).row["val_images"] == "8"
 
 
-def test_workers_read_the_same_images(
+def test_loaders_are_made_as_asked_and_give_the_same_images(
     files: Files, outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
     original = logart.runs.run.validation_batches
 
     def watched(source: Any, batch_size: int, workers: int) -> Any:
-        asked.append(workers)
+        asked.append((batch_size, workers))
         return original(source, batch_size, workers)
 
     monkeypatch.setattr(logart.runs.run, "validation_batches", watched)
-    alone, helped = outcome(*files.on_images()), outcome(*files.on_images(), "--workers", "2", again=True)
-    assert asked == [2, 2]
+    alone = outcome(*files.on_images())
+    helped = outcome(*files.on_images(), "--workers", "2", "--val-batch-size", "3", again=True)
+    assert asked == [(3, 2), (3, 2)]
     assert {k: v for k, v in alone.row.items() if k not in SURROUNDINGS} == {
         k: v for k, v in helped.row.items() if k not in SURROUNDINGS
     }
@@ -221,7 +223,8 @@ TESTED_ALONE = {
     "cache": test_a_cache_in_half_precision_gives_other_losses,
     "save": test_save_writes_the_network_with_the_options_it_was_built_with,
     "num_classes": test_num_classes,
-    "workers": test_workers_read_the_same_images,
+    "workers": test_loaders_are_made_as_asked_and_give_the_same_images,
+    "val_batch_size": test_loaders_are_made_as_asked_and_give_the_same_images,
     "device": test_device_decides_where,
     "results": test_results_says_where_the_row_goes,
     "once": test_once_runs_no_row_twice,

@@ -447,7 +447,7 @@ def test_timms_pretrained_weights(tmp_path):
     assert (network.source, network.block_types) == ("timm:lcnet_035.untrained", ("DepthwiseSeparableConv",))
     assert network.sha256 == state_sha256(reference.state_dict())
     fails(
-        "--num-classes: 7 asked for, but timm's weights for lcnet_035 have 1000",
+        "--num_classes: 7 asked for, but timm's weights for lcnet_035 have 1000",
         "timm:lcnet_035",
         model_kwargs=kwargs,
         num_classes=7,
@@ -499,18 +499,18 @@ def test_overrides(tmp_path):
 
 def test_mistakes_about_settings(digits_file):
     for message, kwargs in (
-        ("--model-kwargs: only for --arch timm:NAME", {"model_kwargs": {"drop_rate": 0.1}}),
-        ("--num-classes: 0; expected at least 1", {"num_classes": 0}),
-        ("--input-size: 0; expected at least 1", {"input_size": 0}),
-        ("--crop-pct: 0.0; expected more than 0", {"crop_pct": 0.0}),
-        ("--crop-pct: 1.5; expected more than 0 and at most 1", {"crop_pct": 1.5}),
+        ("--model_kwargs: only for --arch timm:NAME", {"model_kwargs": {"drop_rate": 0.1}}),
+        ("--num_classes: 0; expected at least 1", {"num_classes": 0}),
+        ("--input_size: 0; expected at least 1", {"input_size": 0}),
+        ("--crop_pct: 0.0; expected more than 0", {"crop_pct": 0.0}),
+        ("--crop_pct: 1.5; expected more than 0 and at most 1", {"crop_pct": 1.5}),
         ("--mean: 3 values; expected 1 or 1", {"mean": [0.1, 0.2, 0.3]}),
         ("--std: 0 values; expected 1", {"std": []}),
         ("--std: 0.0; expected positive values", {"std": [0.0]}),
         ("--interpolation: 'cubic'; expected nearest, bilinear, bicubic", {"interpolation": "cubic"}),
         (
             "--checkpoint: digits.pth has 10 classes (linear.weight), but the network was built for 9; "
-            "expected --num-classes 10",
+            "expected --num_classes 10",
             {"num_classes": 9},
         ),
     ):
@@ -518,19 +518,19 @@ def test_mistakes_about_settings(digits_file):
 
 
 def test_mistakes_about_names(digits_file):
-    fails("--arch: no network 'resnet19'; perhaps resnet18", "resnet19")
-    fails("--arch: no network '???'; expected resnet18, resnet50", "???")
-    fails("--arch: timm has no model 'resnt50'; perhaps resnet50", "timm:resnt50")
+    fails("--arch: no network 'resnet19'; did you mean resnet18?", "resnet19")
+    fails("--arch: no network '???'; expected one of resnet18, resnet50", "???")
+    fails("--arch: timm has no model 'resnt50'; did you mean timm:resnet50", "timm:resnt50")
     fails("--arch: timm has no model ''", "timm:")
     fails("--arch: timm cannot build resnet10t.lost", "timm:resnet10t.lost", digits_file)
     fails(
-        "--model-kwargs: timm cannot build resnet10t",
+        "--model_kwargs: timm cannot build resnet10t",
         "timm:resnet10t",
         digits_file,
         model_kwargs={"bogus": 1},
     )
     fails(
-        "--num-classes: 7, but --model-kwargs has num_classes=8",
+        "--num_classes: 7, but --model_kwargs has num_classes=8",
         "timm:resnet10t",
         digits_file,
         num_classes=7,

@@ -24,7 +24,7 @@ import logart.runs.job
 import logart.runs.run
 from logart import load_packed
 from logart.packed.file import PackedFile
-from logart_vit.main import build_parser, main
+from logart_vit.command import build_parser, main
 
 BASE = f"{VIT_KWARGS} num_classes=4"
 UNSIZED = VIT_KWARGS.removeprefix("img_size=16 ")

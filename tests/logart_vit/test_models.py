@@ -200,7 +200,7 @@ def test_the_image_size() -> None:
     swin_kwargs = {key: value for key, value in SWIN.items() if key != "img_size"}
     reference = saved("b.pth", "swin_tiny_patch4_window7_224", num_classes=5, **{**SWIN, "img_size": 64})
     assert_same(load_network("swin_tiny", "b.pth", model_kwargs=swin_kwargs, num_classes=5, input_size=64), reference)
-    message = "--input-size: 48, but --model-kwargs has img_size=32"
+    message = "--input_size: 48, but --model_kwargs has img_size=32"
     fails(message, "vit_tiny", "a.pth", model_kwargs=VIT, input_size=48)
 
 
@@ -213,15 +213,16 @@ def test_overrides() -> None:
 
 def test_mistakes() -> None:
     vit("a.pth")
-    fails("expected --num-classes 5", "vit_tiny", "a.pth", model_kwargs=VIT)
-    fails("--num-classes: 0; expected at least 1", "vit_tiny", "a.pth", num_classes=0)
-    fails("--input-size: 0; expected at least 1", "vit_tiny", "a.pth", input_size=0)
-    fails("--crop-pct: 2; ", "vit_tiny", "a.pth", model_kwargs=VIT, num_classes=5, crop_pct=2)
-    fails("--model-kwargs: timm cannot build vit_tiny_patch16_224", "vit_tiny", model_kwargs={"bogus": 1})
+    fails("expected --num_classes 5", "vit_tiny", "a.pth", model_kwargs=VIT)
+    fails("--num_classes: 0; expected at least 1", "vit_tiny", "a.pth", num_classes=0)
+    fails("--input_size: 0; expected at least 1", "vit_tiny", "a.pth", input_size=0)
+    fails("--crop_pct: 2; ", "vit_tiny", "a.pth", model_kwargs=VIT, num_classes=5, crop_pct=2)
+    fails("--model_kwargs: timm cannot build vit_tiny_patch16_224", "vit_tiny", model_kwargs={"bogus": 1})
     fails("--checkpoint: lost.pth does not exist", "vit_tiny", "lost.pth")
-    fails("--model: no network 'vit_bsae'; perhaps vit_base or ", "vit_bsae")
-    fails("timm:NAME", "resnet18")
-    fails("--model: timm has no model 'vit_tiny_patch16_244'; perhaps vit_", "timm:vit_tiny_patch16_244")
+    fails("--model: no network 'vit_bsae'; did you mean vit_base?", "vit_bsae")
+    fails("; did you mean timm:resnet18?", "resnet18")
+    fails("or timm:NAME", "xyz")
+    fails("--model: timm has no model 'vit_tiny_patch16_244'; did you mean timm:vit_", "timm:vit_tiny_patch16_244")
 
 
 # Blocks

@@ -274,7 +274,7 @@ def test_a_misspelt_field_names_the_nearest(write: Writer, name: str, nearest: s
 
 
 def test_a_field_near_none_lists_them_all(write: Writer) -> None:
-    expected = f" sets an unknown field xyz; expected some of {', '.join(BEST)}"
+    expected = f" sets an unknown field xyz; expected one of {', '.join(BEST)}"
     assert refused(write("class Config:\n    xyz = 1\n")) == expected
 
 

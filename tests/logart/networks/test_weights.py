@@ -202,7 +202,7 @@ def test_differing_shapes_are_named():
 
 def test_a_wrong_class_count_says_the_right_one():
     fails(
-        "a.pth has 7 classes (fc.weight), but the network was built for 3; expected --num-classes 7",
+        "a.pth has 7 classes (fc.weight), but the network was built for 3; expected --num_classes 7",
         load,
         small_network(),
         small_network(classes=7).state_dict(),

@@ -120,7 +120,7 @@ def test_killed_at_random_moments_it_comes_to_the_same_codes(
 def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
     """A process that has started; it has all imported, which takes a plain one longer than the runs here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["logart_cnn.main", "logart_vit.main", "sklearn.datasets"])
+    context.set_forkserver_preload(["logart_cnn.command", "logart_vit.command", "sklearn.datasets"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

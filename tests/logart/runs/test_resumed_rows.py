@@ -46,7 +46,7 @@ def killed_after(moment: str, argv: list[str], folder: Path) -> None:
 
 def kill(moment: str, argv: list[str], folder: Path = Path()) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["logart_cnn.main", "logart_vit.main", "sklearn.datasets"])
+    context.set_forkserver_preload(["logart_cnn.command", "logart_vit.command", "sklearn.datasets"])
     process = context.Process(target=killed_after, args=(moment, argv, folder.absolute()))
     process.start()
     process.join()

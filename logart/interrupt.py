@@ -1,0 +1,80 @@
+"""Ctrl-C: one line and exit code 130 at any moment of a command, also while it imports what takes seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NoReturn
+
+INTERRUPTED = 130  # the exit code that a shell gives for SIGINT
+
+
+def run_entry(prog: str, module: str, argv: list[str] | None) -> int:
+    """Run the `main` of a module that takes seconds to import.
+
+    Args:
+        prog: what the line after Ctrl-C begins with.
+        module: has a `main`, from the arguments to the exit code.
+        argv: None for the process's own, which ends with this call: a Ctrl-C after its last word changes nothing.
+    """
+    try:
+        with _leaving_at_once(prog):
+            main = import_module(module).main
+        code: int = main(argv)
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        return interrupted(prog)
+    return code
+
+
+def interrupted(prog: str, how: object = "nothing was recorded") -> int:
+    """Print the line and return the exit code."""
+    print(f"{prog}: interrupted; {how}", file=sys.stderr)
+    return INTERRUPTED
+
+
+@contextmanager
+def _leaving_at_once(prog: str) -> Iterator[None]:
+    """End the process at Ctrl-C, without an exception, which what imports modules may take for a failed import."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        os.write(2, f"{prog}: interrupted; nothing was recorded\n".encode())
+        os._exit(INTERRUPTED)
+
+    acts = signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread()
+    if acts:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if acts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def processes_without_interrupt() -> Iterator[None]:
+    """Processes started meanwhile never see the terminal's Ctrl-C: who started them ends them, and has the one word.
+
+    Nothing is lost: an interrupt that comes meanwhile is acted on at the end.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # its start would lift what is held back here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
