@@ -173,7 +173,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     )
     assert lines[1] == (
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
-        "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 batch_size=32 iters_w=4 "
+        "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 "
+        "batch_size=32 iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized seed=0 "
         "first_last_bits=same hardware_approx_terms=0"
     )
