@@ -17,8 +17,11 @@ import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model
 from logart.quantization import surgery
+from logart.quantization.clone import clone_sharing
+from logart.quantization.folding import fold_batch_norms
 from logart.quantization.memory import estimate_memory
 from logart.quantization.state import StageResult, StageStore
+from logart.quantization.survey import survey
 
 
 class Watch(StageStore):
@@ -55,9 +58,9 @@ def main() -> None:
     )  # fmt: skip
     types = sorted({type(m).__name__ for m in model.modules() if type(m).__name__ in ("BasicBlock", "Block")})
     watch = Watch()
-    reference = surgery.clone_sharing(model).eval().requires_grad_(False)
-    surgery.fold_batch_norms(reference, images[:2])
-    names, _ = surgery.layers_to_quantize(reference, images[:2])
+    reference = clone_sharing(model).eval().requires_grad_(False)
+    fold_batch_norms(reference, images[:2])
+    names = survey(reference, images[:2]).layers
     needs = estimate_memory(reference, surgery.find_blocks(reference, names, types), images[:2], config)
     quantize_model(model, config, images, block_types=types, stage_store=watch)
     print("MiB\n\n| block | captured | working | foreseen | taken | ratio |\n|---|---|---|---|---|---|")

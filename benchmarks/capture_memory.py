@@ -18,6 +18,9 @@ from torch import nn
 
 from logart.quantization import capture, surgery
 from logart.quantization.cache import Cache
+from logart.quantization.clone import clone_sharing
+from logart.quantization.folding import fold_batch_norms
+from logart.quantization.survey import survey
 
 MIB = 2**20
 
@@ -50,11 +53,11 @@ def shared_weights() -> None:
     """Print how much of a ResNet-18 and its quantized twin is held twice."""
     from torchvision.models import resnet18
 
-    reference = surgery.clone_sharing(resnet18().eval().requires_grad_(False))
+    reference = clone_sharing(resnet18().eval().requires_grad_(False))
     example = torch.randn(2, 3, 64, 64)
-    surgery.fold_batch_norms(reference, example)
-    names, _ = surgery.layers_to_quantize(reference, example)
-    quantized = surgery.clone_sharing(reference)
+    fold_batch_norms(reference, example)
+    names = survey(reference, example).layers
+    quantized = clone_sharing(reference)
     surgery.replace_layers(quantized, dict.fromkeys(names, 4), channel_wise=True)
     both = [*reference.parameters(), *quantized.parameters()]
     total = sum(p.numel() * p.element_size() for p in both)

@@ -20,6 +20,8 @@ from logart.networks.weights import COUNTER
 from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
+from logart.quantization.clone import clone_sharing
+from logart.quantization.folding import drop_batch_norms
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 
 # Who builds networks by name; imported only when a file asks, so that the core stands without the entry points.
@@ -130,7 +132,7 @@ def load_packed(
         raise ValueError(f"dequantize must be one of {', '.join(DEQUANTIZE)}, got {dequantize!r}")
     file = PackedFile.read(path)
     try:
-        model = _build(file) if model is None else surgery.clone_sharing(model)
+        model = _build(file) if model is None else clone_sharing(model)
         _restore(model, file, dequantized_weight=dequantize == "once")
     except UserError as error:
         raise PackedFileError(f"{path}: {error}") from error
@@ -155,7 +157,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) -> None:
     """Make a float network the one that was saved: batch norms that were folded go, layers get their codes."""
-    surgery.drop_batch_norms(model, keep=lambda name: f"{name}.running_mean" in file.rest)
+    drop_batch_norms(model, keep=lambda name: f"{name}.running_mean" in file.rest)
     modules = dict(model.named_modules())
     for name, packed in file.layers.items():
         layer: Any = modules.get(name)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart.errors import NetworkError
-from logart.quantization import capture, surgery
+from logart.quantization import capture
+from logart.quantization.clone import clone_sharing
 
 PERTURBATION = 1e-6
 IMPORTANCE_IMAGES = 256  # an average over images settles long before LLR's 1,024 (EXPERIMENTS.md)
@@ -39,7 +40,7 @@ class PerturbationImportance:
     def __init__(
         self, model: nn.Module, images: Tensor, temperature: float, batch_size: int, device: torch.device, seed: int = 0
     ) -> None:
-        self._model = surgery.clone_sharing(model).double()
+        self._model = clone_sharing(model).double()
         self._images, self._batch_size, self._device = images, batch_size, device
         self._temperature, self._seed = temperature, seed
         logits = capture.collect(lambda x: self._model(x.double()), images, batch_size, device)

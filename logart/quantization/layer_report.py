@@ -50,18 +50,26 @@ class Report:
 
     Attributes:
         layers: one entry per quantized layer, in the order they run.
-        skipped: (name, reason) of every module with a weight matrix that stays float.
-        folded: names of the batch norms folded.
+        skipped: (name, reason) of every weight that stays float, by the name of its layer or its own.
+        n_weights: elements of all the network's weights, quantized or not; see `survey.Survey`.
+        folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
         blocks: one entry per learned block.
         search_seconds, reconstruction_seconds: time in DBS and in compensation and LLR.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    n_weights: int = 0
     folded: list[str] = field(default_factory=list)
+    unfolded: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     search_seconds: float = 0.0
     reconstruction_seconds: float = 0.0
+
+    @property
+    def quantized_share(self) -> float:
+        """The share of the network's weights that was quantized, 0 to 1."""
+        return sum(torch.Size(layer.shape).numel() for layer in self.layers) / max(self.n_weights, 1)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """What became of each layer, by name, as JSON can say it."""

@@ -15,9 +15,11 @@ from logart.errors import NetworkError, NoRoomError, one_line
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
 from logart.quantization import capture, surgery
 from logart.quantization.cache import Cache, Captured
+from logart.quantization.clone import clone_sharing
 from logart.quantization.compensate import compensate_block
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric
 from logart.quantization.dbs import search_block
+from logart.quantization.folding import fold_batch_norms
 from logart.quantization.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.quantization.layer_report import Report, layer_reports
 from logart.quantization.layers import QuantizedLayer
@@ -25,6 +27,7 @@ from logart.quantization.memory import estimate_memory
 from logart.quantization.reconstruct import BlockReport, Loss, learn_rounding
 from logart.quantization.state import StageResult, StageStore
 from logart.quantization.surgery import Block
+from logart.quantization.survey import survey
 from logart.runtime import progress_bar
 
 
@@ -70,18 +73,19 @@ def quantize_model(
     device = torch.device(device)
     images = gather_images(calibration_images, max(2, config.images_needed))  # tracing takes an example
     report = Report()
-    reference = surgery.clone_sharing(model).eval().requires_grad_(False).to(device)
+    reference = clone_sharing(model).eval().requires_grad_(False).to(device)
     example = images[:2].to(device, copy=True)  # some networks normalise in place
-    report.folded = surgery.fold_batch_norms(reference, example)
-    names, report.skipped = surgery.layers_to_quantize(reference, example)
-    if not names:
+    report.folded, report.unfolded = fold_batch_norms(reference, example)
+    seen = survey(reference, example)
+    report.skipped, report.n_weights = seen.skipped, seen.n_weights
+    if not seen.layers:
         raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-    blocks = surgery.find_blocks(reference, names, block_types)
+    blocks = surgery.find_blocks(reference, seen.layers, block_types)
     on_stage_end("float", reference)
 
-    quantized = surgery.clone_sharing(reference)
-    surgery.replace_layers(quantized, config.bits_of(names), config.channel_wise, row_groups)
-    surgery.check_replaced(quantized, example)
+    quantized = clone_sharing(reference)
+    surgery.replace_layers(quantized, config.bits_of(seen.layers), config.channel_wise, row_groups)
+    surgery.check_replaced(quantized, example, seen)
     cache = Cache(device) if cache is None else cache
     work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
     work.choose_cache(example)

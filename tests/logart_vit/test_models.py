@@ -19,7 +19,8 @@ from logart.errors import UserError
 from logart.networks.data import Preprocessing
 from logart.networks.network import Network
 from logart.networks.weights import file_sha256, state_sha256
-from logart.quantization.surgery import find_blocks, layers_to_quantize
+from logart.quantization.surgery import find_blocks
+from logart.quantization.survey import survey
 from logart_vit import models
 from logart_vit.models import BETWEEN_BLOCKS, EMBEDDINGS, MODELS, TRANSFORMER_BLOCKS, load_network
 
@@ -230,7 +231,7 @@ def test_mistakes() -> None:
 
 def blocks(network: Network) -> list[str]:
     images = torch.zeros(1, *network.preprocessing.input_size)
-    layers, _ = layers_to_quantize(network.model, images)
+    layers = survey(network.model, images).layers
     return [block.name for block in find_blocks(network.model, layers, network.block_types)]
 
 
@@ -277,7 +278,7 @@ def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], 
     network = load_network(f"timm:{name}", model_kwargs=kwargs)
     assert block in network.block_types
     images = torch.rand(2, *network.preprocessing.input_size)
-    layers, _ = layers_to_quantize(network.model, images)
+    layers = survey(network.model, images).layers
     names = {b.name for b in find_blocks(network.model, layers, network.block_types) if b.name not in layers}
     calls: list[str] = []
 

@@ -22,8 +22,9 @@ from logart.grids.search import ScaleSearch
 from logart.networks.network import network_recipe
 from logart.packed.checkpoint import to_packed
 from logart.packed.file import PackedFile, PackedFileError
+from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QuantizedLayer, hardware_approximation
-from logart.quantization.surgery import fold_batch_norms, quantized_layers
+from logart.quantization.surgery import quantized_layers
 
 NAMED: dict[str, tuple[str, str, dict[str, object], tuple[int, ...]]] = {
     "digits_resnet": ("cnn", "digits_resnet", {}, (1, 8, 8)),

@@ -17,6 +17,7 @@ from logart.grids.search import ScaleSearch, choose_codebook
 from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
 from logart.quantization import compensate
+from logart.quantization.clone import clone_sharing
 from logart.quantization.compensate import (
     compensate_block,
     coordinate_descent,
@@ -30,7 +31,7 @@ from logart.quantization.config import QuantConfig, Rounding
 from logart.quantization.dbs import layer_moments
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.pipeline import quantize_model
-from logart.quantization.surgery import Block, clone_sharing, quantized_layers, replace_layers
+from logart.quantization.surgery import Block, quantized_layers, replace_layers
 from logart_cnn.models import load_network
 
 IMAGES = (6, 4, 6, 5)  # neither square nor divisible by the strides

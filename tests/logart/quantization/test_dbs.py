@@ -13,9 +13,11 @@ from logart.grids.grid import Codebook
 from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.search import ScaleSearch, least_error, log_candidates, rounding_error, squared_error
 from logart.quantization import dbs
+from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
+from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.quantization.surgery import Block, clone_sharing, fold_batch_norms, replace_layers
+from logart.quantization.surgery import Block, replace_layers
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

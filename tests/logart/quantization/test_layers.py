@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook
 from logart.grids.reassigned_codes import reassign_unused_codes
 from logart.grids.rounding import lower_neighbour, nearest, soft_round
+from logart.quantization.clone import clone_sharing
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
-from logart.quantization.surgery import clone_sharing, replace_layers
+from logart.quantization.surgery import replace_layers
 
 CONVS: dict[str, Callable[[], nn.Conv2d]] = {
     "zeros": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=(2, 1)),

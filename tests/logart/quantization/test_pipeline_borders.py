@@ -9,10 +9,11 @@ from networks import fingerprint, hooks_of, small_resnet, smooth_images
 from torch import Tensor, nn
 
 from logart import QuantConfig, quantize_model
-from logart.quantization import surgery
+from logart.quantization import pipeline
+from logart.quantization.clone import clone_sharing
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.pipeline import gather_images
-from logart.quantization.surgery import clone_sharing, quantized_layers
+from logart.quantization.surgery import quantized_layers
 
 BASE: dict[str, Any] = {
     "n_bits": 3,
@@ -184,7 +185,7 @@ def test_a_stage_that_raises_leaves_no_trace(search_method: Any, monkeypatch: py
         clones.append(clone_sharing(network))
         return clones[-1]
 
-    monkeypatch.setattr(surgery, "clone_sharing", clone)
+    monkeypatch.setattr(pipeline, "clone_sharing", clone)
 
     def attempt(blows_at: int) -> None:
         Fuse.runs, Fuse.blows_at = 0, blows_at

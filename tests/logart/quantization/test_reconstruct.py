@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from logart.grids.losses import squared_error
 from logart.grids.rounding import lower_neighbour, nearest
 from logart.grids.search import choose_codebook
+from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
+from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport, block_error, learn_rounding, learning_rate, penalty_exponent
-from logart.quantization.surgery import clone_sharing, fold_batch_norms, quantized_layers, replace_layers
+from logart.quantization.surgery import quantized_layers, replace_layers
 
 
 def config(**settings: Any) -> QuantConfig:

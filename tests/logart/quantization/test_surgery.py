@@ -10,17 +10,17 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from logart.errors import NetworkError
+from logart.quantization.clone import clone_sharing
+from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QuantConv2d, QuantLinear
 from logart.quantization.surgery import (
     Block,
     check_replaced,
-    clone_sharing,
     find_blocks,
-    fold_batch_norms,
-    layers_to_quantize,
     quantized_layers,
     replace_layers,
 )
+from logart.quantization.survey import survey
 
 IMAGES = smooth_images(2, 3, 6)
 
@@ -31,7 +31,7 @@ class OtherConv(nn.Conv2d):
 
 def test_a_forward_that_raises_leaves_no_hook() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(1, 1)).eval()
-    for look in (fold_batch_norms, layers_to_quantize):
+    for look in (fold_batch_norms, survey):
         with pytest.raises(RuntimeError):
             look(model, IMAGES.float())
         assert hooks_of(model) == 0
@@ -67,7 +67,8 @@ def test_replacing_puts_quantized_layers_of_the_bits_asked_for() -> None:
 def test_layers_come_in_the_order_they_run() -> None:
     model = Graph(lambda m, x: m.first(m.inner[0](m.inner[1](x))), first=nn.Conv2d(3, 3, 1), inner=nn.ModuleList())
     model.inner.extend([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])  # type: ignore[operator, union-attr]
-    assert layers_to_quantize(model, IMAGES.float()) == (["inner.1", "inner.0", "first"], [])
+    seen = survey(model, IMAGES.float())
+    assert (seen.layers, seen.skipped) == (["inner.1", "inner.0", "first"], [])
     assert hooks_of(model) == 0
 
 
@@ -84,7 +85,8 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
         idle=nn.Linear(3, 3),
         norm=nn.BatchNorm2d(3),
     )
-    layers, skipped = layers_to_quantize(model, IMAGES.float())
+    seen = survey(model, IMAGES.float())
+    layers, skipped = seen.layers, seen.skipped
     assert layers == ["conv"]
     assert [name for name, _ in skipped] == ["other", "up", "table", "idle"]  # a norm has no matrix to quantize
     reasons = dict(skipped)
@@ -95,7 +97,8 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
 def test_a_weight_that_is_computed_is_skipped_with_the_reason() -> None:
     pruned, normed = nn.Conv2d(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
     prune.l1_unstructured(pruned, "weight", amount=0.5)
-    layers, skipped = layers_to_quantize(nn.Sequential(nn.Conv2d(3, 3, 1), pruned, normed), IMAGES.float())
+    seen = survey(nn.Sequential(nn.Conv2d(3, 3, 1), pruned, normed), IMAGES.float())
+    layers, skipped = seen.layers, seen.skipped
     assert layers == ["0"] and [name for name, _ in skipped][:1] == ["1"]
     assert "pruning or a norm" in dict(skipped)["1"] and len(skipped) >= 2
 
@@ -107,7 +110,7 @@ def test_a_layer_that_is_run_from_a_list_is_refused() -> None:
     clone = clone_sharing(model)
     replace_layers(clone, {"conv": 3}, channel_wise=True)
     with pytest.raises(NetworkError, match="layer conv is also held elsewhere"):
-        check_replaced(clone, IMAGES.float())
+        check_replaced(clone, IMAGES.float(), survey(model, IMAGES.float()))
     assert hooks_of(clone) == 0 and hooks_of(model) == 0
 
 
@@ -154,7 +157,7 @@ def test_layers_that_cannot_be_quantized_are_refused_by_name(build: Callable[[],
     model = build().eval()
     with pytest.raises(ValueError, match=message):
         fold_batch_norms(model, IMAGES.float())
-        layers_to_quantize(model, IMAGES.float())
+        survey(model, IMAGES.float())
 
 
 class Outer(nn.Sequential):
@@ -184,7 +187,7 @@ def nested() -> nn.Module:
 )
 def test_units_group_layers_in_the_order_they_run(types: list[str], blocks: list[str]) -> None:
     model = nested()
-    layers, _ = layers_to_quantize(model, IMAGES.float())
+    layers = survey(model, IMAGES.float()).layers
     expected = []
     for block in blocks:
         name, _, inside = block.partition(":")
@@ -195,7 +198,7 @@ def test_units_group_layers_in_the_order_they_run(types: list[str], blocks: list
 def test_units_follow_the_forward_not_the_definition() -> None:
     a, b = Inner(nn.Conv2d(3, 3, 1)), Inner(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     model = Graph(lambda m, x: F.relu(m.a(m.b(x))), a=a, b=b)
-    layers, _ = layers_to_quantize(model, IMAGES.float())
+    layers = survey(model, IMAGES.float()).layers
     assert find_blocks(model, layers, ["Inner"]) == [Block("b", ("b.0", "b.1")), Block("a", ("a.0",))]
 
 

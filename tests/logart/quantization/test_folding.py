@@ -1,12 +1,18 @@
 """Folding batch norms: the function is kept, and what must not be folded is left alone."""
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from networks import Graph, ResidualBlock, SmallResNet, hooks_of, settle, smooth_images
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
-from logart.quantization.surgery import clone_sharing, fold_batch_norms
+from logart.quantization.clone import clone_sharing
+from logart.quantization.folding import fold_batch_norms
 
 IMAGES = smooth_images(8, 3, 6)
 TOKENS = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -19,7 +25,7 @@ def folding(model: nn.Module, x: Tensor) -> tuple[list[str], nn.Module, float]:
     with torch.no_grad():
         wanted = model(x)
         folded = clone_sharing(model)
-        names = fold_batch_norms(folded, x[:2])
+        names = fold_batch_norms(folded, x[:2]).folded
         distance = float((folded(x) - wanted).abs().max())
         assert torch.equal(model(x), wanted)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -65,7 +71,7 @@ def test_folding_a_norm_without_shift() -> None:
     norm.running_mean = torch.randn(5, dtype=torch.float64)
     norm.running_var = torch.rand(5, dtype=torch.float64) + 0.5
     folded = clone_sharing(model.eval().requires_grad_(False))
-    assert fold_batch_norms(folded, IMAGES[:2]) == ["1"]
+    assert fold_batch_norms(folded, IMAGES[:2]).folded == ["1"]
     assert float((folded(IMAGES) - model(IMAGES)).abs().max()) <= 1e-9
 
 
@@ -149,3 +155,100 @@ def test_a_norm_under_two_names_is_folded_under_both() -> None:
     names, _, distance = folding(model, IMAGES)
     assert names == ["norm"]
     assert distance <= 1e-9
+
+
+class NormGain(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class NormReLU(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class NormOf(nn.BatchNorm2d):
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:  # type: ignore[override]
+        return gain * super().forward(x)
+
+
+def hooked(place: str, hook: str) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+    getattr(model.get_submodule(place), f"register_{hook}")(lambda *_: None)
+    return model
+
+
+CONV, NORM = {"a": nn.Conv2d(3, 5, 3)}, {"n": nn.BatchNorm2d(5)}
+UNFOLDED: dict[str, tuple[Any, str]] = {
+    "a gain in the forward": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), NormGain(5)), "NormGain is not a batch norm"),
+    "a ReLU in the forward": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), NormReLU(5)), "NormReLU is not a batch norm"),
+    "an argument": (lambda: Graph(lambda m, x: m.n(m.a(x), 2.0), a=nn.Conv2d(3, 5, 3), n=NormOf(5)), "NormOf is not"),
+    "a hook on the norm": (lambda: hooked("1", "forward_hook"), "has hooks"),
+    "a hook before the norm": (lambda: hooked("1", "forward_pre_hook"), "has hooks"),
+    "a hook on the layer": (lambda: hooked("0", "forward_hook"), "has hooks"),
+    "the norm's weight read": (
+        lambda: Graph(lambda m, x: m.n(m.a(x)) * m.n.weight.view(1, -1, 1, 1), **deepcopy(CONV | NORM)),
+        "something else reads",
+    ),
+    "the norm's statistics read": (
+        lambda: Graph(lambda m, x: m.n(m.a(x)) + m.n.running_mean.sum(), **deepcopy(CONV | NORM)),
+        "something else reads",
+    ),
+    "the layer's weight read": (
+        lambda: Graph(lambda m, x: m.n(m.a(x)) + F.conv2d(x, m.a.weight), **deepcopy(CONV | NORM)),
+        "something else reads",
+    ),
+    "the layer's bias read": (
+        lambda: Graph(lambda m, x: m.n(m.a(x)) + m.a.bias.norm(), **deepcopy(CONV | NORM)),
+        "something else reads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_what_is_not_folded_is_reported_with_the_reason(name: str) -> None:
+    build, reason = UNFOLDED[name]
+    model = settle(build(), IMAGES)
+    with torch.no_grad():
+        wanted = model(IMAGES)
+        clone = clone_sharing(model)
+        folded, unfolded = fold_batch_norms(clone, IMAGES[:2])
+        assert torch.equal(clone(IMAGES), wanted)
+    assert folded == [] and len(unfolded) == 1 and reason in unfolded[0][1]
+
+
+def seen_from_elsewhere() -> nn.Module:
+    """Its second norm's output depends on whether the first one is there, which no use of a tensor shows."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.n(m.a(x))  # type: ignore[operator]
+        return m.o(m.b(x)) * (2.0 if isinstance(m.n, nn.Identity) else 1.0)  # type: ignore[operator, no-any-return]
+
+    return Graph(forward, a=nn.Conv2d(3, 5, 3), n=nn.BatchNorm2d(5), b=nn.Conv2d(5, 4, 1), o=nn.BatchNorm2d(4))
+
+
+def test_folding_is_taken_back_norm_by_norm_where_the_outputs_change() -> None:
+    model = settle(seen_from_elsewhere(), IMAGES)
+    clone = clone_sharing(model)
+    assert fold_batch_norms(clone, IMAGES[:2]) == (["o"], [("n", "with it folded the network gave other outputs")])
+    assert type(clone.n) is nn.BatchNorm2d
+    assert float((clone(IMAGES) - model(IMAGES)).abs().max()) <= 1e-9
+
+
+def test_a_check_costs_two_forwards_of_the_example() -> None:
+    model, batches = settle(SmallResNet(), IMAGES), []
+    model.register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
+    fold_batch_norms(clone_sharing(model), IMAGES[:2])
+    assert batches == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.SyncBatchNorm(5), FrozenBatchNorm2d(5), BatchNormAct2d(5, act_layer=nn.SiLU), nn.BatchNorm2d(5)]
+)
+def test_every_known_norm_is_folded(norm: nn.Module) -> None:
+    model = settle(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), IMAGES)
+    norm.load_state_dict(model[1].state_dict(), strict=False)  # type: ignore[index]
+    model[1] = norm.double().eval()  # type: ignore[index, operator]
+    clone = clone_sharing(model)
+    assert fold_batch_norms(clone, IMAGES[:2]).folded == ["1"]
+    assert float((clone(IMAGES) - model(IMAGES)).abs().max()) <= 1e-9
