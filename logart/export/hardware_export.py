@@ -204,7 +204,7 @@ def _write_layer(
         scale = {str(i): signed_powers(i) for i in np.unique(levels.numerators).tolist()}
     if bias is not None:
         np.save(folder / "bias.npy", bias.double().numpy())
-    books = layer.packed.spec.channels * layer.packed.spec.row_bytes
+    books = layer.packed.n_bytes()[1]
     cost = None if run is None else Cost.of(levels, codes, n_bits, books, run.positions)
     entry = {
         "name": layer.name,

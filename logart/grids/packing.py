@@ -1,15 +1,11 @@
 """n-bit codes <-> bytes, densely: 3 bits really take 3. Pure functions of tensors.
 
 Bits run from the least significant up, code after code: bit j of code i is bit (i·n + j) % 8 of byte (i·n + j) // 8.
-The bits of the last byte that no code fills are zero. Rows of integers of several widths are packed alike, each row a
-code of as many bits as its integers take together, the first integer in the lowest ones.
+The bits of the last byte that no code fills are zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,31 +61,3 @@ def unpack(packed: Tensor, n_bits: int, count: int) -> Tensor:
         every = (words[:, None] >> n_bits * place & 2**n_bits - 1).to(torch.uint8).reshape(-1)
         codes[start : start + 8 * _CHUNK_SIZE] = every[: count - start]
     return codes
-
-
-def pack_rows(columns: Sequence[Tensor], ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Columns [count] int64 side by side as bytes [packed_bytes] uint8.
-
-    Args:
-        columns: at least one.
-        ranges: of each column its least integer, and the bits of what the others are above it.
-    """
-    bits = [
-        (column.cpu().numpy() - least >> place & 1).astype(np.uint8)
-        for column, (least, width) in zip(columns, ranges, strict=True)
-        for place in range(width)
-    ]
-    return torch.from_numpy(np.packbits(np.stack(bits, axis=1) if bits else np.empty(0, np.uint8), bitorder="little"))
-
-
-def unpack_rows(packed: Tensor, ranges: Sequence[tuple[int, int]], count: int) -> list[Tensor]:
-    """The columns [count] int64 of bytes that `pack_rows` made; one of no bits takes no memory."""
-    total, start, columns = sum(width for _, width in ranges), 0, []
-    rows = np.unpackbits(packed.numpy(), count=count * total, bitorder="little").reshape(count, total)
-    for least, width in ranges:
-        column = np.full(count if width else 1, least, dtype=np.int64)
-        for place in range(width):
-            column += rows[:, start + place].astype(np.int64) << place
-        columns.append(torch.from_numpy(column).expand(count))
-        start += width
-    return columns

@@ -1,39 +1,30 @@
 """What a packed file keeps of a codebook: a few integers per channel, from which the levels come back exactly.
 
-A log codebook is its top half-step, n_base2, how many codes went from one sign to the small end, four flags and, where
-it was searched, a scale in 1/32. A linear one is its step, as the integer of the same 64 bits as that float64, and the
-code of zero. As bytes, a channel is one row (`packing.pack_rows`): of each integer how far it lies above the least one
-of its column, in as many bits as that column needs. Both are a whole file's, whose layers are much alike in them.
+    log     top_half_step, n_base2; where any channel has them: flags, unused_codes (how many codes went from one sign
+            to the small end) and scale (in 1/32)
+    linear  step (float64), zero_point (the code of zero)
 
-    log     top half-step, n_base2, then flags where the file has any, free codes and scale where the layer has any
-    linear  step, zero point
-
-Flags: 1 the smallest negative level is zero, 2 the free codes were the negative sign's, 4 they all went to the other
+Flags: 1 the smallest negative level is zero, 2 the unused codes were the negative sign's, 4 they all went to the other
 sign, 8 all-zero channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from logart.grids.grid import Codebook, Spacing, affine_codebook, largest_half_step, mixed_codebook, mixed_half_steps
-from logart.grids.packing import pack_rows, unpack, unpack_rows
+from logart.grids.packing import unpack
 from logart.grids.reassigned_codes import move_codes, zero_smallest_negative
 from logart.grids.rounding import dequantize
 
 SCALE_UNIT = 32  # a scale of i is i / 32
-ZERO, NEGATIVE, ONE_SIDED, EMPTY = 1, 2, 4, 8  # the rarest last: a range of 0 to 3 takes 2 bits
-LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "free", "scale")  # the last three where needed
+ZERO, NEGATIVE, ONE_SIDED, EMPTY = 1, 2, 4, 8
+LOG_COLUMNS = ("top_half_step", "n_base2", "flags", "unused_codes", "scale")  # the last three where needed
 LINEAR_COLUMNS = ("step", "zero_point")
-COLUMNS = (*LOG_COLUMNS, *LINEAR_COLUMNS)
-Ranges: TypeAlias = Mapping[str, tuple[int, int]]  # column: its least integer, bits of what the others are above it
 _CHUNK_SIZE = 2**18  # levels, weights or channels
-_WHOLE_BYTES = {"top_half_step": 2, "step": 8}  # the others take one
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class CodebookSpec:
     """The integers of the codebooks of C channels.
 
     Attributes:
-        columns: [C] each, by name: int64, or float64 for `step`. Flags are always among those of a log codebook.
+        columns: [C] each, by name: int64, or float64 for `step`.
         terms: how √2 is approximated (`grid.root2`); 0 for linear codebooks.
     """
 
@@ -90,66 +81,33 @@ class CodebookSpec:
         c = self.columns
         if self.spacing is Spacing.LINEAR:
             return affine_codebook(c["step"], c["zero_point"], n_bits, dtype=dtype)
-        flag = {bit: c["flags"] & bit != 0 for bit in (EMPTY, ZERO, NEGATIVE, ONE_SIDED)}
+        flags = c.get("flags", torch.zeros_like(c["n_base2"]))
+        flag = {bit: flags & bit != 0 for bit in (EMPTY, ZERO, NEGATIVE, ONE_SIDED)}
         book = mixed_codebook(c["top_half_step"], c["n_base2"], n_bits, empty=flag[EMPTY], terms=self.terms)
         if "scale" in c:
             book = book.scaled(c["scale"].double() / SCALE_UNIT, self.terms, dtype)
-        if "free" in c:
-            book = move_codes(book, c["free"], flag[NEGATIVE], flag[ONE_SIDED], terms=self.terms)
+        if "unused_codes" in c:
+            book = move_codes(book, c["unused_codes"], flag[NEGATIVE], flag[ONE_SIDED], terms=self.terms)
         return zero_smallest_negative(book, flag[ZERO], terms=self.terms)
 
-    @property
-    def row_bytes(self) -> int:
-        """How many whole bytes the integers of a channel take unpacked; flags only where one is set."""
-        names = [name for name, column in self.columns.items() if name != "flags" or column.any()]
-        return sum(_WHOLE_BYTES.get(name, 1) for name in names)
-
-    def stored(self, ranges: Ranges) -> list[str]:
-        """The columns that a file of these ranges keeps."""
-        return [name for name in ranges if name in self.columns]
-
-    def to_bytes(self, ranges: Ranges) -> Tensor:
-        """The channels' rows; the ranges are those of several specs, this one among them."""
-        names = self.stored(ranges)
-        return pack_rows([self._integers(name) for name in names], [ranges[name] for name in names])
-
     @classmethod
-    def from_bytes(
-        cls,
-        data: Tensor,
-        channels: int,
-        columns: list[str],
-        ranges: Ranges,
-        terms: int,
-        n_bits: int,
-        dtype: torch.dtype = torch.float32,
+    def checked(
+        cls, columns: dict[str, Tensor], terms: int, shape: torch.Size, n_bits: int, dtype: torch.dtype
     ) -> CodebookSpec:
-        """The inverse of `to_bytes`, checked.
-
-        Args:
-            data: C rows of as many bits as `row_bits` says, in whole bytes.
-            channels: C.
-            columns: the stored ones.
-            ranges: of all the file's columns.
-            terms, n_bits, dtype: the layer's.
-
-        Raises:
-            ValueError: a value that no codebook of `n_bits` bits and weights of `dtype` has.
-        """
-        values = dict(zip(columns, unpack_rows(data, [ranges[name] for name in columns], channels), strict=True))
-        if "step" in values:
-            values["step"] = values["step"].view(torch.float64)
-        else:
-            values.setdefault("flags", torch.zeros(1, dtype=torch.int64).expand(channels))
-            values = {name: values[name] for name in LOG_COLUMNS if name in values}
-        spec = cls(values, terms)
-        for start in range(0, channels, _CHUNK_SIZE):
+        """The spec of columns that a file claims; ValueError where no layer of such weights [*shape] has them."""
+        names = [name for name in (*LOG_COLUMNS, *LINEAR_COLUMNS) if name in columns]
+        of_log = [name for name in LOG_COLUMNS if name in columns or name in LOG_COLUMNS[:2]]
+        if len(names) < len(columns) or names not in (of_log, list(LINEAR_COLUMNS)):
+            raise ValueError(f"no grid has the integers {', '.join(columns):.80}")
+        spec = cls({name: columns[name] for name in names}, terms)
+        for name, column in spec.columns.items():
+            if column.ndim != 1 or len(column) != spec.channels or column.is_floating_point() != (name == "step"):
+                raise ValueError(f"{name} is {list(column.shape)} {column.dtype}")
+        if not spec.channels or shape[0] % spec.channels:
+            raise ValueError(f"{spec.channels} codebooks for {shape[0]} rows")
+        for start in range(0, spec.channels, _CHUNK_SIZE):
             spec.select(slice(start, start + _CHUNK_SIZE))._check(start, n_bits, dtype)
         return spec
-
-    def _integers(self, name: str) -> Tensor:
-        column = self.columns[name]
-        return column.view(torch.int64) if name == "step" else column
 
     def _check(self, first: int, n_bits: int, dtype: torch.dtype) -> None:
         c, n_levels = self.columns, 2 ** (n_bits - 1)
@@ -159,14 +117,14 @@ class CodebookSpec:
                 "zero_point": (c["zero_point"] < 0) | (c["zero_point"] >= 2**n_bits),
             }
         else:
-            free, n_base2 = c.get("free", torch.zeros_like(c["flags"])), c["n_base2"]
-            scale = c.get("scale", torch.ones_like(free))
+            n_base2, none = c["n_base2"], torch.zeros_like(c["n_base2"])
+            flags, unused, scale = c.get("flags", none), c.get("unused_codes", none), c.get("scale", none + 1)
             odd = c["top_half_step"] % 2 != 0
             wrong = {
                 "top_half_step": (c["top_half_step"] > largest_half_step(dtype)) | (c["top_half_step"] < -2200),
                 "n_base2": (n_base2 < 0) | (n_base2 > n_levels) | ((n_base2 == n_levels) & odd),
-                "flags": (c["flags"] & ~15 != 0) | ((free == 0) & (c["flags"] & (NEGATIVE | ONE_SIDED) != 0)),
-                "free": (free < 0) | (free > n_levels) | (free == 1),
+                "flags": (flags & ~15 != 0) | ((unused == 0) & (flags & (NEGATIVE | ONE_SIDED) != 0)),
+                "unused_codes": (unused < 0) | (unused > n_levels) | (unused == 1),
                 "scale": (scale < 1) | (scale > 255),
             }
         for name, channels in wrong.items():
@@ -175,37 +133,6 @@ class CodebookSpec:
                 raise ValueError(
                     f"channel {first + channel}: {name} {c[name][channel].item()} is out of range at {n_bits} bits"
                 )
-
-
-def column_ranges(specs: Iterable[CodebookSpec]) -> Ranges:
-    """The ranges of all columns that some specs have, without flags where none is set."""
-    ranges, specs = {}, list(specs)
-    for name in COLUMNS:
-        columns = [spec._integers(name) for spec in specs if name in spec.columns]
-        if columns and (name != "flags" or any(column.any() for column in columns)):
-            least, most = min(int(c.min()) for c in columns), max(int(c.max()) for c in columns)
-            ranges[name] = least, (most - least).bit_length()
-    return ranges
-
-
-def read_ranges(value: Any) -> Ranges:
-    """Ranges as JSON says them; ValueError where no columns have them."""
-    if not isinstance(value, dict) or not set(value) <= set(COLUMNS):
-        raise ValueError(f"columns {value!r:.80}")
-    for name, numbers in value.items():
-        if not isinstance(numbers, list) or [type(number) for number in numbers] != [int, int]:
-            raise ValueError(f"{name} {numbers!r:.40}")
-        if not (abs(numbers[0]) < 2**63 and 0 <= numbers[1] < 64):
-            raise ValueError(f"{name} {numbers!r:.40} is out of range")
-    return {name: tuple(value[name]) for name in COLUMNS if name in value}
-
-
-def row_bits(columns: list[str], ranges: Ranges) -> int:
-    """How many bits a channel of these columns takes; ValueError where no codebook has them."""
-    known = [name for name in LOG_COLUMNS if name in (*LOG_COLUMNS[:2], *columns)]
-    if columns not in (known, list(LINEAR_COLUMNS)) or not set(columns) <= set(ranges):
-        raise ValueError(f"unknown columns {columns!r:.80}")
-    return sum(ranges[name][1] for name in columns)
 
 
 def dequantize_packed(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
@@ -247,16 +174,18 @@ def _log_columns(codebook: Codebook) -> dict[str, Tensor]:
     base = mixed_half_steps(top, n_base2, n_levels)
     negative = tops[-1] < tops[1]
     shorter = torch.where(negative, tops[-1], tops[1])
-    free = torch.where(empty, 0, (base > shorter[:, None]).sum(1))
+    unused = torch.where(empty, 0, (base > shorter[:, None]).sum(1))
     positives = (signs > 0).sum(1)
-    # All free codes are on the longer side; it lacks one where the shorter has a level left, as a weight of 0 needs.
-    one_sided = (free > 0) & (positives == n_levels + torch.where(negative, free, -free))
-    from_moving = (free % 2 == 1) & ~one_sided  # an odd number of free codes leaves a zero by itself
+    # All unused codes are on the longer side; it lacks one where the shorter has a level left, as a weight of 0 needs.
+    one_sided = (unused > 0) & (positives == n_levels + torch.where(negative, unused, -unused))
+    from_moving = (unused % 2 == 1) & ~one_sided  # an odd number of unused codes leaves a zero by itself
     zero = (signs == 0).any(1) & ~empty & ~from_moving
-    flags = EMPTY * empty + ZERO * zero + (free > 0) * (NEGATIVE * negative + ONE_SIDED * one_sided)
-    columns = {"top_half_step": top, "n_base2": n_base2, "flags": flags.long()}
-    if free.any():
-        columns["free"] = free
+    flags = EMPTY * empty + ZERO * zero + (unused > 0) * (NEGATIVE * negative + ONE_SIDED * one_sided)
+    columns = {"top_half_step": top, "n_base2": n_base2}
+    if flags.any():
+        columns["flags"] = flags.long()
+    if unused.any():
+        columns["unused_codes"] = unused
     if codebook.scale is not None:
         columns["scale"] = (codebook.scale * SCALE_UNIT).round().long()
     return columns

@@ -52,7 +52,7 @@ class SizeTable:
 
 
 def save_packed(model: nn.Module, path: str | Path, info: Mapping[str, Any] | None = None) -> SizeTable:
-    """Write a quantized network to a packed file, whole or not at all.
+    """Write a quantized network to a packed file, atomically.
 
     Args:
         model: as `quantize_model` or `load_packed` gives it.
@@ -71,8 +71,7 @@ def save_packed(model: nn.Module, path: str | Path, info: Mapping[str, Any] | No
     file = to_packed(model, info)
     size = file.write(path)
     weights = sum(layer.shape.numel() for layer in file.layers.values())
-    ranges = file.ranges
-    codes, books = (sum(layer.n_bytes(ranges)[i] for layer in file.layers.values()) for i in (0, 1))
+    codes, books = (sum(layer.n_bytes()[i] for layer in file.layers.values()) for i in (0, 1))
     rest = sum(t.numel() * t.element_size() for t in file.rest.values())
     parts = (
         ("quantized weights", 4 * weights, codes),

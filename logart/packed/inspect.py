@@ -13,22 +13,20 @@ import torch
 
 from logart.cli import FlagParser, run_command
 from logart.errors import UserError, printable
-from logart.grids.spec import Ranges
 from logart.packed.file import PackedFile
 from logart.packed.layer import PackedLayer
 
 _CHUNK_SIZE = 2**16  # levels, or weights
 
 
-def describe_layer(layer: PackedLayer, ranges: Ranges, info: Any) -> dict[str, Any]:
+def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
     """A layer in a few figures, as JSON can say them.
 
     Args:
         layer: as read.
-        ranges: of the codebooks' integers in its file.
         info: what the file says became of it; anything, a file need not know.
     """
-    codes, codebooks = layer.n_bytes(ranges)
+    codes, codebooks = layer.n_bytes()
     known = info if isinstance(info, dict) else {}
     return {
         "kind": layer.kind,
@@ -72,8 +70,7 @@ def describe(file: PackedFile) -> dict[str, Any]:
     """The whole file in figures, as JSON can say them."""
     message = file.info.get("layers")
     message = message if isinstance(message, dict) else {}
-    ranges = file.ranges
-    layers = {name: describe_layer(layer, ranges, message.get(name)) for name, layer in file.layers.items()}
+    layers = {name: describe_layer(layer, message.get(name)) for name, layer in file.layers.items()}
     rest = {name: {"shape": list(t.shape), "bytes": t.numel() * t.element_size()} for name, t in file.rest.items()}
     info = {name: value for name, value in file.info.items() if name != "layers"}
     return {"info": info, "layers": layers, "rest": rest}

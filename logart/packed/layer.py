@@ -1,4 +1,4 @@
-"""One layer of a packed file: its entry in the description, its codes and its codebooks."""
+"""One layer of a packed file: its entry in the metadata, and its tensors: the codes and the codebooks' integers."""
 
 from __future__ import annotations
 
@@ -11,35 +11,15 @@ import torch
 from torch import Tensor
 
 from logart.grids.grid import MAX_BITS, MIN_BITS
-from logart.grids.packing import unpack
-from logart.grids.spec import CodebookSpec, Ranges, dequantize_packed, row_bits
+from logart.grids.packing import packed_bytes, unpack
+from logart.grids.spec import CodebookSpec, dequantize_packed
 
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
+CODES = "codes"
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ENTRY = ("kind", "shape", "bits", "dtype", "terms")
 _DEFAULTS = {"dtype": "float32", "terms": 0}  # what an entry need not say
-
-
-class ByteReader:
-    """A file's bytes [n] uint8, taken apart from their start."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._taken = tensor, 0
-
-    @property
-    def left(self) -> int:
-        """How many bytes were not taken yet."""
-        return len(self._tensor) - self._taken
-
-    def peek(self, most: int) -> Tensor:
-        """The next bytes, at most so many, which stay to be taken."""
-        return self._tensor[self._taken :][:most]
-
-    def take(self, count: int) -> Tensor:
-        """The next bytes, in memory of their own; ValueError where there are fewer."""
-        if count > self.left:
-            raise ValueError(f"{count} bytes, and {self.left} are left")
-        self._taken += count
-        return self._tensor[self._taken - count : self._taken].clone()
 
 
 @dataclass(frozen=True)
@@ -70,35 +50,32 @@ class PackedLayer:
         """The weight that the codes stand for."""
         return dequantize_packed(self.codes, self.spec, self.shape, self.n_bits, self.dtype)
 
-    def n_bytes(self, ranges: Ranges) -> tuple[int, int]:
-        """Of the codes and of the codebooks, in a file of these ranges."""
-        return self.codes.numel(), self.spec.to_bytes(ranges).numel()
+    def n_bytes(self) -> tuple[int, int]:
+        """Of the codes and of the codebooks."""
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in self.tensors().items()}
+        return sizes.pop(CODES), sum(sizes.values())
 
-    def entry(self, ranges: Ranges) -> dict[str, Any]:
-        """What the description says of the layer, beside its name; None is what is usual."""
-        entry = {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "bits": self.n_bits,
-            "codebooks": self.spec.channels,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "terms": self.spec.terms,
-            "columns": self.spec.stored(ranges),
-        }
-        usual = {**_DEFAULTS, "codebooks": self.shape[0], "columns": list(ranges)}
-        return {key: None if usual.get(key) == value else value for key, value in entry.items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds of the layer: its codes, and by name the integers of its codebooks."""
+        return {CODES: self.codes, **{name: _narrowest(column) for name, column in self.spec.columns.items()}}
+
+    def entry(self) -> dict[str, Any]:
+        """What the metadata says of the layer, beyond `_DEFAULTS`."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        values = (self.kind, list(self.shape), self.n_bits, dtype, self.spec.terms)
+        return {key: value for key, value in zip(_ENTRY, values, strict=True) if value != _DEFAULTS.get(key)}
 
     @classmethod
-    def from_entry(cls, entry: Mapping[str, Any], ranges: Ranges, data: ByteReader) -> PackedLayer:
-        """The layer of an entry, checked; the next bytes are its codes, and those of its codebooks follow.
+    def from_entry(cls, entry: Any, tensors: Mapping[str, Tensor]) -> PackedLayer:
+        """The layer of an entry and of the tensors of its name, checked.
 
         Raises:
-            ValueError: an entry that describes no layer, or bytes that are not there or not the layer's.
+            ValueError: an entry that describes no layer, or tensors that are not the layer's.
         """
-        said = {key: value for key, value in entry.items() if value is not None}
-        entry = {**_DEFAULTS, "columns": list(ranges), **said}
-        kind, shape, n_bits = entry.get("kind"), entry.get("shape"), entry.get("bits")
-        dtype, terms, columns = entry.get("dtype"), entry.get("terms"), entry.get("columns")
+        if not isinstance(entry, dict) or {*_DEFAULTS, *entry} != set(_ENTRY):
+            raise ValueError(f"{entry!r:.80}; expected {', '.join(_ENTRY)}")
+        entry = {**_DEFAULTS, **entry}
+        kind, shape, n_bits, dtype, terms = (entry[name] for name in _ENTRY)
         if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"kind {kind!r:.40}")
         if not isinstance(shape, list) or len(shape) != KINDS[kind] or not all(_positive(size) for size in shape):
@@ -109,22 +86,28 @@ class PackedLayer:
             raise ValueError(f"dtype {dtype!r:.40}")
         if type(terms) is not int or terms not in (0, 2, 3, 4):
             raise ValueError(f"terms {terms!r:.40}")
-        if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-            raise ValueError(f"columns {columns!r:.40}")
-        channels: Any = entry.get("codebooks", shape[0])
-        if not _positive(channels) or shape[0] % channels:
-            raise ValueError(f"{channels!r:.40} codebooks for {shape[0]} rows")
-        codes = _take_bits(data, math.prod(shape) * n_bits, "code")
-        rows = _take_bits(data, channels * row_bits(columns, ranges), "codebook")
-        spec = CodebookSpec.from_bytes(rows, channels, columns, ranges, terms, n_bits, DTYPES[dtype])
-        return cls(kind, torch.Size(shape), n_bits, DTYPES[dtype], codes, spec)
+        columns = {name: _widest(name, tensor) for name, tensor in tensors.items() if name != CODES}
+        codes, size = tensors.get(CODES), packed_bytes(math.prod(shape), n_bits)
+        if codes is None or codes.dtype != torch.uint8 or codes.shape != (size,):
+            seen = "none" if codes is None else f"{list(codes.shape)} {codes.dtype}"
+            raise ValueError(f"codes: {seen}; expected {size} bytes")
+        weight = torch.Size(shape)
+        spec = CodebookSpec.checked(columns, terms, weight, n_bits, DTYPES[dtype])
+        return cls(kind, weight, n_bits, DTYPES[dtype], codes, spec)
 
 
-def _take_bits(data: ByteReader, count: int, what: str) -> Tensor:
-    taken = data.take(-(-count // 8))
-    if count % 8 and int(taken[-1]) >> count % 8:
-        raise ValueError(f"bits after the last {what}")
-    return taken
+def _narrowest(column: Tensor) -> Tensor:
+    """Integers in the shortest type that holds them all; floats as they are."""
+    if column.is_floating_point():
+        return column
+    low, high = (int(end) for end in column.aminmax())
+    return column.to(next(t for t in _INTEGERS if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max))
+
+
+def _widest(name: str, column: Tensor) -> Tensor:
+    if column.dtype not in (*_INTEGERS, torch.float64):
+        raise ValueError(f"{name} is {column.dtype}, neither an integer nor float64")
+    return column if column.is_floating_point() else column.long()
 
 
 def _positive(size: Any) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logart.grids import packing
-from logart.grids.packing import pack, pack_rows, packed_bytes, unpack, unpack_rows
+from logart.grids.packing import pack, packed_bytes, unpack
 
 
 def plain_pack(codes: list[int], n_bits: int) -> list[int]:
@@ -56,26 +56,3 @@ def test_three_bits_take_three_and_any_shape_is_read_row_by_row() -> None:
 def test_what_does_not_fit_is_refused(call: Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call()
-
-
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.data())
-def test_rows_are_their_integers_bits_in_order(data: st.DataObject) -> None:
-    ranges = data.draw(st.lists(st.tuples(st.integers(-3000, 3000), st.integers(0, 60)), min_size=1, max_size=5))
-    row = st.tuples(*(st.integers(least, least + 2**width - 1) for least, width in ranges))
-    rows = data.draw(st.lists(row, min_size=1, max_size=20))
-    columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
-    stream, place = 0, 0
-    for numbers in rows:
-        for number, (least, width) in zip(numbers, ranges, strict=True):
-            stream |= number - least << place
-            place += width
-    packed = pack_rows(columns, ranges)
-    assert packed.dtype == torch.uint8 and packed.tolist() == list(stream.to_bytes((place + 7) // 8, "little"))
-    for column, found in zip(columns, unpack_rows(packed, ranges, len(rows)), strict=True):
-        assert found.dtype == torch.int64 and torch.equal(found, column)
-
-
-def test_a_column_of_no_bits_takes_no_memory() -> None:
-    (column,) = unpack_rows(torch.empty(0, dtype=torch.uint8), [(7, 0)], 2**40)
-    assert len(column) == 2**40 and column[2**39] == 7 and column.untyped_storage().nbytes() == 8

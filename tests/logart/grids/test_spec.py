@@ -1,5 +1,7 @@
 """Codebooks through their few integers and back, exactly."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,8 @@ from torch import Tensor
 
 from logart.grids import spec as spec_module
 from logart.grids.grid import Codebook, ScaleMethod, Spacing, log_codebook
-from logart.grids.packing import pack_rows
 from logart.grids.search import ScaleSearch, choose_codebook
-from logart.grids.spec import LINEAR_COLUMNS, LOG_COLUMNS, CodebookSpec, column_ranges, read_ranges, row_bits
+from logart.grids.spec import LINEAR_COLUMNS, LOG_COLUMNS, CodebookSpec
 
 
 def weights(seed: int, channels: int = 12, size: int = 9) -> Tensor:
@@ -46,42 +47,32 @@ def test_every_codebook_comes_back_from_its_bytes(
     w = weights(seed).to(dtype)
     book = choose_codebook(w, method, n_bits, terms=terms, scale_search=search, asymmetric=asymmetric, zero_code=zero)
     spec = CodebookSpec.of(book, dtype)
-    ranges = column_ranges([spec])
-    data, names = spec.to_bytes(ranges), spec.stored(ranges)
-    again = CodebookSpec.from_bytes(data, len(w), names, ranges, spec.terms, n_bits, dtype)
+    again = CodebookSpec.checked(dict(reversed(spec.columns.items())), spec.terms, w.shape, n_bits, dtype)
+    assert list(again.columns) == list(spec.columns)
     found = again.codebook(n_bits, dtype)
     assert torch.equal(found.levels, book.levels) and found.spacing is book.spacing
     once_more = CodebookSpec.of(found, dtype)  # canonical: saving again changes no byte
-    assert column_ranges([once_more]) == ranges and torch.equal(once_more.to_bytes(ranges), data)
-    assert len(data) == (len(w) * row_bits(names, ranges) + 7) // 8
-    for name, (least, bits) in ranges.items():
-        column = spec.columns[name].view(torch.int64).tolist()
-        assert min(column) == least and max(column) - least < 2**bits <= 2 * max(1, max(column) - least)
+    assert once_more.terms == spec.terms and once_more.columns.keys() == spec.columns.keys()
+    assert all(torch.equal(once_more.columns[name], column) for name, column in spec.columns.items())
     if book.spacing is Spacing.LOG:
         assert found.n_base2 is not None and book.n_base2 is not None
         assert torch.equal(found.n_base2, book.n_base2)
         used = book.signs != 0  # type: ignore[operator]
         assert torch.equal(found.signs, book.signs)  # type: ignore[arg-type]
         assert torch.equal(found.half_steps[used], book.half_steps[used])  # type: ignore[index]
-        extra = spec.columns["flags"].any(), "free" in spec.columns, search is ScaleSearch.GRID
-        assert spec.row_bytes == 3 + sum(map(bool, extra)) and len(names) == 2 + sum(map(bool, extra))
+        assert set(spec.columns) <= set(LOG_COLUMNS) and ("scale" in spec.columns) == (search is ScaleSearch.GRID)
+        assert all(spec.columns[name].any() for name in LOG_COLUMNS[2:] if name in spec.columns)
     else:
-        assert spec.row_bytes == 9
+        assert tuple(spec.columns) == LINEAR_COLUMNS
 
 
-def test_each_integer_takes_the_bits_of_its_column() -> None:
+def test_a_log_codebook_is_its_top_its_mix_and_what_else_it_has() -> None:
     spec = CodebookSpec.of(log_codebook(torch.tensor([1.0, 0.0, 3.0]), 4, torch.tensor([0, 3, 8])))
     assert {name: column.tolist() for name, column in spec.columns.items()} == {
         "top_half_step": [0, 0, 4], "n_base2": [0, 3, 8], "flags": [0, 8, 0]  # top 2^0, {0}, 2^2
     }  # fmt: skip
     other = CodebookSpec.of(log_codebook(torch.tensor([2.0**-5]), 4, 2))
-    ranges = column_ranges([spec, other])
-    assert ranges == {"top_half_step": (-10, 4), "n_base2": (0, 4), "flags": (0, 4)} and spec.terms == 0
-    assert spec.stored(ranges) == other.stored(ranges) == list(LOG_COLUMNS[:3]) == list(spec.columns)
-    assert other.to_bytes(ranges).tolist() == [0x20, 0]  # -10, 2, no flag: 12 bits
-    assert spec.to_bytes(ranges).tolist() == [0x0A, 0xA0, 0x83, 0x8E, 0]
-    assert column_ranges([other]) == {"top_half_step": (-10, 0), "n_base2": (2, 0)}  # no flag, no column of them
-    assert other.to_bytes(column_ranges([other])).tolist() == [] and other.row_bytes == 3 and spec.row_bytes == 4
+    assert {name: column.tolist() for name, column in other.columns.items()} == {"top_half_step": [-10], "n_base2": [2]}
 
 
 def test_levels_that_are_no_grid_are_refused() -> None:
@@ -109,52 +100,60 @@ def test_levels_that_are_no_grid_are_refused() -> None:
         (LOG_COLUMNS[:3], [0, 0, 2], "flags 2"),
         (LOG_COLUMNS[:3], [32767, 0, 0], "top_half_step 32767"),
         (LOG_COLUMNS[:3], [-2201, 0, 0], "top_half_step -2201"),
-        (LOG_COLUMNS[:4], [0, 0, 2, 9], "free 9"),
-        (LOG_COLUMNS[:4], [0, 0, 0, -2], "free -2"),
-        (LOG_COLUMNS[:4], [0, 0, 0, 1], "free 1"),
+        (LOG_COLUMNS[:4], [0, 0, 2, 9], "unused_codes 9"),
+        (LOG_COLUMNS[:4], [0, 0, 0, -2], "unused_codes -2"),
+        (LOG_COLUMNS[:4], [0, 0, 0, 1], "unused_codes 1"),
         (LOG_COLUMNS, [0, 0, 0, 0, 0], "scale 0"),
         (LOG_COLUMNS, [0, 0, 0, 0, 256], "scale 256"),
-        (LINEAR_COLUMNS, [0x7FF0 << 48, 0], "step inf"),
-        (LINEAR_COLUMNS, [-1, 0], "step nan"),
+        (LINEAR_COLUMNS, [inf, 0], "step inf"),
+        (LINEAR_COLUMNS, [nan, 0], "step nan"),
+        (LINEAR_COLUMNS, [-0.5, 0], "step -0.5"),
         (LINEAR_COLUMNS, [0, 16], "zero_point 16"),
         (LINEAR_COLUMNS, [0, -1], "zero_point -1"),
     ],
 )
-def test_integers_that_no_codebook_has_are_refused(columns: tuple[str, ...], row: list[int], said: str) -> None:
-    fine = {"scale": 32}
-    data = [torch.tensor([fine.get(name, 0), number]) for name, number in zip(columns, row, strict=True)]
-    ranges = {name: (int(column.min()), 63) for name, column in zip(columns, data, strict=True)}
-    packed = pack_rows(data, list(ranges.values()))
-    with pytest.raises(ValueError, match=f"channel 1: {said} is out of range"):
-        CodebookSpec.from_bytes(packed, 2, list(columns), ranges, 0, 4)
+def test_integers_that_no_codebook_has_are_refused(columns: tuple[str, ...], row: list[float], said: str) -> None:
+    fine = {"scale": 32, "step": 1.0}
+    claimed = {name: torch.tensor([fine.get(name, 0), number]) for name, number in zip(columns, row, strict=True)}
+    if "step" in claimed:
+        claimed["step"] = claimed["step"].double()
+    with pytest.raises(ValueError, match=f"channel 1: {said} is out of range at 4 bits"):
+        checked(claimed)
+
+
+def checked(claimed: dict[str, Tensor], rows: int = 2) -> CodebookSpec:
+    return CodebookSpec.checked(claimed, 0, torch.Size((rows, 3)), 4, torch.float32)
 
 
 def test_channels_are_named_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec_module, "_CHUNK_SIZE", 3)
-    columns = [torch.zeros(8, dtype=torch.int64), torch.tensor([0, 0, 0, 0, 0, 0, 0, 9])]
-    ranges = {"top_half_step": (0, 0), "n_base2": (0, 4)}
+    claimed = {"top_half_step": torch.zeros(8).long(), "n_base2": torch.tensor([0, 0, 0, 0, 0, 0, 0, 9])}
     with pytest.raises(ValueError, match="channel 7: n_base2 9 is out of range at 4 bits"):
-        CodebookSpec.from_bytes(pack_rows(columns, list(ranges.values())), 8, list(ranges), ranges, 0, 4)
+        checked(claimed, rows=8)
 
 
 @pytest.mark.parametrize(
-    "columns",
-    [("top_half_step",), ("top_half_step", "flags", "n_base2"), ("top_half_step", "n_base2", "free", "free"),
-     ("step",), (*LOG_COLUMNS, *LINEAR_COLUMNS), ("top_half_step", "n_base2", "scale")],
+    "names",
+    [(), ("top_half_step",), ("top_half_step", "n_base2", "free"), ("step",), ("step", "zero_point", "scale"),
+     (*LOG_COLUMNS, *LINEAR_COLUMNS), ("top_half_step", "scale")],
 )  # fmt: skip
-def test_columns_that_no_codebook_has_are_refused(columns: tuple[str, ...]) -> None:
-    ranges = dict.fromkeys((*LOG_COLUMNS[:4], *LINEAR_COLUMNS), (0, 1))
-    assert row_bits(list(LOG_COLUMNS[:4]), ranges) == 4 and row_bits(list(LINEAR_COLUMNS), ranges) == 2
-    with pytest.raises(ValueError, match="unknown columns"):
-        row_bits(list(columns), ranges)
+def test_columns_that_no_codebook_has_are_refused(names: tuple[str, ...]) -> None:
+    assert checked(dict.fromkeys(LOG_COLUMNS[:3], torch.zeros(2).long())).channels == 2
+    with pytest.raises(ValueError, match="no grid has the integers"):
+        checked(dict.fromkeys(names, torch.zeros(2).long()))
 
 
 @pytest.mark.parametrize(
-    "value",
-    [None, [], {"x": [0, 1]}, {"scale": 3}, {"scale": [1]}, {"scale": [1, 2, 3]}, {"scale": [1.0, 2]},
-     {"scale": [1, True]}, {"scale": [0, 64]}, {"scale": [0, -1]}, {"scale": [2**63, 1]}, {"scale": [-(2**63), 1]}],
-)  # fmt: skip
-def test_ranges_that_no_file_has_are_refused(value: object) -> None:
-    assert read_ranges({"scale": [1, 2], "n_base2": [0, 63]}) == {"n_base2": (0, 63), "scale": (1, 2)}
-    with pytest.raises(ValueError, match="columns|scale"):
-        read_ranges(value)
+    ("change", "said"),
+    [
+        ({"n_base2": torch.zeros(3).long()}, r"n_base2 is \[3\] torch.int64"),
+        ({"n_base2": torch.zeros(2, 1).long()}, r"n_base2 is \[2, 1\] torch.int64"),
+        ({"n_base2": torch.zeros(2)}, r"n_base2 is \[2\] torch.float32"),
+        ({"top_half_step": torch.tensor(0)}, r"top_half_step is \[\] torch.int64"),
+        (dict.fromkeys(LOG_COLUMNS[:2], torch.zeros(0).long()), "0 codebooks for 6 rows"),
+        (dict.fromkeys(LOG_COLUMNS[:2], torch.zeros(4).long()), "4 codebooks for 6 rows"),
+    ],
+)
+def test_columns_of_other_shapes_and_types_are_refused(change: dict[str, Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        checked({**dict.fromkeys(LOG_COLUMNS[:2], torch.zeros(2).long()), **change}, rows=6)
