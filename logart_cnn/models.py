@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from logart.errors import UserError
+from logart.networks.builders import register_builder
 from logart.networks.data import Preprocessing
 from logart.networks.network import DIGITS_PREPROCESSING as DIGITS
 from logart.networks.network import INTERPOLATIONS as INTERPOLATIONS
@@ -203,3 +204,5 @@ _STOCK = {
     "digits_resnet": _Stock(lambda _, classes: DigitsResNet(num_classes=classes), ("DigitsBlock",), dict, DIGITS, 10),
 }
 ARCHS: tuple[str, ...] = tuple(_STOCK)
+
+register_builder("cnn", build_network)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from logart.errors import UserError
+from logart.networks.builders import register_builder
 from logart.networks.network import DIGITS_PREPROCESSING, TIMM, Network, load_by, unknown_network
 from logart.networks.timm_network import build_timm, load_timm
 
@@ -205,3 +206,6 @@ def _find_blocks(model: str, network: nn.Module) -> tuple[str, ...]:
         )
     found = [block for block in EMBEDDINGS + TRANSFORMER_BLOCKS + BETWEEN_BLOCKS if block in present]
     return tuple(dict.fromkeys(block.partition(".")[2] for block in found))
+
+
+register_builder("vit", build_network)

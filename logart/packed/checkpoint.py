@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from logart.errors import UserError, one_line
+from logart.networks.builders import find_builder
 from logart.networks.weights import COUNTER
 from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
@@ -24,8 +24,6 @@ from logart.quantization.clone import clone_sharing
 from logart.quantization.folding import drop_batch_norms
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 
-# Who builds networks by name; imported only when a file asks, so that the core stands without the entry points.
-_BUILDERS = {"cnn": "logart_cnn.models", "vit": "logart_vit.models"}
 _KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED_TYPES.items()}
 # Arguments of timm's that read files or the network; none of them changes which parameters a network has.
 _FORBIDDEN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -192,8 +190,14 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
 def _build(file: PackedFile) -> nn.Module:
     """The network that a file names, without weights; built only once its size is known to be the file's."""
     recipe = file.info.get("network")
-    if not isinstance(recipe, dict) or str(recipe.get("track")) not in _BUILDERS:
-        raise PackedFileError("names no network that LogART builds; pass model=, the float network that was quantized")
+    if not isinstance(recipe, dict):
+        raise PackedFileError("names no network; pass model=, the float network that was quantized")
+    build = find_builder(str(recipe.get("track")))
+    if build is None:
+        raise PackedFileError(
+            f"no builder of track {recipe.get('track')!r:.40}: install LogART (pip install -e .), import the module "
+            "that calls logart.networks.builders.register_builder for it, or pass model=, the float network"
+        )
     arch, kwargs = recipe.get("arch"), recipe.get("model_kwargs")
     counts = {name: recipe.get(name) for name in ("num_classes", "input_size")}
     if not (isinstance(arch, str) and isinstance(kwargs, dict) and can_be_loaded(kwargs)) or not all(
@@ -201,7 +205,6 @@ def _build(file: PackedFile) -> nn.Module:
     ):
         raise PackedFileError("has a damaged description of its network; pass model=, the float network")
     shapes = {f"{name}.weight": torch.empty(layer.shape, device="meta") for name, layer in file.layers.items()}
-    build = importlib.import_module(_BUILDERS[recipe["track"]]).build_network
     try:
         with _bounded(file):
             model: nn.Module = build(arch, shapes=shapes, model_kwargs=kwargs, **counts)

@@ -304,8 +304,9 @@ def test_a_network_that_is_not_the_files_is_refused(digits: tuple[nn.Module, Ten
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"track": "rnn", "arch": "x", "model_kwargs": {}}, "names no network"),
-        ({"track": [], "arch": "x", "model_kwargs": {}}, "names no network"),
+        ({"track": "rnn", "arch": "x", "model_kwargs": {}}, "no builder of track 'rnn': install"),
+        ({"track": [], "arch": "x", "model_kwargs": {}}, r"no builder of track \[\]: install"),
+        ([], "names no network; pass model="),
         ({"track": "cnn", "arch": "timm:resnet18", "model_kwargs": {"a": {"cache_dir": "x"}}}, "damaged description"),
         ({"track": "cnn", "arch": "timm:nothing", "model_kwargs": {}}, "cannot be built"),
         ({"track": "cnn", "arch": "digits_resnet", "model_kwargs": {}, "num_classes": 10**9}, "damaged description"),
