@@ -2,10 +2,11 @@
 
     python benchmarks/compensated_rounding.py [--device cpu] [--bits 4] [--runs 2]
 
-The reference is the same recursion with the same float64 factor of A⁻¹, without blocks: after every column it corrects
-all the columns that follow, and it measures the distance to every level. Error feedback and one sweep of descent are
-timed apart; the factorisation and the order of the descent, which both ways need once and alike, are left out of one
-line and in the next. The codes are compared.
+The reference ("plain") is the same recursion with the same float64 factor of A⁻¹, without blocks: after every column it
+corrects all the columns that follow, and it measures the distance to every level. Between both stand the project's own
+blocks with loops of torch operations ("torch"), which run where numba cannot. Error feedback and one sweep of descent
+are timed apart; the factorisation, the order of the descent and its first slope, which all ways need once, are left out
+of one line and in the next. The codes are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,8 +25,8 @@ from torch import Tensor
 from logart.grids.grid import Codebook, ScaleMethod
 from logart.grids.rounding import dequantize
 from logart.grids.search import choose_codebook
-from logart.quantization import compensate
-from logart.quantization.compensate import _correlation_order, coordinate_descent, error_feedback, quadratic_error
+from logart.quantization import column_rounding, loops_plain
+from logart.quantization.column_rounding import BLOCK, coordinate_descent, error_feedback, quadratic_error
 
 LAYERS = {"512→512 3×3 convolution": (512, 4608), "3072→768 linear": (768, 3072)}
 DIRECTIONS = 64  # that the inputs share
@@ -38,19 +42,40 @@ def main() -> None:
         t, a, codebook = layer(channels, elements, args.bits, torch.device(args.device))
         print(f"{name}, K = {elements}, {args.bits} bits, {args.device}, {torch.get_num_threads()} threads")
         order, factor = factorise(a)
-        whole, codes = timed(lambda: error_feedback(t, a, codebook), args.runs)  # noqa: B023
-        with patch.object(compensate, "_blocked_update", lambda *args, **kwargs: None):
-            lookahead, _ = timed(lambda: error_feedback(t, a, codebook), args.runs)  # noqa: B023
+        path = loops_plain.correlation_order(a)[0]
         plain, expected = timed(lambda: plain_feed_back(t, order, factor, codebook), args.runs)  # noqa: B023
-        report("error feedback, less factorisation", whole - lookahead, plain, codes, expected)
-        report("error feedback, whole", whole, plain + lookahead, codes, expected)
-        with patch.object(compensate, "SWEEPS", 1):
-            whole, swept = timed(lambda: coordinate_descent(codes, t, a, codebook), args.runs)  # noqa: B023
-            with patch.object(compensate, "_blocked_update", lambda *args, **kwargs: None):
-                lookahead, _ = timed(lambda: coordinate_descent(codes, t, a, codebook), args.runs)  # noqa: B023
-        plain, expected = timed(lambda: plain_sweep(codes, t, a, codebook, _correlation_order(a)[0]), args.runs)  # noqa: B023
-        report("one sweep of descent, less its order", whole - lookahead, plain, swept, expected)
-        report("one sweep of descent, whole", whole, plain + lookahead, swept, expected)
+        compare("error feedback", lambda: error_feedback(t, a, codebook), plain, expected, args.runs)  # noqa: B023
+        with patch.object(column_rounding, "SWEEPS", 1):
+            plain, swept = timed(lambda: plain_sweep(expected, t, a, codebook, path), args.runs)  # noqa: B023
+            descend = partial(coordinate_descent, expected, t, a, codebook)
+            compare("one sweep of descent", descend, plain, swept, args.runs)
+
+
+def compare(name: str, function: Callable[[], Tensor], plain: float, expected: Tensor, runs: int) -> None:
+    """Print how long the function takes, compiled and not, beside the plain way's seconds."""
+    seconds = {}
+    update = column_rounding._blocked_update
+    for way in ("compiled", "torch"):
+        inside: list[float] = []
+
+        def watched(*arguments: Any, inside: list[float] = inside) -> None:
+            inside.append(timed(lambda: update(*arguments), 1)[0])
+
+        chosen = column_rounding._loops if way == "compiled" else plain_loops
+        with patch.object(column_rounding, "_loops", chosen), patch.object(column_rounding, "_blocked_update", watched):
+            function()  # compiled here
+            whole, codes = timed(function, runs)
+        seconds[way] = min(inside)
+        equal = float((codes == expected).double().mean())
+        print(
+            f"  {name:<22} {way:<9} {seconds[way]:7.2f} s (whole {whole:6.2f} s)   plain {plain:6.2f} s"
+            f"   ratio {plain / seconds[way]:5.1f}   equal codes {equal:.2%}"
+        )
+    print(f"  {name:<22} torch / compiled {seconds['torch'] / seconds['compiled']:.1f}")
+
+
+def plain_loops(device: torch.device) -> ModuleType:
+    return loops_plain
 
 
 def layer(channels: int, elements: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor, Codebook]:
@@ -66,14 +91,15 @@ def layer(channels: int, elements: int, bits: int, device: torch.device) -> tupl
 
 
 def timed(function: Callable[[], Tensor], runs: int) -> tuple[float, Tensor]:
-    """The least seconds of some runs, and the result."""
-    seconds = []
+    """The least seconds of some runs, and the result: of all threads together on the CPU, which other jobs share."""
+    cuda, seconds = torch.cuda.is_available(), []
+    clock = time.perf_counter if cuda else time.process_time
     for _ in range(runs):
         synchronise()
-        start = time.perf_counter()
+        start = clock()
         result = function()
         synchronise()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds), result
 
 
@@ -117,7 +143,7 @@ def plain_sweep(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook, order: 
         for option in options:
             step = levels.gather(1, option[:, None])[:, 0] - q[:, j]
             change = step * (2 * slope[:, j] + step * a[0, j, j])
-            if (place + 1) % compensate._BLOCK and place + 1 < len(path):
+            if (place + 1) % BLOCK and place + 1 < len(path):
                 k = path[place + 1]
                 n_changed_codes = slope[:, k] + step * a[0, j, k]
                 answer = closest(q[:, k] - n_changed_codes / a[0, k, k], levels)[1] - q[:, k]
@@ -130,11 +156,6 @@ def plain_sweep(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook, order: 
         slope += step[:, None] * a[0, j]
         q[:, j] += step
     return codes
-
-
-def report(name: str, fast: float, plain: float, codes: Tensor, expected: Tensor) -> None:
-    equal = float((codes == expected).double().mean())
-    print(f"  {name:<38} {fast:8.2f} s   plain {plain:8.2f} s   ratio {plain / fast:5.1f}   equal codes {equal:.2%}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
 """Compensated rounding against explicit inverses, enumeration and plain loops; in float64, so codes are equal."""
 
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from quadratic import assert_no_worse, plain_error
 from torch import Tensor, nn
 
 from logart.errors import NetworkError
-from logart.grids.grid import Codebook, ScaleMethod, log_codebook
+from logart.grids.grid import Codebook, ScaleMethod
 from logart.grids.measures import OutputMoments
-from logart.grids.rounding import dequantize, nearest
+from logart.grids.rounding import nearest
 from logart.grids.search import ScaleSearch, choose_codebook
 from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
 from logart.quantization import compensate
 from logart.quantization.clone import clone_sharing
-from logart.quantization.compensate import (
-    compensate_block,
-    coordinate_descent,
+from logart.quantization.column_rounding import (
     error_feedback,
-    metric,
-    quadratic_error,
     round_compensated,
-    target,
 )
+from logart.quantization.compensate import compensate_block, metric, target
 from logart.quantization.config import QuantConfig, Rounding
 from logart.quantization.dbs import layer_moments
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
@@ -84,27 +78,6 @@ def plain_metric_and_target(layer: nn.Module, x: Tensor, x_hat: Tensor) -> tuple
         metrics.append(gram + ridge * torch.eye(len(w), dtype=w.dtype))
         targets.append(torch.linalg.solve(metrics[-1], of_x_hat.T @ (of_x @ w) + ridge * w))
     return torch.stack(metrics), torch.stack(targets)
-
-
-def correlated(groups: int, rows: int, size: int, seed: int, n_bits: int = 3) -> tuple[Tensor, Tensor, Codebook]:
-    """T, A of inputs that share a few directions, and a codebook of the best mixes."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    x = draw(groups, 2 * size + 3, 3) @ draw(groups, 3, size) + 0.5 * draw(groups, 2 * size + 3, size)
-    a = x.mT @ x + torch.eye(size, dtype=torch.float64)
-    t = draw(groups * rows, size)
-    return t, a, choose_codebook(t, ScaleMethod.DYNAMIC, n_bits, error=lambda d: quadratic_error(d, a))
-
-
-def plain_error(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> list[float]:
-    """(q - T)ᵀA(q - T), channel by channel."""
-    delta, rows = dequantize(codes, codebook.levels) - t, len(t) // len(a)
-    return [float(d @ a[c // rows] @ d) for c, d in enumerate(delta)]
-
-
-def assert_no_worse(first: list[float], second: list[float]) -> None:
-    """First ≤ second, but for the rounding of the sums."""
-    assert all(x <= y * (1 + 1e-9) for x, y in zip(first, second, strict=True)), (first, second)
 
 
 # ---------------------------------------------------------------- A and T
@@ -192,165 +165,6 @@ def test_large_means_cost_no_accuracy_in_float32() -> None:
     torch.testing.assert_close(metric(moments)[0], a[0], rtol=0, atol=1e-5 * float(a.amax()))
     found = target(exact.weight.flatten(1), metric(moments), moments)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(found, t, rtol=0, atol=2e-3)  # the outputs, of 1e4, are float32 too
-
-
-# ---------------------------------------------------------------- error feedback and descent
-
-
-def plain_feed_back(t: Tensor, a: Tensor, levels: list[float]) -> list[int]:
-    """OBQ in a fixed order: one channel, the inverse of what is left of A taken afresh at every step."""
-    left = sorted(range(len(t)), key=lambda j: (-float(a[j, j]), j))
-    t, codes = t.clone(), [0] * len(t)
-    while left:
-        inverse = torch.linalg.inv(a[left][:, left])
-        j = left[0]
-        codes[j] = min(range(len(levels)), key=lambda i: abs(levels[i] - float(t[j])))
-        error = (t[j] - levels[codes[j]]) / inverse[0, 0]
-        t[left] -= error * inverse[0]
-        left = left[1:]
-    return codes
-
-
-def plain_order(a: Tensor) -> list[int]:
-    """From the most important column, always to the one left that is most correlated with the last."""
-    order = [int(a.diagonal().argmax())]
-    while len(order) < len(a):
-        left = [k for k in range(len(a)) if k not in order]
-        order.append(max(left, key=lambda k: abs(float(a[order[-1], k])) / float(a[k, k]) ** 0.5))
-    return order
-
-
-def plain_descend(codes: Tensor, t: Tensor, a: Tensor, levels: list[float]) -> list[int]:
-    """One channel: each weight in turn tries its options on the whole objective, the next one all of its levels."""
-    found, order = codes.tolist(), plain_order(a)
-    q = torch.tensor([levels[i] for i in found], dtype=torch.float64)
-
-    def objective(j: int, level: float) -> float:
-        tried = q.clone()
-        tried[j] = level
-        return float((tried - t) @ a @ (tried - t))
-
-    def after_answer(j: int, option: int, answering: int | None) -> float:
-        if answering is None:
-            return objective(j, levels[option])
-        own, q[j] = float(q[j]), levels[option]
-        least = min(objective(answering, level) for level in levels)
-        q[j] = own
-        return least
-
-    n_changed_codes = True
-    while n_changed_codes:
-        n_changed_codes = False
-        for place, j in enumerate(order):
-            answering = None if place % 64 == 63 or place == len(order) - 1 else order[place + 1]
-            best = min(range(len(levels)), key=lambda i: objective(j, levels[i]))  # noqa: B023
-            own, top = found[j], len(levels) - 1
-            options = [own, best, max(own - 1, 0), min(own + 1, top)]
-            errors = [after_answer(j, i, answering) for i in options]
-            k = min(range(4), key=errors.__getitem__)
-            if errors[k] < errors[0] * (1 - 1e-12):
-                found[j], n_changed_codes = options[k], True
-            q[j] = levels[found[j]]
-    return found
-
-
-@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 9), (3, 20), (1, 64), (1, 65), (2, 150)])
-def test_feed_back_is_the_recursion_with_explicit_inverses(groups: int, size: int) -> None:
-    """Also where the columns do not fill the last block."""
-    t, a, codebook = correlated(groups, 2, size, seed=size)
-    codes = error_feedback(t, a, codebook)
-    assert codes.dtype == torch.uint8
-    levels = codebook.levels.tolist()
-    assert codes.tolist() == [plain_feed_back(row, a[c // 2], levels[c]) for c, row in enumerate(t)]
-    assert size < 9 or not torch.equal(codes, nearest(t, codebook))
-
-
-@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 9), (1, 64), (1, 65), (2, 130)])
-def test_descent_is_the_plain_one(groups: int, size: int) -> None:
-    """Blocks of 64 columns: the last of a block has no next to answer."""
-    t, a, codebook = correlated(groups, 2, size, seed=size)
-    start = nearest(t, codebook)
-    levels = codebook.levels.tolist()
-    expected = [plain_descend(start[c], t[c], a[c // 2], levels[c]) for c in range(len(t))]
-    assert coordinate_descent(start, t, a, codebook).tolist() == expected
-    assert size < 9 or start.tolist() != expected
-
-
-@pytest.mark.parametrize("n_bits", [2, 4, 8])
-@pytest.mark.parametrize("start", ["nearest", "fed back", "lowest", "random"])
-def test_descent_never_rises_and_ends_where_no_weight_can_improve(
-    start: str, n_bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    t, a, codebook = correlated(2, 4, 40, seed=n_bits, n_bits=n_bits)
-    random = torch.randint(0, 2**n_bits, t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    starts = {"nearest": nearest(t, codebook), "fed back": error_feedback(t, a, codebook), "random": random}
-    codes = starts.get(start, torch.zeros_like(random))
-    given, end = codes.clone(), coordinate_descent(codes, t, a, codebook)
-    assert torch.equal(codes, given)
-    monkeypatch.setattr(compensate, "SWEEPS", 1)
-    sweeps = 0
-    while not torch.equal(after := coordinate_descent(codes, t, a, codebook), codes):
-        assert_no_worse(plain_error(after, t, a, codebook), plain_error(codes, t, a, codebook))
-        codes, sweeps = after, sweeps + 1
-    assert sweeps < 100 and torch.equal(codes, end)  # so the real one ended by itself
-    delta = dequantize(end, codebook.levels) - t
-    slope = (delta.unflatten(0, (2, -1)) @ a).flatten(0, 1)
-    steps = codebook.levels[:, None] - dequantize(end, codebook.levels)[:, :, None]  # [C, K, levels]
-    curvature = a.diagonal(dim1=1, dim2=2).repeat_interleave(4, 0)[:, :, None]
-    changes = 2 * steps * slope[:, :, None] + steps.square() * curvature
-    assert float(changes.amin()) > -1e-9 * float(curvature.amax())
-
-
-def test_codes_follow_linear_distance_on_a_log_grid() -> None:
-    """1.45 is nearer to 1 than to 2 by distance, not by ratio; A = I leaves nothing else to decide."""
-    codebook = log_codebook(torch.tensor([2.0]), 3, 4)
-    t, a = torch.tensor([[1.45, -1.45, 1.55, -2.95]], dtype=torch.float64), torch.eye(4, dtype=torch.float64)[None]
-    for codes in (error_feedback(t, a, codebook), coordinate_descent(nearest(t, codebook), t, a, codebook)):
-        assert dequantize(codes, codebook.levels).tolist() == [[1.0, -1.0, 2.0, -2.0]]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 20), st.integers(2, 8), st.sampled_from(ScaleMethod))
-def test_the_result_is_no_worse_than_feedback_or_nearest(
-    seed: int, groups: int, size: int, n_bits: int, method: ScaleMethod
-) -> None:
-    t, a, _ = correlated(groups, 3, size, seed)
-    t[0] = 0
-    codebook = choose_codebook(t, method, n_bits)
-    codes = round_compensated(t, a, codebook)
-    reached = plain_error(codes, t, a, codebook)
-    assert_no_worse(reached, plain_error(error_feedback(t, a, codebook), t, a, codebook))
-    assert_no_worse(reached, plain_error(nearest(t, codebook), t, a, codebook))
-    assert torch.equal(codes, coordinate_descent(codes, t, a, codebook))
-
-
-TOYS: dict[str, Callable[[Callable[[int, int], Tensor]], Tensor]] = {
-    "8 rows": lambda draw: draw(8, 3),
-    "4 rows": lambda draw: draw(4, 3),
-    "correlated": lambda draw: draw(50, 1) + 0.3 * draw(50, 3),
-}
-
-
-@pytest.mark.parametrize("inputs", TOYS)
-def test_toy_problems_are_within_5_percent_of_the_optimum(inputs: str) -> None:
-    """2×3 weights, 2 bits, all 64 assignments of each channel enumerated."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    every = torch.tensor(list(product(range(4), repeat=3)), dtype=torch.uint8)
-    ratios, plainly = [], []
-    for _ in range(300):
-        t, x = draw(2, 3), TOYS[inputs](draw)
-        a = (x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(3))[None]
-        codebook = choose_codebook(t, ScaleMethod.DYNAMIC, 2, error=lambda d, a=a: quadratic_error(d, a))  # type: ignore[misc]
-        found = plain_error(round_compensated(t, a, codebook), t, a, codebook)
-        rounded = plain_error(nearest(t, codebook), t, a, codebook)
-        assert_no_worse(found, rounded)
-        best = [min(plain_error(c.expand(2, 3), t, a, codebook)[row] for c in every) for row in range(2)]
-        assert_no_worse(best, found)
-        ratios += [x / y for x, y in zip(found, best, strict=True)]
-        plainly += [x / y for x, y in zip(rounded, best, strict=True)]
-    assert sum(ratios) / len(ratios) < 1.05
-    assert sum(plainly) / len(plainly) > 1.05  # else nearest would pass as well
 
 
 # ---------------------------------------------------------------- layers and units
