@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logart.cli import FlagParser, refuse_without_effect, run_command
+from logart.cli import FlagParser, default_if_none, refuse_without_effect, run_command
 from logart.errors import UserError, one_line
 from logart.export.hardware_export import CHOICES, export_hardware
 from logart.export.hardware_readme import approximation, cost_table
+from logart.export.integer_export import export_integer
 from logart.grids.grid import ROOT2_TEXT
 from logart.networks.data import DIGITS, open_images
 from logart.networks.image_info import preprocessing_of
@@ -41,17 +42,31 @@ def build_parser() -> FlagParser:
         f"{DIGITS_IMAGES} test images of the built-in digits (default: those, for a network of digits)",
     )
     parser.flag("--onnx", metavar="OUT.onnx", help="write the network as ONNX there (extra [onnx])")
+    parser.flag("--integer", metavar="DIR",
+                help="write the whole CNN as an integer network there, a new or an empty folder: its graph, every layer, "
+                "golden vectors and a NumPy program that computes it without multiplications")  # fmt: skip
+    parser.flag("--a_bit", type=int, choices=range(2, 17), metavar="{2..16}",
+                help="bits of what the integer network's layers read (default 8)")  # fmt: skip
+    parser.flag("--n", type=int, metavar="N", help="golden images of the integer network (default 8)")
+    parser.flag("--test_images", type=int, metavar="N",
+                help="test images that the integer network's accuracy is measured on (default: all)")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="print nothing")
     return parser
 
 
 def command(args: argparse.Namespace) -> None:
     """From flags to files."""
-    if args.out is None and args.onnx is None:
-        raise UserError("nothing to write: expected --out DIR or --onnx OUT.onnx")
+    if args.out is None and args.onnx is None and args.integer is None:
+        raise UserError("nothing to write: expected --out DIR, --integer DIR or --onnx OUT.onnx")
+    both = {"terms": "--terms", "inputs": "--inputs"}
     refuse_without_effect(
-        args, {"terms": "--terms", "inputs": "--inputs"}, args.out is not None, "it acts on --out alone"
+        args, both, args.out is not None or args.integer is not None, "it acts on --out and --integer alone"
     )
+    own = {"a_bit": "--a_bit", "n": "--n", "test_images": "--test_images"}
+    refuse_without_effect(args, own, args.integer is not None, "it acts on --integer alone")
+    for name, flag in list(own.items())[1:]:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"{flag}: expected at least 1, got {getattr(args, name)}")
     if args.onnx is not None:
         from logart.export.onnx_export import check_target, export_onnx  # its packages are an extra
 
@@ -67,10 +82,33 @@ def command(args: argparse.Namespace) -> None:
                 print(f"The network was not run: {why}")
             print(f"golden vectors of {manifest['images']} images" if images is not None else "no golden vectors")
             print(f"exported to {args.out}")
+    if args.integer is not None:
+        export_integer(
+            args.file,
+            args.integer,
+            _data(PackedFile.read(args.file).info, args.inputs),
+            a_bit=default_if_none(args.a_bit, 8),
+            images=default_if_none(args.n, 8),
+            terms=args.terms,
+            test_images=args.test_images,
+            quiet=bool(args.quiet),
+        )
+        if not args.quiet:
+            print(f"exported to {args.integer}")
     if args.onnx is not None:
         export_onnx(args.file, args.onnx)
         if not args.quiet:
             print(f"exported to {args.onnx}")
+
+
+def _data(info: dict[str, Any], inputs: str | None) -> str:
+    """The data set of --inputs; without it the digits for a network of digits."""
+    source = info.get("source")
+    if inputs is None and isinstance(source, dict) and source.get("data") == DIGITS:
+        return DIGITS
+    if inputs is None:
+        raise UserError("--inputs: --integer needs images to choose formats from; expected a folder in ImageNet layout")
+    return inputs
 
 
 def _images(info: dict[str, Any], inputs: str | None) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""The hardware export: a folder with codes, codebooks as shifts and adds, and golden vectors of every quantized layer.
+"""The hardware export: a folder with codes, codebooks as shifts and adds, and golden vectors of every quantized
+layer.
 
 Golden vectors are integer inputs and outputs of the layer for chosen images. The folder's own README.md defines every
 bit of it.
@@ -44,7 +45,7 @@ CHOICES = ", ".join(f"{terms} ({text})" for terms, text in ROOT2_TEXT.items())
 
 
 @dataclass(frozen=True)
-class _Layer:
+class ExportLayer:
     """A layer on its way out: `packed` with the √2 that `levels` has."""
 
     name: str
@@ -83,8 +84,8 @@ def export_hardware(
             take, a file that cannot be read, or a folder that cannot be written.
     """
     file = PackedFile.read(path)
-    layers = _layers(file, terms)
-    with _new_folder(Path(out)) as folder:
+    layers = exportable_layers(file, terms)
+    with new_folder(Path(out)) as folder:
         return _write(Path(path), file, layers, images, model, folder)
 
 
@@ -113,7 +114,7 @@ def _read_weight(folder: Path, entry: dict[str, Any]) -> Tensor:
     return torch.from_numpy(values).to(DTYPES[entry["dtype"]]).reshape(codes.shape)
 
 
-def _layers(file: PackedFile, terms: int | None) -> list[_Layer]:
+def exportable_layers(file: PackedFile, terms: int | None) -> list[ExportLayer]:
     """The layers with levels of shifts and adds."""
     layers = []
     for index, (name, packed) in enumerate(file.layers.items()):
@@ -133,33 +134,38 @@ def _layers(file: PackedFile, terms: int | None) -> list[_Layer]:
         if terms is not None and spec.terms not in (0, terms):
             raise UserError(f"--terms: {terms}, but the file was made with √2 ≈ {ROOT2_TEXT[spec.terms]}")
         folder = f"layers/{index:03}_" + re.sub(r"[^A-Za-z0-9._-]", "_", name)[:80]  # a file may call a layer "../.."
-        layers.append(_Layer(name, folder, replace(packed, spec=spec), levels, spec is not packed.spec))
+        layers.append(ExportLayer(name, folder, replace(packed, spec=spec), levels, spec is not packed.spec))
     if terms is not None and all(layer.packed.spec.terms == 0 for layer in layers):
         raise UserError("--terms has no effect here: no level holds √2")
     return layers
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, or goes."""
     out = Path(os.path.abspath(out))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out: {out} is there already; expected a new or an empty folder")
+        raise UserError(f"{flag}: {out} is there already; expected a new or an empty folder")
     if not out.parent.is_dir():
-        raise UserError(f"--out: no folder {out.parent} to make {out.name} in")
+        raise UserError(f"{flag}: no folder {out.parent} to make {out.name} in")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
         yield partial
         os.replace(partial, out)
     except OSError as error:
-        raise UserError(f"--out: cannot write {out} ({one_line(error)})") from error
+        raise UserError(f"{flag}: cannot write {out} ({one_line(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(
-    path: Path, file: PackedFile, layers: list[_Layer], images: Tensor | None, model: nn.Module | None, folder: Path
+    path: Path,
+    file: PackedFile,
+    layers: list[ExportLayer],
+    images: Tensor | None,
+    model: nn.Module | None,
+    folder: Path,
 ) -> dict[str, Any]:
     runs, why = run_layers(path, file, {layer.name: layer.packed for layer in layers}, images, model)
     entries, costs = [], []
@@ -189,15 +195,11 @@ def _write(
 
 
 def _write_layer(
-    layer: _Layer, run: LayerRun | None, bias: Tensor | None, golden: bool, folder: Path
+    layer: ExportLayer, run: LayerRun | None, bias: Tensor | None, golden: bool, folder: Path
 ) -> tuple[dict[str, Any], Cost | None]:
     """The files of a layer; its entry in the manifest and what it costs, None where the network did not run."""
-    folder.mkdir(parents=True)
+    write_codes(layer, folder)
     levels, codes, n_bits = layer.levels, layer.codes, layer.packed.n_bits
-    _save(folder / "codes", codes, n_bits)
-    codebook = np.concatenate([levels.signs[..., None], levels.shifts[..., None], levels.adds], axis=2)
-    np.save(folder / "codebook.npy", codebook)
-    _write_hex(folder / "codebook.hex", _words(levels), 16)
     scale: dict[str, Any] | None = None
     if levels.numerators is not None:
         _save(folder / "scale", levels.numerators.astype(np.uint8), 8)
@@ -225,7 +227,17 @@ def _write_layer(
     return entry, cost
 
 
-def _write_golden(layer: _Layer, run: LayerRun, bias: Tensor | None, folder: Path) -> dict[str, Any]:
+def write_codes(layer: ExportLayer, folder: Path) -> None:
+    """Codes and codebook of a layer, in a new folder."""
+    folder.mkdir(parents=True)
+    levels = layer.levels
+    _save(folder / "codes", layer.codes, layer.packed.n_bits)
+    codebook = np.concatenate([levels.signs[..., None], levels.shifts[..., None], levels.adds], axis=2)
+    np.save(folder / "codebook.npy", codebook)
+    _write_hex(folder / "codebook.hex", _words(levels), 16)
+
+
+def _write_golden(layer: ExportLayer, run: LayerRun, bias: Tensor | None, folder: Path) -> dict[str, Any]:
     """Integer inputs, bias and outputs of a layer; their formats."""
     if not np.isfinite(run.input).all():
         raise UserError(f"--inputs: the input of layer {layer.name!r:.80} becomes NaN or infinite")

@@ -50,7 +50,7 @@ def run_layers(
     runs: dict[str, LayerRun] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        geometry = _geometry(module, args[0]) if isinstance(module, nn.Conv2d) else None
+        geometry = geometry_of(module, args[0]) if isinstance(module, nn.Conv2d) else None
         channels = output.shape[-1] if geometry is None else output.shape[1]
         runs[name] = LayerRun(
             args[0].to(torch.float64, copy=True).numpy(), output.numel() // channels // len(images), geometry
@@ -72,7 +72,7 @@ def run_layers(
     return runs, None
 
 
-def _geometry(module: nn.Conv2d, x: Tensor) -> Geometry:
+def geometry_of(module: nn.Conv2d, x: Tensor) -> Geometry:
     """Of a convolution on an input of this size, its padding as numbers."""
     kernel, stride, dilation = ((int(a), int(b)) for a, b in (module.kernel_size, module.stride, module.dilation))
     if isinstance(module, Conv2dSame):

@@ -1,0 +1,239 @@
+"""The integer network of a packed file as a folder: graph, arrays, golden vectors, and the program that computes
+it."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logart.errors import UserError
+from logart.export.hardware import Array
+from logart.export.hardware_export import exportable_layers, new_folder, write_codes
+from logart.export.integer_graph import (
+    Format,
+    IntegerNetwork,
+    limits,
+    reciprocal,
+    shifts,
+    terms_of,
+)
+from logart.export.integer_readme import readme, table
+from logart.export.integer_trace import Step, trace
+from logart.networks.calibration import calibration_images
+from logart.networks.data import ImageSource, open_images, validation_batches
+from logart.networks.evaluate import accuracy
+from logart.networks.image_info import preprocessing_of
+from logart.networks.weights import file_sha256
+from logart.packed.checkpoint import load_packed
+from logart.packed.file import PackedFile
+from logart.runtime import progress_bar
+
+FORMAT, VERSION = "logart-integer", 1
+CALIBRATION_IMAGES = 256
+BATCH_SIZE = 32
+
+
+def export_integer(
+    path: str | Path,
+    out: str | Path,
+    data: str,
+    *,
+    a_bit: int = 8,
+    images: int = 8,
+    terms: int | None = None,
+    test_images: int | None = None,
+    seed: int = 0,
+    model: nn.Module | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Write the integer network of a packed CNN, a folder, atomically.
+
+    Args:
+        path: the packed file.
+        out: the folder; it must not be there yet, or be empty.
+        data: a folder in ImageNet layout or 'digits': `train` gives the formats, `val` golden vectors and accuracy.
+        a_bit: bits of what convolutions and linear layers read, 2 to 16.
+        images: how many of `val` are golden vectors.
+        terms: 2, 3 or 4, what stands for an exact √2.
+        test_images: how many of `val` to measure on; None is all.
+        seed: chooses the calibration images.
+        model: as for `load_packed`.
+        quiet: no progress bar.
+
+    Returns:
+        The graph, as `graph.json` holds it.
+
+    Raises:
+        UserError: a grid without shifts, an exact √2 without `terms`, an operation without integer form, images that
+        do not
+            fit, or a folder that cannot be written.
+        NetworkError: as `integer_trace.trace`.
+    """
+    file = PackedFile.read(path)
+    layers = exportable_layers(file, terms)
+    source = _source(file, data)
+    network = load_packed(path, model)
+    calibration, _ = calibration_images(source, min(CALIBRATION_IMAGES, len(source.train)), seed, quiet=quiet)
+    steps = trace(network, calibration[:2])
+    known = {
+        layer.name: (layer.levels, layer.codes, _real_bias(file.rest.get(f"{layer.name}.bias"))) for layer in layers
+    }
+    try:
+        integers = IntegerNetwork.calibrate(steps, known, calibration, a_bit)
+    except ValueError as error:
+        raise UserError(f"--inputs: {error}") from error
+    count = len(source.val) if test_images is None else min(test_images, len(source.val))
+    with new_folder(Path(out), "--integer") as folder:
+        for step in steps:
+            if step.module:
+                (layer,) = (layer for layer in layers if layer.name == step.module)
+                where = folder / "layers" / step.name
+                write_codes(layer, where)
+                weights = integers.weights[step.name]
+                np.save(where / "unit.npy", weights.unit.astype(np.int16))
+                np.save(where / "bias.npy", weights.bias.numpy().astype(np.int64))
+                np.save(where / "requantize.npy", shifts(step, integers).astype(np.int16))
+        measured = _measure(integers, source, count, quiet)
+        graph: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": {"file": Path(path).name, "sha256": file_sha256(path), "data": source.name},
+            "info": {name: file.info.get(name) for name in ("network", "preprocessing", "settings", "accuracy")},
+            "activation_bits": a_bit,
+            "calibration_images": len(calibration),
+            "measured": measured,
+            "input": _value(steps[0], integers),
+            "output": _value(steps[-1], integers),
+            "values": {step.name: _value(step, integers) for step in steps},
+            "nodes": [_node(step, integers) for step in steps[1:]],
+            "class_names": list(source.class_names),
+        }
+        graph = json.loads(json.dumps(graph))
+        (folder / "graph.json").write_text(json.dumps(graph, indent=1) + "\n", "utf-8")
+        reference = resources.files("logart.export").joinpath("integer_reference.py").read_text("utf-8")
+        (folder / "run.py").write_text(reference, "utf-8")
+        (folder / "README.md").write_text(readme(graph), "utf-8")
+        _write_golden(integers, source, min(images, len(source.val)), folder / "golden")
+    if not quiet:
+        print(table(graph))
+    return graph
+
+
+def _source(file: PackedFile, data: str) -> ImageSource:
+    preprocessing = preprocessing_of(file.info)
+    if preprocessing is None:
+        raise UserError("--integer: the file does not say which images the network takes")
+    classes = file.info.get("class_names")
+    if not isinstance(classes, list):
+        raise UserError("--integer: the file does not say how many classes the network has")
+    return open_images(data, preprocessing, len(classes), flag="--inputs")
+
+
+def _real_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.double()
+
+
+def _value(step: Step, network: IntegerNetwork) -> dict[str, Any]:
+    f = network.formats[step.name]
+    return {
+        "value": step.name,
+        "bits": f.bits,
+        "fraction": f.fraction,
+        "signed": f.signed,
+        "shape": list(network.shapes[step.name]),
+    }
+
+
+def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
+    """What `integer_reference` is told of a step; every bit follows from it and the arrays of its folder."""
+    to = network.formats[step.name]
+    given = [network.formats[name] for name in step.inputs]
+    low, high = limits(step, to)
+    node: dict[str, Any] = {"op": step.op, "output": step.name, "inputs": step.inputs, "low": low, "high": high}
+    if step.op in ("conv", "linear"):
+        weights = network.weights[step.name]
+        node |= {"layer": step.module, "folder": f"layers/{step.name}", "shape": list(step.weight_shape)}
+        node["factors"] = {str(i): terms_of(i) for i in sorted(set(weights.factor))}
+        node["factor"] = [str(i) for i in weights.factor]
+        node["accumulator_bits"] = int(weights.bits.max(initial=1))
+        node["left_out"] = {str(c): int(n) for c, n in enumerate(weights.left_out) if n}
+        if step.geometry is not None:
+            g = step.geometry
+            node["geometry"] = {
+                "kernel": g.kernel, "stride": g.stride, "padding": g.padding, "dilation": g.dilation, "groups":
+                g.groups,
+            }  # fmt: skip
+    elif step.op == "add":
+        most = max(f.fraction for f in given)
+        node |= {"align": [most - f.fraction for f in given], "requantize": most - to.fraction}
+    elif step.op == "relu":
+        node |= {"op": "requantize", "requantize": given[0].fraction - to.fraction}
+    elif step.op == "average_pool":
+        integer, exponent = reciprocal(step.count)
+        node |= {"factor": terms_of(integer), "requantize": given[0].fraction + exponent - to.fraction}
+    elif step.op == "concatenate":
+        node["requantize"] = [f.fraction - to.fraction for f in given]
+    if step.op in ("max_pool", "average_pool"):
+        node |= {"kernel": step.kernel, "stride": step.stride, "padding": step.padding, "fill": given[0].low}
+    if step.op == "pad":
+        node["padding"] = step.padding
+    if step.op == "slice":
+        node["slices"] = step.slices
+    return node
+
+
+class _Logits(nn.Module):
+    """The integer network as a classifier, counting how many values of each step saturate."""
+
+    def __init__(self, network: IntegerNetwork) -> None:
+        super().__init__()
+        self._network, self.saturated = network, dict.fromkeys((step.name for step in network.steps), 0.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        last = self._network.steps[-1].name
+        saturated: dict[str, int] = {}
+        logits = self._network.run(images, saturated)[last]
+        for name, count in saturated.items():
+            self.saturated[name] += count
+        return self._network.formats[last].real(logits)
+
+
+def _measure(network: IntegerNetwork, source: ImageSource, count: int, quiet: bool) -> dict[str, Any]:
+    """Accuracy on the first `count` test images, and the share of each step's values that saturate there."""
+    logits = _Logits(network)
+    seen = 0
+    with progress_bar(count, "integer network", quiet) as bar:
+
+        def first() -> Any:
+            nonlocal seen
+            for images, labels in validation_batches(source, BATCH_SIZE, 0):
+                left = count - seen
+                if left <= 0:
+                    return
+                seen += len(images[:left])
+                yield images[:left], labels[:left]
+
+        result = accuracy(logits.eval(), first(), torch.device("cpu"), bar.update)
+    share = {
+        name: n / (result.images * max(1, int(np.prod(network.shapes[name])))) for name, n in logits.saturated.items()
+    }
+    return {"images": result.images, "top1": result.top1, "top5": result.top5, "saturated": share}
+
+
+def _write_golden(network: IntegerNetwork, source: ImageSource, count: int, folder: Path) -> None:
+    """The integers of every value for the first test images."""
+    folder.mkdir()
+    images = torch.stack([source.val[index][0] for index in range(count)])
+    values = network.run(images)
+    for step in network.steps:
+        np.save(folder / f"{step.name}.npy", _narrow(values[step.name].numpy(), network.formats[step.name]))
+
+
+def _narrow(x: Array, f: Format) -> Array:
+    return x.astype(np.int16 if f.bits + (not f.signed) <= 16 else np.int32)

@@ -1,0 +1,364 @@
+"""A quantized network as a graph of integer operations: traced with torch.fx, each value with a format of its own.
+
+Every value of the graph is an integer tensor that counts units of 2^-fraction. A value that a convolution or linear
+layer
+reads has `a_bit` bits, any other (the two sides of a residual sum) `WIDE_BITS`; a value never below zero is unsigned,
+so
+that saturation does what ReLU does. Fractions are powers of two: requantization is a shift. They are chosen from
+calibration images by the least error of power 2.4 (the exponent of BRECQ, Li et al. 2021).
+
+`IntegerNetwork.run` computes the same integers as the NumPy reference that an export ships, with torch in float64,
+whose
+53 bits hold every sum exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from logart.export.hardware import Array, HardwareLevels, signed_powers
+from logart.export.integer_trace import Step
+
+WIDE_BITS = 16  # of values that no layer reads: the terms of residual sums, and the logits
+ACCUMULATOR_BITS = 32
+RECIPROCAL_BITS = 16  # 1 / count of an average pooling, where count is no power of two: an integer over 2^16
+SCALE_FRACTION = 5  # a channel's factor is an integer over 2^5
+_FINER = 6  # fractions tried beyond the one at which nothing saturates
+
+
+@dataclass(frozen=True)
+class Format:
+    """Integers of `bits` bits that count units of 2^-fraction, in two's complement where signed."""
+
+    bits: int
+    fraction: int
+    signed: bool
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - self.signed) - 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Real numbers as integers (float64), to nearest, ties up, saturated."""
+        return _rounded(torch.ldexp(x.double(), _number(self.fraction))).clamp(self.low, self.high)
+
+    def real(self, x: Tensor) -> Tensor:
+        """What integers of this format stand for."""
+        return torch.ldexp(x.double(), _number(-self.fraction))
+
+    @classmethod
+    def choose(cls, x: Tensor, bits: int) -> Format:
+        """The format of so many bits that leaves the least Σ|x - q|^2.4.
+
+        Raises:
+            ValueError: x is not finite.
+        """
+        x = x.double().flatten()
+        if not x.isfinite().all():
+            raise ValueError("its values are not finite")
+        signed, largest = bool((x < 0).any()), float(x.abs().max())
+        coarsest = bits - int(signed) - math.frexp(largest)[1] if largest else 0
+        formats = [cls(bits, coarsest + finer, signed) for finer in range(-1, _FINER)]
+        errors = [float((f.real(f.quantize(x)) - x).abs().pow(2.4).sum()) for f in formats]
+        return formats[int(np.argmin(errors))]
+
+
+@dataclass(frozen=True)
+class IntegerWeights:
+    """A layer's weights as terms ±2^(unit + place), each channel with a unit of its own.
+
+    Attributes:
+        unit: [C] int64, exponents; terms below a channel's unit are left out.
+        integers: [C, K] float64, the weights in their channel's unit: exact integers.
+        factor: [C] ints over 2^SCALE_FRACTION that the sums are multiplied by; empty where there is none.
+        bias: [C] float64 integers, in the unit of the finished sum.
+        bits: [C], of the worst case of the accumulator, factor and bias included.
+        left_out: [C], how many terms lie below the unit.
+    """
+
+    unit: Array
+    integers: Tensor
+    factor: tuple[int, ...]
+    bias: Tensor
+    bits: Array
+    left_out: Array
+
+    @classmethod
+    def of(cls, levels: HardwareLevels, codes: Array, bias: Tensor | None, given: Format) -> IntegerWeights:
+        """Choose each channel's unit: its smallest term, or larger where the accumulator would not fit.
+
+        Args:
+            levels: of the layer.
+            codes: [C, K] uint8.
+            bias: [C] real.
+            given: the format of the layer's input.
+        """
+        powers = levels.powers(codes)
+        signs, exponents = powers.signs.astype(np.int64), powers.exponents.astype(np.int64)
+        factor = levels.numerators_of_rows(len(codes))
+        extra = SCALE_FRACTION if factor else 0
+        used = signs != 0
+        least = np.where(used, exponents, np.iinfo(np.int64).max).min((0, 2), initial=np.iinfo(np.int64).max)
+        largest = max(-given.low, given.high)
+        weight = np.where(used, np.ldexp(1.0, exponents), 0.0).sum((0, 2)) * largest * np.array(factor or 1)
+        offset = np.zeros(len(codes)) if bias is None else bias.double().abs().numpy()
+        # in real units: |Σ| ≤ weight · 2^-fraction · 2^-extra, and the bias; the accumulator counts
+        # 2^(unit-fraction-extra)
+        worst = np.ldexp(weight, -given.fraction - extra) + offset
+        fits = np.frexp(worst)[1].astype(np.int64) + given.fraction + extra - (ACCUMULATOR_BITS - 1)
+        floor = np.where(worst > 0, fits, 0)
+        unit = np.where(least < np.iinfo(np.int64).max, np.maximum(least, floor), floor)
+        kept = used & (exponents >= unit[:, None])
+        integers = (signs * np.where(kept, np.ldexp(1.0, np.where(kept, exponents - unit[:, None], 0)), 0.0)).sum(0)
+        rounded = np.floor(np.ldexp(offset * 0 if bias is None else bias.double().numpy(),
+                                    given.fraction + extra - unit) + 0.5)  # fmt: skip
+        sums = np.abs(integers).sum(1) * largest * np.array(factor or 1) + np.abs(rounded)
+        return cls(
+            unit,
+            torch.from_numpy(integers),
+            factor,
+            torch.from_numpy(rounded),
+            np.frexp(sums)[1] + 1,
+            (used & ~kept).sum((0, 2)),
+        )
+
+
+@dataclass
+class IntegerNetwork:
+    """The graph with formats and weights; what `integer_export` writes.
+
+    Attributes:
+        steps: the operations in the order they run, the first of kind `input`.
+        formats: of every value, by the name of the step that makes it.
+        weights: of every layer, by its step.
+        shapes: of every value, without the image dimension.
+    """
+
+    steps: list[Step]
+    formats: dict[str, Format]
+    weights: dict[str, IntegerWeights]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def calibrate(
+        cls,
+        steps: list[Step],
+        layers: Mapping[str, tuple[HardwareLevels, Array, Tensor | None]],
+        images: Tensor,
+        a_bit: int,
+    ) -> IntegerNetwork:
+        """Choose formats from calibration images.
+
+        Args:
+            steps: the traced network.
+            layers: by module name: levels, codes of the weight's shape, bias.
+            images: float [n, C, H, W], preprocessed.
+            a_bit: bits of what layers read, 2 to 16.
+
+        Raises:
+            ValueError: a value that is not finite; the message names its step.
+        """
+        network = cls(steps, {}, {})
+        read = {name for step in steps if step.op in ("conv", "linear") for name in step.inputs}
+        values = {steps[0].name: images.double()}
+        for step in steps:
+            inputs = [values[name] for name in step.inputs]
+            if step.inputs:
+                values[step.name] = real(step, inputs, network, layers)
+            x = values[step.name]
+            network.shapes[step.name] = tuple(x.shape[1:])
+            if step.same_format:
+                network.formats[step.name] = network.formats[step.inputs[0]]
+            else:
+                bits = a_bit if network._reaches(step.name, read) else WIDE_BITS
+                try:
+                    network.formats[step.name] = Format.choose(x, bits)
+                except ValueError as error:
+                    raise ValueError(f"{step.name}: {error}") from None
+            values[step.name] = network.formats[step.name].real(network.formats[step.name].quantize(x))
+            last = {name: index for index, other in enumerate(steps) for name in other.inputs}
+            values = {
+                name: v for name, v in values.items() if last.get(name, -1) > steps.index(step) or name == step.name
+            }
+        return network
+
+    def _reaches(self, name: str, read: set[str]) -> bool:
+        """Whether a layer reads this value, directly or through steps that keep its format."""
+        if name in read:
+            return True
+        return any(self._reaches(s.name, read) for s in self.steps if s.same_format and name in s.inputs)
+
+    def run(self, images: Tensor, saturated: dict[str, int] | None = None) -> dict[str, Tensor]:
+        """Integers (float64) of every value, for real images [n, C, H, W].
+
+        Args:
+            images: preprocessed.
+            saturated: gets, by name, how many integers were cut at an end of their format; those that a ReLU sets to
+                its
+                own ends are not.
+        """
+        values: dict[str, Tensor] = {}
+        for step in self.steps:
+            inputs = [values[name] for name in step.inputs]
+            to = self.formats[step.name]
+            x = integer(step, inputs, self) if inputs else _rounded(torch.ldexp(images.double(), _number(to.fraction)))
+            low, high = limits(step, to)
+            if saturated is not None:
+                relu = bool(step.clamp)
+                cut = (x > high) & ~(relu & (high < to.high)) if relu else (x > high) | (x < low)
+                saturated[step.name] = int(cut.sum())
+            values[step.name] = x.clamp(low, high)
+        return values
+
+
+def reciprocal(count: int) -> tuple[int, int]:
+    """1/count as (integer, exponent), integer · 2^-exponent; exact for powers of two."""
+    if count & (count - 1) == 0:
+        return 1, count.bit_length() - 1
+    exponent = RECIPROCAL_BITS + count.bit_length() - 1
+    return round(2**exponent / count), exponent
+
+
+def requantized(x: Tensor, places: int | Tensor) -> Tensor:
+    """Integers shifted right by so many places, to nearest, ties up (to the left exactly)."""
+    return _rounded(torch.ldexp(x, -torch.as_tensor(places, dtype=torch.int64)))
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return torch.floor(x + 0.5)
+
+
+def _number(value: int) -> Tensor:
+    return torch.tensor(value)
+
+
+def _weighted(step: Step, x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution or linear map of a step without its bias, in float64."""
+    if step.op == "linear":
+        return F.linear(x, weight)
+    g = step.geometry
+    assert g is not None
+    (top, bottom), (left, right) = g.padding
+    x = F.pad(x, (left, right, top, bottom))
+    return F.conv2d(x, weight, None, g.stride, 0, g.dilation, g.groups)
+
+
+def real(
+    step: Step,
+    inputs: list[Tensor],
+    network: IntegerNetwork,
+    layers: Mapping[str, tuple[HardwareLevels, Array, Tensor | None]],
+) -> Tensor:
+    """A step on the real numbers that its quantized inputs stand for; makes a layer's integer weights on the way."""
+    x = inputs[0]
+    if step.op in ("conv", "linear"):
+        levels, codes, bias = layers[step.module]
+        given = network.formats[step.inputs[0]]
+        weights = IntegerWeights.of(levels, codes.reshape(len(codes), -1), bias, given)
+        network.weights[step.name] = weights
+        y = _finished(step, given.quantize(x), weights, codes.shape)
+        y = torch.ldexp(y, _per_channel(torch.from_numpy(weights.unit), y) - given.fraction - _extra(weights))
+        return y.clamp(*step.clamp) if step.clamp else y
+    if step.op == "add":
+        y = inputs[0] + inputs[1]
+        return y.clamp(*step.clamp) if step.clamp else y
+    if step.op == "average_pool":
+        integer_, exponent = reciprocal(step.count)
+        return _windows(step, x, 0.0).sum((4, 5)) * math.ldexp(integer_, -exponent)
+    if step.op == "relu":
+        assert step.clamp
+        return x.clamp(*step.clamp)
+    return _moved(step, inputs, fill=-math.inf)
+
+
+def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor:
+    """A step on integers, before saturation: bit for bit what the NumPy reference does."""
+    given, to = [network.formats[name] for name in step.inputs], network.formats[step.name]
+    x = inputs[0]
+    if step.op in ("conv", "linear"):
+        y = _finished(step, x, network.weights[step.name], step.weight_shape)
+        return requantized(y, _per_channel(torch.from_numpy(shifts(step, network)), y))
+    if step.op == "add":
+        most = max(f.fraction for f in given)
+        a, b = (torch.ldexp(x, _number(most - f.fraction)) for x, f in zip(inputs, given, strict=True))
+        return requantized(a + b, most - to.fraction)
+    if step.op == "average_pool":
+        factor, exponent = reciprocal(step.count)
+        return requantized(_windows(step, x, 0.0).sum((4, 5)) * factor, given[0].fraction + exponent - to.fraction)
+    if step.op == "relu":
+        return requantized(x, given[0].fraction - to.fraction)
+    if step.op == "concatenate":
+        return torch.cat([requantized(x, f.fraction - to.fraction) for x, f in zip(inputs, given, strict=True)], 1)
+    return _moved(step, inputs, fill=float(given[0].low))
+
+
+def shifts(step: Step, network: IntegerNetwork) -> Array:
+    """[C]: places to the right from a layer's sum to its output format."""
+    weights, given = network.weights[step.name], network.formats[step.inputs[0]]
+    result: Array = given.fraction + _extra(weights) - weights.unit - network.formats[step.name].fraction
+    return result
+
+
+def limits(step: Step, to: Format) -> tuple[int, int]:
+    """The range of a step's integers: its format's, and that of a ReLU or ReLU6 in it."""
+    if not step.clamp:
+        return to.low, to.high
+    low, high = (
+        value if math.isinf(value) else math.floor(math.ldexp(value, to.fraction) + 0.5) for value in step.clamp
+    )
+    return int(max(low, to.low)), int(min(high, to.high))
+
+
+def _extra(weights: IntegerWeights) -> int:
+    return SCALE_FRACTION if weights.factor else 0
+
+
+def _per_channel(values: Tensor, y: Tensor) -> Tensor:
+    """[C] in the place of y's channels, [n, C, ...] or [n, C]."""
+    return values.reshape(1, -1, *[1] * (y.ndim - 2))
+
+
+def _finished(step: Step, x: Tensor, weights: IntegerWeights, shape: Iterable[int]) -> Tensor:
+    """Sums of integers, factor and bias included, in the unit of each channel."""
+    y = _weighted(step, x, weights.integers.reshape(*shape))
+    if weights.factor:
+        y = y * _per_channel(torch.tensor(weights.factor, dtype=torch.float64), y)
+    return y + _per_channel(weights.bias, y)
+
+
+def _windows(step: Step, x: Tensor, fill: float) -> Tensor:
+    (top, bottom), (left, right) = step.padding
+    x = F.pad(x, (left, right, top, bottom), value=fill)
+    (kh, kw), (down, across) = step.kernel, step.stride
+    return x.unfold(2, kh, down).unfold(3, kw, across)
+
+
+def _moved(step: Step, inputs: list[Tensor], fill: float) -> Tensor:
+    """Steps that compute nothing, the same on real numbers and on integers."""
+    x = inputs[0]
+    if step.op == "max_pool":
+        return _windows(step, x, fill).amax((4, 5))
+    if step.op == "flatten":
+        return x.flatten(1)
+    if step.op == "concatenate":
+        return torch.cat(inputs, 1)
+    if step.op == "pad":
+        return F.pad(x, [n for before_after in reversed(step.padding) for n in before_after])
+    assert step.op == "slice", step.op
+    return x[tuple([slice(None), *(slice(*part) for part in step.slices)])]
+
+
+def terms_of(value: int) -> list[list[int]]:
+    """A positive integer as signed powers of two, [[±1, exponent], …]."""
+    return [[sign, exponent] for sign, exponent in signed_powers(value)]
