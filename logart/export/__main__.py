@@ -43,7 +43,7 @@ def build_parser() -> FlagParser:
     )
     parser.flag("--onnx", metavar="OUT.onnx", help="write the network as ONNX there (extra [onnx])")
     parser.flag("--integer", metavar="DIR",
-                help="write the whole CNN as an integer network there, a new or an empty folder: its graph, every layer, "
+                help="write the whole CNN as an integer network there, a new or an empty folder: graph, layers, "
                 "golden vectors and a NumPy program that computes it without multiplications")  # fmt: skip
     parser.flag("--a_bit", type=int, choices=range(2, 17), metavar="{2..16}",
                 help="bits of what the integer network's layers read (default 8)")  # fmt: skip

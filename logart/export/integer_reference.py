@@ -130,7 +130,7 @@ OPERATIONS: dict[str, Callable[..., Array]] = {
     "concatenate": concatenate,
     "flatten": lambda node, x: x.reshape(len(x), -1),
     "pad": lambda node, x: np.pad(x, [(0, 0), *map(tuple, node["padding"])]),
-    "slice": lambda node, x: x[(slice(None), *(slice(*part) for part in node["slices"]))],
+    "slice": lambda node, x: x[tuple([slice(None), *(slice(*part) for part in node["slices"])])],
 }
 
 

@@ -190,7 +190,7 @@ class _Builder:
     def add(self, node: fx.Node) -> None:
         if not all(isinstance(arg, fx.Node) and arg.name in self._shapes for arg in node.args) or node.kwargs:
             raise self._refusal(node, " with a constant")
-        a, b = (self._shapes[arg.name] for arg in node.args)  # type: ignore[union-attr]
+        a, b = (self._shapes[name] for name in map(str, node.args))
         if a != b:
             raise self._refusal(node, f" of shapes {list(a[1:])} and {list(b[1:])}")
         self._add(node, Step("add", node.name, self._inputs(*node.args)))
@@ -223,6 +223,8 @@ class _Builder:
         pairs = [(0, 0)] * (dimensions - len(pairs)) + pairs[::-1]
         if mode != "constant" or value not in (0, None) or len(pairs) > dimensions or min(map(min, pairs)) < 0:
             raise self._refusal(node, f" of {mode} {value} and {widths}")
+        if self._shapes[node.name] == self._shapes[source.name]:
+            return self.identity(node)
         self._add(node, Step("pad", node.name, self._inputs(source), padding=tuple(pairs)))
 
     def slice(self, node: fx.Node) -> None:
@@ -233,13 +235,15 @@ class _Builder:
         parts = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(part, slice) for part in parts) or parts[0] != slice(None):
             raise self._refusal(node, f" [{index}]")
+        if self._shapes[node.name] == self._shapes[source.name]:
+            return self.identity(node)
         slices = tuple((part.start, part.stop, part.step) for part in parts[1:])  # type: ignore[union-attr]
         self._add(node, Step("slice", node.name, self._inputs(source), slices=slices))
 
     def mean(self, node: fx.Node) -> None:
         source = node.args[0]
         dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        shape = self._shapes[source.name]  # type: ignore[union-attr]
+        shape = self._shapes[str(source)]
         if len(shape) != 4 or sorted(d % 4 for d in dims) != [2, 3]:
             raise self._refusal(node, f" over {dims}")
         self._global(node)

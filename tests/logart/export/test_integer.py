@@ -1,0 +1,293 @@
+"""The integer network: the NumPy reference against torch, without a multiplication, every bit as the README says."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_runs import assert_refused
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from logart import QuantConfig, load_packed, quantize_model, save_packed
+from logart.errors import NetworkError
+from logart.export import integer_reference
+from logart.export.__main__ import main
+from logart.export.hardware import HardwareLevels
+from logart.export.integer_export import _source, export_integer
+from logart.export.integer_graph import ACCUMULATOR_BITS, Format, IntegerNetwork, IntegerWeights, reciprocal
+from logart.export.integer_trace import trace
+from logart.networks.data import DIGITS
+from logart.packed.file import PackedFile
+from logart_cnn.main import main as cnn_main
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in CNN at 4 bits, √2 as 1 + 1/2, with a factor per channel."""
+    folder = tmp_path_factory.mktemp("packed")
+    path = folder / "digits.safetensors"
+    flags = "--preset fast --calib_samples 64 --hardware_approx --scale_search --quiet --device cpu --workers 0".split()
+    assert cnn_main([*flags, "--save", str(path), "--results", str(folder / "results.csv")]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("integer") / "out"
+    assert main([str(packed), "--integer", str(out), "--n", "3", "--quiet"]) == 0
+    return out
+
+
+def graph_of(folder: Path) -> dict[str, Any]:
+    graph: dict[str, Any] = json.loads((folder / "graph.json").read_text("utf-8"))
+    return graph
+
+
+def test_every_test_image_has_the_recorded_accuracy_by_numpy_alone(exported: Path, packed: Path) -> None:
+    """The reference alone, on all 500 digits, gets what torch's float64 got: the same predictions, counted anew."""
+    graph = graph_of(exported)
+    val = _source(PackedFile.read(packed), DIGITS).val
+    images = torch.stack([val[index][0] for index in range(len(val))])
+    f = graph["input"]
+    x = np.floor(np.ldexp(images.double().numpy(), f["fraction"]) + 0.5)
+    high = 2 ** (f["bits"] - f["signed"]) - 1
+    x = np.clip(x, -high - 1 if f["signed"] else 0, high).astype(np.int64)
+    logits = integer_reference.run(graph, x, exported)[graph["output"]["value"]]
+    labels = np.array([val[index][1] for index in range(len(val))])
+    # where the best logits are equal, torch.topk decides: leave those images out on both sides
+    top = np.sort(logits, axis=1)
+    clear = top[:, -1] > top[:, -2]
+    right = (logits.argmax(1) == labels)[clear].sum()
+    assert abs(100 * right / len(labels) - graph["measured"]["top1"]) <= 100 * (~clear).sum() / len(labels)
+    assert graph["measured"]["images"] == 500 and graph["measured"]["top1"] > 97
+
+
+def test_the_shipped_program_checks_its_golden_vectors_and_sees_a_flipped_bit(exported: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-I", str(exported / "run.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    values = len(graph_of(exported)["values"])
+    assert (done.returncode, done.stdout) == (0, f"{values} of {values} golden values equal\n"), done.stderr
+    codes = exported / "layers" / "conv1" / "codes.npy"
+    before = codes.read_bytes()
+    changed = np.load(codes)
+    changed.flat[0] ^= 1
+    try:
+        np.save(codes, changed)
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        codes.write_bytes(before)
+    assert done.returncode == 1 and "conv1" in done.stdout
+
+
+class Number(int):
+    """An integer that knows shifts, sums and order, and no product or quotient."""
+
+    def _refuse(self, other: Any) -> Any:
+        raise TypeError("this machine has no multiplier")
+
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = _refuse  # type: ignore[assignment]
+
+    def __add__(self, other: int) -> Number:
+        return Number(int(self) + int(other))
+
+    def __sub__(self, other: int) -> Number:
+        return Number(int(self) - int(other))
+
+    def __lshift__(self, other: int) -> Number:
+        return Number(int(self) << int(other))
+
+    def __rshift__(self, other: int) -> Number:
+        return Number(int(self) >> int(other))
+
+    __radd__ = __add__
+
+
+def test_no_activation_is_ever_multiplied(exported: Path) -> None:
+    graph = graph_of(exported)
+    golden = np.load(exported / "golden" / f"{graph['input']['value']}.npy")[:1]
+    x = np.frompyfunc(Number, 1, 1)(golden)
+    with pytest.raises(TypeError, match="no multiplier"):
+        x * x  # noqa: B018
+    values = integer_reference.run(graph, x, exported)
+    out = graph["output"]["value"]
+    assert np.array_equal(values[out].astype(np.int64), np.load(exported / "golden" / f"{out}.npy")[:1])
+
+
+class Odd(nn.Module):
+    """Every operation that has an integer form, in shapes that tell axes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, (3, 2), stride=(2, 1), padding=(1, 2), bias=False)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, dilation=1, groups=6)
+        self.point = nn.Conv2d(6, 4, 1)
+        self.relu6, self.drop = nn.ReLU6(), nn.Dropout(0.5)
+        self.pool, self.mean = nn.MaxPool2d(3, 2, padding=1), nn.AvgPool2d((2, 3))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu6(self.first(x))
+        y = self.depthwise(x)
+        x = F.relu(self.point(self.drop(y + x)))
+        x = self.pool(x)
+        x = torch.cat([x, F.relu(F.pad(x[:, ::2], (0, 0, 0, 0, 1, 1)) + x)], dim=1)
+        x = self.mean(x)
+        x = torch.cat([x.mean((2, 3)), torch.flatten(F.adaptive_avg_pool2d(x[:, 1:5], 1), 1)], 1)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def built(model: nn.Module, images: Tensor, a_bit: int = 8, **settings: Any) -> tuple[nn.Module, IntegerNetwork]:
+    config = QuantConfig(**{"rounding": "nearest", "hardware_terms": 2, **settings})
+    network = quantize_model(model.eval(), config, images)[0]
+    from logart.quantization.surgery import quantized_layers
+
+    layers = {}
+    for name, layer in quantized_layers(network).items():
+        codes, spec = layer.packed()
+        assert layer.codes is not None
+        bias = None if layer.bias is None else layer.bias.detach().double()
+        layers[name] = (HardwareLevels.of(spec, layer.n_bits), layer.codes.numpy(), bias)
+    return network, IntegerNetwork.calibrate(trace(network, images[:2]), layers, images, a_bit)
+
+
+def test_every_operation_is_near_the_float_network_and_nearer_with_more_bits() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(16, 2, 13, 12)
+    distances = []
+    for a_bit in (4, 8, 12, 16):
+        network, integers = built(Odd(), images, a_bit, seed=0)
+        last = integers.steps[-1].name
+        logits = integers.formats[last].real(integers.run(images)[last])
+        with torch.no_grad():
+            distances.append(float((logits - network(images)).norm() / network(images).norm()))
+        torch.manual_seed(0)
+        images = torch.randn(16, 2, 13, 12)
+    assert {step.op for step in integers.steps} == {
+        "input", "conv", "linear", "add", "max_pool", "average_pool", "concatenate", "flatten", "pad", "slice",
+    }  # fmt: skip
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-3 and distances[0] > 1e-2
+
+
+def test_a_layer_is_what_the_readme_says_weight_by_weight() -> None:
+    """One channel after the other in Python's own integers."""
+    rng = np.random.default_rng(0)
+    levels = HardwareLevels(
+        np.array([[-1, 0, 1, 1]], np.int16), np.array([[2, 0, -1, 0]], np.int16),
+        np.array([[[-1], [0], [0], [-1]]], np.int16), np.array([37], np.int16),
+    )  # fmt: skip
+    codes = rng.integers(0, 4, (3, 5)).astype(np.uint8)
+    given, bias = Format(8, 4, True), torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    weights = IntegerWeights.of(levels, codes, bias, given)
+    value = {0: -4 * 0.5, 1: 0.0, 2: 0.5, 3: 0.5}  # sign · 2^shift · (1 - 1/2)
+    value[2] = 0.5  # no add-shift
+    for c in range(3):
+        terms = [value[int(code)] for code in codes[c]]
+        assert weights.integers[c].tolist() == [t * 2.0 ** -int(weights.unit[c]) for t in terms]
+        exact = float(bias[c]) * 2.0 ** (4 + 5 - int(weights.unit[c]))
+        assert float(weights.bias[c]) == math.floor(exact + 0.5)
+    assert (weights.bits <= ACCUMULATOR_BITS).all() and not weights.left_out.any()
+
+
+def test_a_channel_that_would_not_fit_leaves_terms_out_and_says_so() -> None:
+    shifts = np.array([[-40, 0]], np.int16)
+    levels = HardwareLevels(np.ones((1, 2), np.int16), shifts, np.zeros((1, 2, 0), np.int16), None)
+    codes = np.array([[0, 1], [1, 1]], np.uint8)
+    weights = IntegerWeights.of(levels, codes, None, Format(8, 0, False))
+    assert weights.left_out.tolist() == [1, 0] and (weights.bits <= ACCUMULATOR_BITS).all()
+    tiny = IntegerWeights.of(levels, np.zeros((1, 2), np.uint8), torch.tensor([3.0]), Format(8, 0, False))
+    assert int(tiny.bits[0]) <= ACCUMULATOR_BITS and abs(float(tiny.bias[0]) * 2.0 ** int(tiny.unit[0]) - 3) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 9, 49, 64, 1024])
+def test_the_constant_of_an_average(count: int) -> None:
+    integer, exponent = reciprocal(count)
+    assert abs(math.ldexp(integer, -exponent) * count - 1) <= 2.0**-16
+    assert (integer == 1) == (count & (count - 1) == 0)
+
+
+def test_formats_hold_what_they_were_chosen_for() -> None:
+    x = torch.tensor([0.0, 0.5, 3.0, -1.0])
+    f = Format.choose(x, 8)
+    assert f.signed and torch.equal(f.real(f.quantize(x)), x.double())
+    assert not Format.choose(x.abs(), 8).signed
+    outlier = torch.cat([torch.randn(100000, generator=torch.Generator().manual_seed(0)), torch.tensor([64.0])])
+    chosen = Format.choose(outlier, 4)
+    assert float(chosen.real(torch.tensor(float(chosen.high)))) < 64  # one outlier does not set the step of all
+    with pytest.raises(ValueError, match="not finite"):
+        Format.choose(torch.tensor([1.0, math.inf]), 8)
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class Refused(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.head, self.act = nn.Conv2d(1, 4, 3), nn.Linear(4, 2), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("act", "named"),
+    [(nn.SiLU(), "SiLU act"), (nn.BatchNorm2d(4), "BatchNorm2d act"), (Gate(), "sigmoid"),
+     (Shift(), "add with a constant")],
+)  # fmt: skip
+def test_what_has_no_integer_form_is_refused_by_name(act: Any, named: str) -> None:
+    model = Refused(nn.Identity()).eval()
+    network = quantize_model(model, QuantConfig(rounding="nearest"), torch.randn(2, 1, 6, 6))[0]
+    network.act = act
+    with pytest.raises(NetworkError, match=f"--integer: {named}.* has no integer form"):
+        trace(network.eval(), torch.randn(2, 1, 6, 6))
+
+
+def test_wrong_calls_take_one_line(packed: Path, tmp_path: Path, capfd: Any) -> None:
+    out = str(tmp_path / "out")
+    exact = tmp_path / "mine.safetensors"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    save_packed(quantize_model(model, QuantConfig(rounding="nearest"), torch.randn(2, 1, 8, 8))[0], exact)
+    for argv, line in (
+        ([str(packed), "--integer", out, "--inputs", "nowhere"], "--inputs: "),
+        ([str(packed), "--integer", out, "--n", "0"], "--n: expected at least 1, got 0"),
+        ([str(packed), "--onnx", "x.onnx", "--a_bit", "8"], "--a_bit has no effect here"),
+        ([str(exact), "--integer", out], "--inputs: --integer needs images"),
+        ([str(exact), "--integer", out, "--inputs", "digits"], "--terms: an exact √2"),
+    ):
+        assert_refused(main, argv, f"logart-export: {line}", capfd)
+        assert not Path(out).exists()
+
+
+def test_the_network_is_the_one_that_is_loaded(exported: Path, packed: Path) -> None:
+    """With 12-bit activations, which the accumulators hold, it is the packed network but for their rounding."""
+    out = exported.parent / "twelve"
+    graph = export_integer(packed, out, DIGITS, a_bit=12, images=2, test_images=20)
+    assert not any(node.get("left_out") for node in graph["nodes"])
+    golden = np.load(out / "golden" / f"{graph['output']['value']}.npy")
+    val = _source(PackedFile.read(packed), DIGITS).val
+    images = torch.stack([val[0][0], val[1][0]])
+    with torch.no_grad():
+        logits = load_packed(packed)(images)
+    assert np.abs(np.ldexp(golden.astype(float), -graph["output"]["fraction"]) - logits.numpy()).max() < 0.02
+
+
+def test_the_reference_needs_nothing_of_the_project() -> None:
+    assert isinstance(integer_reference, ModuleType)
+    source = Path(str(integer_reference.__file__)).read_text("utf-8")
+    assert "torch" not in source and "logart" not in source.replace("logart-integer", "")
