@@ -8,26 +8,21 @@ from typing import Any
 
 from logart.export.hardware import ACTIVATION_BITS
 from logart.grids.grid import ROOT2_TEXT
+from logart.text import shape_text, table
 
 
 def cost_table(manifest: dict[str, Any]) -> str:
     """The counts of an export as a table of plain text, a line a layer and the total."""
     names = ("multiplications", "shifts", "adds", "storage_bits", "linear_storage_bits")
     head = ("layer", "shape", "bits", "mult. replaced", "shifts", "adds", "storage bits", "on a linear grid")
-    rows: list[tuple[str, ...]] = [head]
+    rows: list[tuple[object, ...]] = []
     for layer in manifest["layers"]:
-        shape = "×".join(map(str, layer["shape"]))
         cost = layer["cost"]
         counts = ["-"] * 5 if cost is None else [f"{cost[name]:,}" for name in names]
-        rows.append((Path(layer["folder"]).name, shape, str(layer["bits"]), *counts))
+        rows.append((Path(layer["folder"]).name, shape_text(layer["shape"]), layer["bits"], *counts))
     if manifest["cost"] is not None:
-        rows.append(("total", "", "", *(f"{manifest['cost'][name]:,}" for name in names)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        rows.append(("total", None, None, *(f"{manifest['cost'][name]:,}" for name in names)))
+    return table(head, rows, text=head[:2])
 
 
 def approximation(manifest: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from logart.errors import UserError
+from logart.errors import UserError, one_line
 
 DIGITS = "digits"
 DIGITS_VAL_IMAGES = 500
@@ -217,8 +217,7 @@ def _load_file(root: Path, mode: str, flag: str, name: str) -> Image.Image:
         with Image.open(root / name) as image:
             return image.convert(mode)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = " ".join(str(error).split())
-        raise UserError(f"{flag}: cannot read the image {root / name} ({reason})") from error
+        raise UserError(f"{flag}: cannot read the image {root / name} ({one_line(error)})") from error
 
 
 class _ErrorsAsItems(Dataset):

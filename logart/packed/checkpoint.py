@@ -23,6 +23,7 @@ from logart.quantization import surgery
 from logart.quantization.clone import clone_sharing
 from logart.quantization.folding import drop_batch_norms
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
+from logart.text import table
 
 _KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED_TYPES.items()}
 # Arguments of timm's that read files or the network; none of them changes which parameters a network has.
@@ -42,11 +43,11 @@ class SizeTable:
 
     def __str__(self) -> str:
         total = ("file", sum(part[1] for part in self.parts), sum(part[2] for part in self.parts))
-        lines = [f"{'part':<22} {'float':>12} {'packed':>12}  ratio"]
-        for name, before, after in (*self.parts, total):
-            ratio = f"{before / after:5.1f}×" if before and after else ""
-            lines.append(f"{name:<22} {before:>10} B {after:>10} B {ratio}")
-        return "\n".join(lines)
+        rows = [
+            (name, f"{before} B", f"{after} B", f"{before / after:.1f}×" if before and after else None)
+            for name, before, after in (*self.parts, total)
+        ]
+        return table(("part", "float", "packed", "ratio"), rows, text=("part",))
 
 
 def save_packed(model: nn.Module, path: str | Path, info: Mapping[str, Any] | None = None) -> SizeTable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from logart.cli import FlagParser, run_command
 from logart.errors import UserError, printable
 from logart.packed.file import PackedFile
 from logart.packed.layer import PackedLayer
+from logart.text import shape_text, table
 
 _CHUNK_SIZE = 2**16  # levels, or weights
 
@@ -76,21 +77,23 @@ def describe(file: PackedFile) -> dict[str, Any]:
     return {"info": info, "layers": layers, "rest": rest}
 
 
-def layer_lines(layers: dict[str, dict[str, Any]]) -> list[str]:
-    """The layers as a table."""
-    width = max(len("layer"), *map(len, layers))
-    lines = [f"{'layer':<{width}}  {'shape':<18} bits  grid    {'bytes':>9}  ratio  error     channels per n_base2"]
-    for name, layer in layers.items():
-        shape = "×".join(map(str, layer["shape"]))
-        mix = " ".join(f"{k}:{count}" for k, count in layer["base_mix"].items())
-        error = layer["error"]
-        shown = f"{error:<8.5f}" if isinstance(error, float) else f"{'':<8}"
-        ratio = layer["float_bytes"] / layer["bytes"]
-        lines.append(
-            f"{name:<{width}}  {shape:<18} {layer['bits']:>4}  {layer['grid']:<6}  {layer['bytes']:>9}  {ratio:4.1f}×"
-            f"  {shown}  {mix}".rstrip()
+def layer_table(layers: dict[str, dict[str, Any]]) -> str:
+    """The layers as a table; what a file says must not move a terminal's cursor."""
+    head = ("layer", "shape", "bits", "grid", "bytes", "ratio", "error", "channels per n_base2")
+    rows = [
+        (
+            printable(name),
+            shape_text(layer["shape"]),
+            layer["bits"],
+            layer["grid"],
+            layer["bytes"],
+            f"{layer['float_bytes'] / layer['bytes']:.1f}×",
+            f"{layer['error']:.5f}" if isinstance(layer["error"], float) else None,
+            " ".join(f"{k}:{count}" for k, count in layer["base_mix"].items()),
         )
-    return lines
+        for name, layer in layers.items()
+    ]
+    return table(head, rows, text=("layer", "shape", "grid", "channels per n_base2"))
 
 
 def codebook_lines(books: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -113,32 +116,25 @@ def command(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(content))
         return
-    lines = []
     for name, value in content["info"].items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else _pairs(value)
-        lines.append(f"{name}: {text[:400]}{'…' * (len(text) > 400)}")
+        print(printable(f"{name}: {text[:400]}{'…' * (len(text) > 400)}"))
     rest = sum(entry["bytes"] for entry in content["rest"].values())
+    print(f"\n{layer_table(content['layers'])}\n")
     size = Path(args.file).stat().st_size
-    lines += ["", *layer_lines(content["layers"]), ""]
-    lines.append(f"{len(content['rest'])} other tensors: {rest} bytes; the whole file: {size} bytes")
-    print(_shown(lines))
+    print(f"{len(content['rest'])} other tensors: {rest} bytes; the whole file: {size} bytes")
 
 
 def _print_layer(name: str, books: Iterator[dict[str, Any]], *, as_json: bool) -> None:
     """One codebook after another: a layer may have tens of thousands, of hundreds of levels each."""
     if not as_json:
-        print(_shown([f"{name}: each codebook's integers, then level(uses) by code"]))
+        print(printable(f"{name}: each codebook's integers, then level(uses) by code"))
         for line in codebook_lines(books):
             print(line)
         return
     for index, book in enumerate(books):
         print(", " if index else "[", json.dumps(book), sep="", end="")
     print("]")
-
-
-def _shown(lines: Sequence[str]) -> str:
-    """Text for a terminal: what a file says must not move the cursor."""
-    return "\n".join(printable(line) for line in lines)
 
 
 def _pairs(value: Any) -> str:

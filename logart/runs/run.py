@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from logart.runs.folder import PACKED, RunFolder
 from logart.runs.results import append_row, environment
 from logart.runs.results_schema import Cell
 from logart.runtime import progress_bar
+from logart.text import shape_text, table
 
 _SAID = ("track", "arch", "checkpoint", "checkpoint_sha256", "data")  # by a packed file's `network` and `source`
 
@@ -276,16 +278,20 @@ def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
 
 def layer_table(report: Report) -> str:
     """The report per layer as text: shape, bits, base mix, relative error before and after LLR, roundings moved."""
-    width = max(len("layer"), *(len(layer.name) for layer in report.layers))
-    lines = [f"{'layer':<{width}}  {'shape':<18} bits  error: RTN   final  moved  channels per n_base2"]
-    for layer in report.layers:
-        weights = torch.Size(layer.shape).numel()
-        mix = " ".join(f"{k}:{count}" for k, count in layer.base_mix.items())
-        shape = "×".join(map(str, layer.shape))
-        lines.append(
-            f"{layer.name:<{width}}  {shape:<18} {layer.n_bits:>4}  {layer.error_nearest:10.5f} {layer.error:7.5f} "
-            f"{100 * layer.n_changed_codes / weights:5.1f}%  {mix}"
+    rows = [
+        (
+            layer.name,
+            shape_text(layer.shape),
+            layer.n_bits,
+            f"{layer.error_nearest:.5f}",
+            f"{layer.error:.5f}",
+            f"{100 * layer.n_changed_codes / math.prod(layer.shape):.1f}%",
+            " ".join(f"{k}:{count}" for k, count in layer.base_mix.items()),
         )
+        for layer in report.layers
+    ]
+    head = ("layer", "shape", "bits", "error: RTN", "final", "moved", "channels per n_base2")
+    lines = [table(head, rows, text=("layer", "shape", "channels per n_base2"))]
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
     lines += [f"block {b.name}: LLR ended worse and was undone" for b in report.blocks if b.kept == "before"]
     return "\n".join(lines)
