@@ -15,9 +15,9 @@ from logart.networks.calibration import calibration_images, load_names, names_di
 from logart.networks.data import DIGITS, ImageSource, open_images
 from logart.quantization.config import QuantConfig, ReconInput, Rounding, preset
 from logart.runs import flags
-from logart.runs.checks import check_outputs
 from logart.runs.flag_groups import GROUPS, VAL_BATCH_SIZE, WORKERS, TrackFlags
 from logart.runs.job import Job
+from logart.runs.preflight import check_outputs
 from logart.runtime import seed_everything
 from logart_cnn.models import ARCHS, load_network
 

@@ -12,10 +12,9 @@ from logart.networks.calibration import calibration_images
 from logart.networks.data import DIGITS, open_images
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
 from logart.runs import flags
-from logart.runs.checks import check_outputs
 from logart.runs.flag_groups import GROUPS, TrackFlags
 from logart.runs.job import Job
-from logart.runs.resume import begun_with
+from logart.runs.preflight import check_outputs
 from logart.runtime import seed_everything
 from logart_vit.models import MODELS, load_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config
@@ -147,7 +146,7 @@ def command(args: argparse.Namespace) -> None:
     )
     source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
     columns = flags.network_columns(args, network, "vit", source.name)
-    columns["config"] = args.config if args.resume is None else begun_with(args.resume, "config")
+    columns["config"] = args.config
     mode = next(name for name, value in MODES.items() if value is config.recon_input)
     settings = flags.settings_line(config, FIELDS, optim_mode=mode, **loading)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))

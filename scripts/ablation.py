@@ -28,7 +28,7 @@ GRIDS = {
     "dynamic, BW": "--scale_method dynamic --search_method block_wise",
 }
 SEARCH_IMAGES, LLR_IMAGES = "32", "1024"
-WAIT_SECONDS = 300  # between two looks at claims whose owners may be dead
+WAIT_SECONDS = 60  # between two looks at rows that others run: an owner that was killed leaves its files behind
 EPILOG = """environment (default): BITS (4) and SEEDS (0), each one or several numbers; ITERS, steps of LLR per block
 (the entry point's own); DEVICE (auto; under torchrun, auto is the worker's own GPU); RESULTS (results.csv), the file
 that all workers share; EXTRA, more flags of the entry point, for every row; EXTRA_LLR, for the rows with LLR."""

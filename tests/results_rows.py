@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from logart.runs.results_schema import NAMES
+from logart.runs.columns import NAMES
 
 SETTINGS = {
     "utc_time": "2026-01-01T00:00:00Z", "track": "cnn", "arch": "net", "checkpoint": "net.pth",

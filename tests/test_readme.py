@@ -29,7 +29,6 @@ from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main
 from logart.report.__main__ import build_parser as build_report_parser
 from logart.report.__main__ import main as report_main
-from logart.runs.results_schema import columns_markdown
 from logart_cnn import models
 from logart_cnn.command import build_config, build_parser, main
 from logart_vit import models as vit_models
@@ -294,10 +293,6 @@ def test_every_flag_named_exists() -> None:
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 15 and named - known == {"--nproc-per-node"}  # torchrun's
-
-
-def test_the_columns_are_those_of_the_results_file() -> None:
-    assert columns_markdown() in README
 
 
 def test_no_placeholder_is_left() -> None:

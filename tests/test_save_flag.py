@@ -14,8 +14,7 @@ from logart import QuantConfig, load_packed
 from logart.networks.data import open_images, validation_batches
 from logart.networks.evaluate import accuracy
 from logart.packed.file import PackedFile
-from logart.runs.columns import config_columns
-from logart.runs.results import SETTINGS
+from logart.runs.columns import SETTINGS, Facts, settings_row
 from logart_cnn.models import load_network
 
 TRACKS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
@@ -51,7 +50,7 @@ def test_the_file_is_the_network_that_was_measured(track: str, tmp_path: Path) -
     said = {*info["run"], "track", "arch", "checkpoint", "checkpoint_sha256", "data"}
     assert {name: row[name] for name in info["run"]} == info["run"] and "network_options" in said
     config = QuantConfig(**info["settings"])  # with what it decides, all of the row that decided the run
-    decided = {name: str(value) for name, value in config_columns(config).items() if value is not None}
+    decided = {name: str(value) for name, value in settings_row(Facts(config)).items() if value is not None}
     assert {name: row[name] for name in decided} == decided
     assert {name for name in SETTINGS if row[name]} <= said | set(decided)
     first = path.read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from logart.runs.results import append_row
+from logart.runs.results_file import append_row
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]

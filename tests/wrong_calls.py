@@ -15,7 +15,7 @@ import torchvision
 from safetensors.torch import load_file
 from small_runs import SMALL, SMALL_KWARGS, VIT, VIT_KWARGS, Files, VitFiles, seeded, small_transformer
 
-from logart.runs.results_schema import NAMES
+from logart.runs.columns import NAMES
 from logart_cnn.networks import DigitsResNet
 
 WORDS = {
@@ -327,7 +327,7 @@ PLACES = [
     vit("--config {long}.py", "--config: "),
     cnn("--calib_list {long}", "--calib_list: cannot read {long} ("),
     cnn("--save_calib_list {long}", "--save_calib_list: "),
-    Call("--once 0", "--once: expected more than 0 minutes, got 0"),
+    Call("--once 5", "unrecognized arguments: 5"),
     Call("--run_dir new --resume {folder}",
          "--run_dir: new and --resume {folder} were both given; expected one of them"),
     Call("--resume {folder}", "--resume: {folder} holds no run (run.json is missing); expected a --run_dir"),
@@ -336,7 +336,7 @@ PLACES = [
     Call("--results {folder}/lost/results.csv", "--results: no folder '{folder}/lost'"),
     Call("--results {folder}", "--results: '{folder}' is a folder"),
     Call("--results=", "--results: '.' is a folder"),
-    Call("--results {header}", "--results: '{header}' has another header: column 1 is 'time'"),
+    Call("--results {header}", "--results: '{header}' has no column 'utc_time'"),
     Call("--results {cut}", "--results: '{cut}' has a cut row at line 2"),
     cnn("--save_calib_list {folder}/lost/images.txt", "--save_calib_list: cannot write {folder}/lost/images.txt"),
     cnn("--save_calib_list {folder}", "--save_calib_list: cannot write {folder}; expected the path of a file"),

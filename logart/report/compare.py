@@ -29,7 +29,7 @@ from logart.networks.data import DIGITS, ImageSource, open_images, validation_ba
 from logart.networks.image_info import preprocessing_of
 from logart.packed.checkpoint import load_packed
 from logart.packed.file import PackedFile
-from logart.runs.folder import PACKED
+from logart.runs.run_folder import PACKED
 from logart.runtime import progress_bar, resolve_device
 from logart.text_table import text_table
 

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from logart.quantization.config import Rounding
+from logart.runs.columns import Part, columns_of
 
 Row = dict[str, str]
-NETWORK = ("track", "arch", "checkpoint_sha256", "network_options", "data", "val_images")
-GRID = (
-    "first_last_bits channel_wise scale_search asymmetric zero_code hardware_approx hardware_approx_terms device"
-).split()
-SEARCH = ("search_samples", "search_batch_size", "calib_augment", "calib_list", "capture_precision")
-CALIBRATION = ("calib_samples", "batch_size", "calib_augment", "calib_list", "capture_precision")
-LLR = (
-    *CALIBRATION,
-    *"iters_w lr rrweight b_start b_end warmup recon_input recon_metric drop_prob temperature".split(),
-)
-DEFAULTS = ("preset", "config")
+# A checkpoint is known by its digest where it has one (`network`).
+NETWORK = (*(name for name in columns_of(Part.NETWORK) if name != "checkpoint"), "val_images")
+GRID = (*columns_of(Part.GRID), "device")
+SEARCH = columns_of(Part.SEARCH, Part.IMAGES)
+CALIBRATION = columns_of(Part.CALIBRATION, Part.IMAGES)
+LLR = (*CALIBRATION, *columns_of(Part.LLR))
+DEFAULTS = columns_of(Part.DEFAULTS)
 
 
 @dataclass(frozen=True)

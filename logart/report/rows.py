@@ -8,8 +8,8 @@ from typing import NamedTuple
 from logart.errors import UserError
 from logart.grids.grid import MAX_BITS, MIN_BITS
 from logart.report.groups import Row, number
-from logart.runs.results import read_lines
-from logart.runs.results_schema import NAMES
+from logart.runs.columns import NAMES
+from logart.runs.results_file import read_table
 
 _RANGES = {
     "bits": (MIN_BITS, MAX_BITS),
@@ -32,16 +32,16 @@ def read_rows(path: str | Path) -> Rows:
         path: the file, as runs write it; nothing is locked or made.
 
     Raises:
-        UserError: there is no such file, it has another header, no rows, or none that can be shown.
+        UserError: there is no such file, it is no results file, has no rows, or none that can be shown.
     """
-    lines = read_lines(path)
+    header, lines = read_table(path)
     if not lines:
         raise UserError("results: the file holds no rows; expected at least one run")
     rows, damaged = [], []
     for line, cells in lines:
-        wrong = f"has {len(cells)} cell{'s' * (len(cells) != 1)}; expected {len(NAMES)}"
-        if len(cells) == len(NAMES):
-            row = dict(zip(NAMES, cells, strict=True))
+        wrong = f"has {len(cells)} cell{'s' * (len(cells) != 1)}; expected {len(header)}"
+        if len(cells) == len(header):
+            row = dict.fromkeys(NAMES, "") | dict(zip(header, cells, strict=True))
             wrong = damage(row)
             if not wrong:
                 rows.append(row)

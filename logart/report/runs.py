@@ -16,7 +16,7 @@ from logart.errors import UserError, one_line
 from logart.packed.file import PackedFile, PackedLayer
 from logart.packed.inspect import base_mix
 from logart.quantization.layer_report import HISTOGRAM_BINS, HISTOGRAM_RANGE
-from logart.runs.folder import FORMAT, PACKED, REPORT
+from logart.runs.run_folder import FORMAT, PACKED, REPORT
 
 
 @dataclass(frozen=True)

@@ -1,76 +1,290 @@
-"""The results columns that a run fills, but for its accuracies."""
+"""The columns of results.csv, the same for both tracks: each is one entry of `COLUMNS`, and nothing else lists them.
+
+An entry says what the documentation, the results file, `--once`, `--resume` and the report need to know of a column.
+`python -m logart.runs.columns` prints docs/results_csv.md. Without torch, so that a row that is there is found at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    from logart.networks.evaluate import Accuracy
+    from logart.quantization.config import QuantConfig
 
-from logart.grids.grid import Spacing
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric
-from logart.quantization.layer_report import Report
-from logart.runs.results_schema import Cell
-from logart.runtime import peak_memory_mb
-
-
-def config_columns(config: QuantConfig) -> dict[str, Cell]:
-    """The results columns that the settings decide; settings that did not act stay empty."""
-    log = config.scale_method.spacing is Spacing.LOG
-    row: dict[str, Cell] = {
-        "bits": config.n_bits,
-        "first_last_bits": config.first_last_bits or "same",
-        "channel_wise": str(config.channel_wise),
-        "scale_method": config.scale_method.value,
-        "scale_search": config.scale_search.value if log else "none",
-        "asymmetric": str(config.asymmetric and log),
-        "zero_code": str(config.zero_code and log),
-        "hardware_approx": str(bool(config.hardware_terms)),
-        "hardware_approx_terms": config.hardware_terms or None,
-        "rounding": config.acting_rounding.value,
-        "iters_w": config.iters * config.learns,
-        "seed": config.seed,
-    }
-    if config.searches and not config.compensates:
-        row["search_method"] = config.search_method.value
-    if config.searches_data:
-        row |= {"search_samples": config.search_samples, "search_batch_size": config.search_batch_size}
-    if config.learns or config.compensates:
-        row |= {"calib_samples": config.calib_samples, "batch_size": config.batch_size}
-    if config.learns:
-        row |= {
-            "lr": config.lr,
-            "rrweight": config.rrweight,
-            "b_start": config.b_start,
-            "b_end": config.b_end,
-            "warmup": config.warmup,
-            "recon_input": config.recon_input.value,
-            "recon_metric": config.recon_metric.value + "+kl" * config.head_kl,
-        }
-    if config.learns and config.recon_input is ReconInput.MIXED:
-        row["drop_prob"] = config.drop_prob
-    if config.learns and config.recon_metric is ReconMetric.HESSIAN_PERTURB:
-        row["temperature"] = config.temperature
-    return row
+Cell = str | int | float | Path | None
 
 
-def settings_columns(columns: Mapping[str, Cell], config: QuantConfig, test_with_terms: int) -> dict[str, Cell]:
-    """All results columns that are known before the run, and decide it: those of `results_schema.SETTINGS`."""
-    row = dict(columns) | config_columns(config)
-    if test_with_terms:
-        row["hardware_approx_terms"] = test_with_terms
-    return row
+class Part(Enum):
+    """What a column is about; the value is its heading in the documentation."""
+
+    NETWORK = "network and data"
+    METHOD = "method"
+    GRID = "grid"
+    SEARCH = "search"
+    IMAGES = "calibration images"
+    CALIBRATION = "compensated and learned rounding"
+    LLR = "learned rounding"
+    DEFAULTS = "defaults"
+    SEED = "seed"
+    ACCURACY = "accuracy"
+    COST = "cost"
+    SURROUNDINGS = "surroundings"
+
+    @property
+    def is_setting(self) -> bool:
+        """Whether its columns are known before the run and decide it; the others say how it went."""
+        return self not in (Part.ACCURACY, Part.COST, Part.SURROUNDINGS)
 
 
-def cost_columns(report: Report, total_seconds: float, device: torch.device) -> dict[str, Cell]:
-    return {
-        "search_seconds": round(report.search_seconds, 3),
-        "reconstruction_seconds": round(report.reconstruction_seconds, 3),
-        "total_seconds": round(total_seconds, 3),
-        "peak_memory_mb": round(peak_memory_mb(device)),
-        "device": device_name(device),
-    }
+class When(NamedTuple):
+    """In which runs a setting acts."""
+
+    words: str
+    holds: Callable[[QuantConfig], bool]
 
 
-def device_name(device: torch.device) -> str:
-    """The device as the results file names it: `cpu`, or the GPU's product name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+ALWAYS = When("", lambda config: True)
+LOGARITHMIC = When("logarithmic grids", lambda config: config.scale_method.spacing.name == "LOG")
+SEARCHES = When("DBS or scale search", lambda config: config.searches and not config.compensates)
+SEARCHES_DATA = When("search by layer or block outputs", lambda config: config.searches_data)
+SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
+CALIBRATES = When("compensated rounding or LLR", lambda config: config.learns or config.compensates)
+LEARNS = When("LLR", lambda config: config.learns)
+MIXES = When("LLR, input `mixed`", lambda config: config.learns and config.recon_input.value == "mixed")
+WEIGHTED = When(
+    "LLR, loss `hessian_perturb`", lambda config: config.learns and config.recon_metric.value == "hessian_perturb"
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a row is made from.
+
+    Attributes:
+        config: the settings.
+        said: cells that only the command line can say, by column.
+        terms_at_test: powers of two that stand for √2 at test only; 0 where none do.
+        accuracies: by stage: float, searched, rounded, approximated.
+        search_seconds, reconstruction_seconds, total_seconds: what took how long.
+        memory_mb: the run's peak.
+        device: as `device_name` gives it.
+    """
+
+    config: QuantConfig
+    said: Mapping[str, Cell] = field(default_factory=dict)
+    terms_at_test: int = 0
+    accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
+    search_seconds: float = 0.0
+    reconstruction_seconds: float = 0.0
+    total_seconds: float = 0.0
+    memory_mb: float = 0.0
+    device: str = ""
+
+    def accuracy(self, stage: str, top: int) -> Cell:
+        """In %, of a stage or of the final network; None where it was not measured."""
+        measured = self.accuracies.get(self.final if stage == "final" else stage)
+        return None if measured is None else round(measured.top1 if top == 1 else measured.top5, 3)
+
+    @property
+    def final(self) -> str:
+        """The stage that gives the final network."""
+        return "rounded" if CALIBRATES.holds(self.config) else "searched"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: in the header.
+        part: what it is about; decides whether it is a setting and which rows a report averages.
+        meaning: for the documentation.
+        unit: "" where there is none.
+        when: in which runs it acts.
+        idle: the cell of a run in which it does not.
+        value: the cell of a run in which it acts; None: what the command line says.
+    """
+
+    name: str
+    part: Part
+    meaning: str
+    value: Callable[[Facts], Cell] | None = None
+    unit: str = ""
+    when: When = ALWAYS
+    idle: Cell = None
+
+    def cell(self, facts: Facts) -> Cell:
+        """What the row of a run gets."""
+        if not self.when.holds(facts.config):
+            return self.idle
+        return facts.said.get(self.name) if self.value is None else self.value(facts)
+
+
+def _of_config(name: str, part: Part, meaning: str, field: str = "", **more: Any) -> Column:
+    """A column that holds a setting as it is: the field of QuantConfig of this name, or of the column's."""
+
+    def value(facts: Facts) -> Cell:
+        found = getattr(facts.config, field or name)
+        return str(found) if isinstance(found, bool) else getattr(found, "value", found)
+
+    return Column(name, part, meaning, value, **more)
+
+
+def _accuracy(name: str, stage: str, top: int, what: str) -> Column:
+    return Column(name, Part.ACCURACY, f"top-{top} accuracy {what}", lambda f: f.accuracy(stage, top), unit="%")
+
+
+def _version(name: str) -> Column:
+    package = VERSIONS[name]
+    return Column(name, Part.SURROUNDINGS, f"version of {package}", lambda f: package_version(package))
+
+
+VERSIONS = {"torch_version": "torch", "timm_version": "timm", "project_version": "logart"}
+COLUMNS = (
+    Column("utc_time", Part.SURROUNDINGS, "when the row was written", lambda f: utc_now(), unit="ISO 8601, UTC"),
+    Column("track", Part.NETWORK, "`cnn` or `vit`, the entry point that ran"),
+    Column("arch", Part.NETWORK, "the network's name, as given to the entry point"),
+    Column("checkpoint", Part.NETWORK, "where the float weights come from: a file, a URL or timm's full tag"),
+    Column("checkpoint_sha256", Part.NETWORK, "SHA-256 of the float weights' file", unit="hex"),
+    Column("network_options", Part.NETWORK,
+           "overrides of the network's own settings: model kwargs, input size, mean, …"),
+    Column("data", Part.NETWORK, "the data set: `digits`, or the name of its folder"),
+    _of_config("bits", Part.METHOD, "width of a weight's code", "n_bits", unit="bits"),
+    Column("first_last_bits", Part.GRID, "width in the first and last layer, or `same`",
+           lambda f: f.config.first_last_bits or "same", unit="bits"),
+    _of_config("channel_wise", Part.GRID, "`True`: a codebook per output channel; `False`: one per layer"),
+    _of_config("scale_method", Part.METHOD, "the grid: linear, base 2, base sqrt 2 or dynamic"),
+    _of_config("scale_search", Part.GRID,
+               "`grid`, `half_step` or `none`: which factors of the levels were tried, per channel",
+               when=LOGARITHMIC, idle="none"),
+    _of_config("asymmetric", Part.GRID, "`True`: codes that a channel's shorter sign never reaches are small levels",
+               when=LOGARITHMIC, idle="False"),
+    _of_config("zero_code", Part.GRID, "`True`: one code is zero", when=LOGARITHMIC, idle="False"),
+    _of_config("search_method", Part.METHOD,
+               "the error that DBS and scale search minimise; compensated rounding has its own", when=SEARCHES),
+    _of_config("search_samples", Part.SEARCH, "calibration images seen by DBS", unit="images", when=SEARCHES_DATA),
+    _of_config("search_batch_size", Part.SEARCH, "calibration images at a time in DBS", unit="images",
+               when=SEARCHES_DATA),
+    Column("preset", Part.DEFAULTS, "the preset that gave the defaults"),
+    _of_config("rounding", Part.METHOD, "`nearest`, `compensated`, `learned` (LLR) or `both`", "acting_rounding"),
+    _of_config("calib_samples", Part.CALIBRATION, "calibration images seen by LLR and compensated rounding",
+               unit="images", when=CALIBRATES),
+    _of_config("batch_size", Part.CALIBRATION, "calibration images per LLR step", unit="images", when=CALIBRATES),
+    _of_config("iters_w", Part.LLR, "LLR steps per block; 0: no LLR", "iters", unit="steps", when=LEARNS, idle=0),
+    _of_config("lr", Part.LLR, "LLR's learning rate at the start", when=LEARNS),
+    _of_config("rrweight", Part.LLR, "weight of the rounding penalty against the reconstruction loss", when=LEARNS),
+    _of_config("b_start", Part.LLR, "exponent of the rounding penalty at the start", when=LEARNS),
+    _of_config("b_end", Part.LLR, "exponent of the rounding penalty at the end", when=LEARNS),
+    _of_config("warmup", Part.LLR, "share of the LLR steps without the rounding penalty", unit="fraction", when=LEARNS),
+    _of_config("recon_input", Part.LLR, "a block's input in LLR: from the `quantized` or `float` prefix, or a mix",
+               when=LEARNS),
+    Column("recon_metric", Part.LLR, "LLR's reconstruction loss; `+kl`: the last layer's is the KL divergence",
+           lambda f: f.config.recon_metric.value + "+kl" * f.config.head_kl, when=LEARNS),
+    _of_config("drop_prob", Part.LLR, "share of a `mixed` input taken from the quantized prefix", unit="probability",
+               when=MIXES),
+    _of_config("temperature", Part.LLR, "of the KL divergence behind `hessian_perturb`", when=WEIGHTED),
+    Column("hardware_approx", Part.GRID,
+           "`True`: sqrt 2 is a sum of powers of two during search, rounding and evaluation",
+           lambda f: str(bool(f.config.hardware_terms))),
+    Column("hardware_approx_terms", Part.GRID, "how many powers of two, there or at test only: 1 + 1/2 are 2",
+           lambda f: f.terms_at_test or f.config.hardware_terms or None),
+    Column("calib_augment", Part.IMAGES, "`True`: calibration images are randomly cropped and flipped; CNN only",
+           when=SEES_IMAGES),
+    Column("calib_list", Part.IMAGES,
+           "start of the SHA-256 of the names in `--calib_list`; empty where the seed chose", unit="hex",
+           when=SEES_IMAGES),
+    Column("capture_precision", Part.IMAGES,
+           "`half`: captured inputs and targets were rounded by `--cache half`; else empty"),
+    _of_config("seed", Part.SEED, "seed of every random choice"),
+    Column("config", Part.DEFAULTS, "the settings file of the run; ViT only"),
+    Column("val_images", Part.ACCURACY, "test images behind each accuracy",
+           lambda f: f.accuracies[f.final].images, unit="images"),
+    _accuracy("Acc@1", "final", 1, "of the final quantized network"),
+    _accuracy("Acc@5", "final", 5, "of the final quantized network"),
+    _accuracy("float_Acc@1", "float", 1, "of the float network"),
+    _accuracy("float_Acc@5", "float", 5, "of the float network"),
+    _accuracy("search_Acc@1", "searched", 1, "after DBS, before LLR"),
+    _accuracy("search_Acc@5", "searched", 5, "after DBS, before LLR"),
+    _accuracy("approx_Acc@1", "approximated", 1, "with the hardware approximation at test only"),
+    _accuracy("approx_Acc@5", "approximated", 5, "with the hardware approximation at test only"),
+    Column("search_seconds", Part.COST, "time of DBS", lambda f: round(f.search_seconds, 3), unit="s"),
+    Column("reconstruction_seconds", Part.COST, "time of compensated rounding and LLR",
+           lambda f: round(f.reconstruction_seconds, 3), unit="s"),
+    Column("total_seconds", Part.COST, "time of the whole run, evaluations included", 
+           lambda f: round(f.total_seconds, 3), unit="s"),
+    Column("peak_memory_mb", Part.COST, "most memory used: the GPU's on CUDA, the process's on the CPU",
+           lambda f: round(f.memory_mb), unit="MiB"),
+    Column("device", Part.SURROUNDINGS, "where the run computed", lambda f: f.device),
+    *map(_version, VERSIONS),
+    Column("run_id", Part.SURROUNDINGS,
+           "of the settings (before the dash) and of this very run: `--once` looks for the first, `--resume` for both"),
+)  # fmt: skip
+NAMES = tuple(column.name for column in COLUMNS)
+SETTINGS = tuple(column.name for column in COLUMNS if column.part.is_setting)
+SETTINGS_OF_COMMAND = tuple(c.name for c in COLUMNS if c.part.is_setting and c.value is None)
+
+
+def columns_of(*parts: Part) -> tuple[str, ...]:
+    """The names of all columns about these."""
+    return tuple(column.name for column in COLUMNS if column.part in parts)
+
+
+def settings_row(facts: Facts) -> dict[str, Cell]:
+    """The cells that are known before a run, by column."""
+    return {column.name: column.cell(facts) for column in COLUMNS if column.part.is_setting}
+
+
+def measured_row(facts: Facts) -> dict[str, Cell]:
+    """The cells that a run ends with, by column, but for its `run_id`."""
+    return {column.name: column.cell(facts) for column in COLUMNS if not column.part.is_setting}
+
+
+def utc_now() -> str:
+    """The time as rows write it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def package_version(package: str) -> str:
+    """"" where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """The columns of versions."""
+    return {column: package_version(package) for column, package in VERSIONS.items()}
+
+
+def documentation() -> str:
+    """docs/results_csv.md: every column with its unit, its meaning and when it acts."""
+    lines = [
+        "# results.csv",
+        "",
+        "Every run appends one row, also where `--results` names another file. Processes on several machines may share",
+        "a file. One of an older version gets the columns that it lacks, empty in the rows that are there; columns of",
+        "your own are kept and stay empty in new rows. A cell is empty where its column does not act. Rows whose",
+        "settings are equal but for the seed are averaged by `python -m logart.report`.",
+        "",
+        "This page is printed by `python -m logart.runs.columns`.",
+    ]
+    for title, setting in (("Settings, known before the run", True), ("Measurements", False)):
+        lines += ["", f"## {title}", "", "| column | part | unit | meaning | acts in |", "|---|---|---|---|---|"]
+        lines += [
+            f"| `{c.name}` | {c.part.value} | {c.unit} | {c.meaning} | {c.when.words or 'every run'} |"
+            for c in COLUMNS
+            if c.part.is_setting == setting
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

@@ -13,8 +13,7 @@ from logart.networks.data import DIGITS
 from logart.networks.network import INTERPOLATIONS
 from logart.quantization.cache import CacheLocation
 from logart.quantization.config import PRESETS, Rounding, SearchMethod
-from logart.runs.claims import SILENT_MINUTES
-from logart.runs.results import RESULTS
+from logart.runs.results_file import RESULTS
 
 VAL_BATCH_SIZE, WORKERS = 128, 2
 GROUPS = ("data", "network", "grid", "search", "rounding", "run", "output")
@@ -140,9 +139,8 @@ class TrackFlags:
             "off; always on for the built-in digits", action="store_true")  # fmt: skip
         add(group, "test_with_hardware_approx", "evaluate a second time with √2 ≈ 1+1/2 (or more terms), calibrated "
             "without it", "off", action="store_true")  # fmt: skip
-        add(group, "once", "do nothing where the results file has this row or another process is at it; one without a "
-            f"sign of life for so many minutes is taken over; without a value: {SILENT_MINUTES:g}", "off", nargs="?",
-            const=SILENT_MINUTES, type=finite, metavar="MINUTES")  # fmt: skip
+        add(group, "once", "do nothing where the results file has this row or another process is at it", "off",
+            action="store_true")  # fmt: skip
         add(group, "resume", "go on with an interrupted --run_dir, after its last finished block; its flags need not "
             "be repeated", "none", metavar="DIR")  # fmt: skip
 

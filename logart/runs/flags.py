@@ -16,9 +16,9 @@ from logart.networks.data import DIGITS
 from logart.networks.network import Network
 from logart.quantization.cache import CacheLocation
 from logart.quantization.config import QuantConfig
-from logart.runs.results import RESULTS
-from logart.runs.results_schema import Cell
-from logart.runs.resume import stored_flags
+from logart.runs.columns import Cell
+from logart.runs.results_file import RESULTS
+from logart.runs.resume import flags_to_keep, stored_flags
 from logart.runs.run import RunOptions
 from logart.runtime import resolve_device
 
@@ -35,12 +35,12 @@ def with_stored(args: argparse.Namespace) -> argparse.Namespace:
         return args
     if args.run_dir is not None:
         raise UserError(f"--run_dir: {args.run_dir} and --resume {args.resume} were both given; expected one of them")
-    return argparse.Namespace(**vars(args) | stored_flags(args.resume, given(args, vars(args))))
+    return argparse.Namespace(**vars(args) | stored_flags(args.resume) | given(args, vars(args)))
 
 
 def kept_flags(args: argparse.Namespace) -> dict[str, Any]:
     """What a run's folder keeps of the flags given."""
-    return {name: value for name, value in given(args, vars(args)).items() if name != "run_dir"}
+    return flags_to_keep(given(args, vars(args)))
 
 
 def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: Mapping[str, Any]) -> QuantConfig:
@@ -136,8 +136,6 @@ def run_options(
     args: argparse.Namespace, config: QuantConfig, *, data: str, workers: int, val_batch_size: int, network_flags: str
 ) -> RunOptions:
     """How the run goes about it, from the flags; `data` is what the data flag says."""
-    if args.once is not None and args.once <= 0:
-        raise UserError(f"--once: expected more than 0 minutes, got {args.once:g}")
     return RunOptions(
         device=resolve_device(default_if_none(args.device, "auto")),
         results=default_if_none(args.results, RESULTS),
@@ -152,7 +150,7 @@ def run_options(
         run_dir=args.run_dir,
         resume=args.resume,
         cache=None if args.cache in (None, "auto") else CacheLocation(args.cache),
-        once=args.once,
+        once=bool(args.once),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from logart.networks.data import ImageSource
 from logart.networks.network import Network
 from logart.quantization.config import QuantConfig, describe
-from logart.runs.checks import check_network
 from logart.runs.claims import claimed
-from logart.runs.columns import settings_columns
-from logart.runs.results_schema import Cell
-from logart.runs.resume import fingerprint, opened
+from logart.runs.columns import Cell, Facts, settings_row
+from logart.runs.preflight import check_network
+from logart.runs.results_file import new_run_id
+from logart.runs.resume import begun, fingerprint, opened
 from logart.runs.run import RunOptions, run
 
 
@@ -24,7 +25,8 @@ class Job:
     """A run that waits to be done.
 
     Attributes:
-        network, source, config, options, columns, started: as for `run.run`.
+        network, source, config, options, started: as for `run.run`.
+        columns: the cells of the row that only the command line can say, by column.
         settings: all settings, resolved, in a line.
         flags: those that the run's folder keeps, by name.
     """
@@ -48,20 +50,22 @@ class Job:
             The names of the calibration images.
 
         Raises:
-            UserError: as `claims.claimed`, `run_checks.check_network`, `resume.opened` and `run.run`.
+            UserError: as `claims.claimed`, `preflight.check_network`, `resume.opened` and `run.run`.
             NothingToDo: as `claims.claimed`.
             Interrupted: as `resume.opened`.
         """
         network, source, options = self.network, self.source, self.options
-        settings = settings_columns(self.columns, self.config, options.test_with_terms)
-        with claimed(options.results, settings, options.once):
+        now = settings_row(Facts(self.config, self.columns, options.test_with_terms))
+        # A run that is resumed names its files as it did when it was begun.
+        row = now | {"run_id": new_run_id(now)} if options.resume is None else begun(options.resume)["row"]
+        with claimed(options.results, str(row["run_id"])) if options.once else nullcontext():
             images, names = load()
             check_network(network.model, images, network.num_classes, flags=options.network_flags)
-            who = fingerprint(self.config, self.columns, network.model, images, source.val.names, options.device)
-            with opened(options.run_dir, options.resume, self.flags, who, names, self.started) as folder:
+            who = fingerprint(self.config, now, network.model, images, source.val.names, options.device)
+            content = {"flags": self.flags, "row": row, "fingerprint": who}
+            with opened(options.run_dir, options.resume, content, names, self.started) as folder:
                 if not options.quiet:
                     origin = f"{network.arch} ({network.source}) on {source.name}"
                     print(f"{origin}: {describe(self.config)}, on {options.device}\n{self.settings}", flush=True)
-                arguments = (network, source, images, self.config, options, self.columns, self.started)
-                run(*arguments, names=names, folder=folder)
+                run(network, source, images, self.config, options, row, self.started, names=names, folder=folder)
         return names

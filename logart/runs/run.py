@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,10 @@ from logart.quantization.config import QuantConfig
 from logart.quantization.layer_report import Report
 from logart.quantization.layers import hardware_approximation
 from logart.quantization.pipeline import quantize_model
-from logart.runs.columns import cost_columns, settings_columns
-from logart.runs.folder import PACKED, RunFolder
-from logart.runs.results import append_row, environment
-from logart.runs.results_schema import Cell
-from logart.runtime import progress_bar
+from logart.runs.columns import SETTINGS_OF_COMMAND, Cell, Facts, measured_row, versions
+from logart.runs.results_file import append_row
+from logart.runs.run_folder import PACKED, RunFolder
+from logart.runtime import peak_memory_mb, progress_bar
 from logart.text import shape_text, table
 
 _SAID = ("track", "arch", "checkpoint", "checkpoint_sha256", "data")  # by a packed file's `network` and `source`
@@ -51,7 +49,7 @@ class RunOptions:
         run_dir: the new folder that gets the run; None keeps none.
         resume: the folder of an interrupted run, in place of `run_dir`.
         cache: where captured inputs live; None decides by what is free.
-        once: do no run whose row is there or being run, see `claims.claimed`: the silent minutes; None does it anyway.
+        once: do no run whose row is there or being run, see `claims.claimed`.
     """
 
     device: torch.device
@@ -66,7 +64,7 @@ class RunOptions:
     run_dir: str | None = None
     resume: str | None = None
     cache: CacheLocation | None = None
-    once: float | None = None
+    once: bool = False
 
 
 def run(
@@ -75,7 +73,7 @@ def run(
     images: Tensor,
     config: QuantConfig,
     options: RunOptions,
-    columns: Mapping[str, Cell],
+    row: Mapping[str, Cell],
     started: float,
     *,
     names: Sequence[str] = (),
@@ -87,7 +85,7 @@ def run(
         network: what to quantize; its model is not changed.
         source: holds the validation images.
         images, config: as for `quantize_model`.
-        columns: what the results row says of the network and the data.
+        row: the settings' cells of the results row, and its `run_id`.
         started: `time.perf_counter()` when the command began.
         names: of the images, for messages.
         folder: keeps what the run comes to, and may hold what it came to before it was interrupted.
@@ -115,15 +113,17 @@ def run(
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
-    total = time.perf_counter() - started if folder is None else folder.seconds
-    row = (
-        settings_columns(columns, config, options.test_with_terms)
-        | stages.columns()
-        | cost_columns(report, total, options.device)
+    facts = Facts(
+        config,
+        accuracies=stages.accuracies,
+        search_seconds=report.search_seconds,
+        reconstruction_seconds=report.reconstruction_seconds,
+        total_seconds=time.perf_counter() - started if folder is None else folder.seconds,
+        memory_mb=peak_memory_mb(options.device),
+        device=device_name(options.device),
     )
-    row |= environment()
-    message = {"run": {name: value for name, value in columns.items() if value is not None and name not in _SAID}}
-    info = {**quantized.packed_info, **run_info(network, source, stages), **message}  # type: ignore[dict-item]
+    row = {**measured_row(facts), **row}
+    info = {**quantized.packed_info, **run_info(network, source, stages, row)}  # type: ignore[dict-item]
     left = _write(quantized, info, report, row, options, folder)
     if not options.quiet:
         print(layer_table(report))
@@ -131,8 +131,8 @@ def run(
             print(f"{left.sizes}\nsaved as {options.save}")
         rounding = "LLR" if config.learns and not config.compensates else "rounding"
         print(
-            f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, total {total:.1f} s"
-            + f"; {left.row}" * (not left.problems)
+            f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, "
+            f"total {facts.total_seconds:.1f} s" + f"; {left.row}" * (not left.problems)
         )
     if left.problems:
         raise UserError("; ".join(left.problems))
@@ -140,9 +140,7 @@ def run(
 
 
 class _Left(NamedTuple):
-    """What `_write` came to: the sizes of `--save`, what became of the row, and, where something could not be written,
-    what that was and what was written.
-    """
+    """What `_write` came to: the sizes of `--save`, what became of the row, and what could not be written."""
 
     sizes: SizeTable | None
     row: str
@@ -157,64 +155,49 @@ def _write(
     options: RunOptions,
     folder: RunFolder | None,
 ) -> _Left:
-    """Write all that a run leaves, the run's folder first and, once all else is there, the note that it is finished."""
+    """Write all that a run leaves; what cannot be written keeps nothing else from it."""
     problems: list[str] = []
-    written: list[str] = []
-    sizes, message, kept = None, "", False
+    sizes, message = None, ""
     if folder is not None:
-        with _going_on(problems, f"--run_dir: cannot write to {folder.path}", (OSError, ValueError)):
-            folder.finish(report, row, None)
+        with _collected(problems, f"--run_dir: cannot write to {folder.path}"):
             save_packed(quantized, folder.path / PACKED, info)
-            written.append(f"the run is kept in {folder.path}")
-            kept = True
     if options.save is not None:
-        with _going_on(problems, f"--save: {options.save!r} cannot be written", (OSError, ValueError)):
+        with _collected(problems, f"--save: {options.save!r} cannot be written"):
             sizes = save_packed(quantized, options.save, info)
-    with _going_on(problems, f"--run_dir: cannot note in {folder and folder.path} that the row is appended"):
-        place, message = _record(row, options.results, folder, problems)
-        written.append(f"the row is in {place}")
-        if folder is not None and kept:
-            folder.finish(report, row, os.path.abspath(place))
-    if folder is not None and not kept:
-        written.append(f"--resume {folder.path} writes the rest when it can")
-    return _Left(sizes, message, problems and problems + written)
-
-
-def _record(row: Mapping[str, Cell], results: str, folder: RunFolder | None, problems: list[str]) -> tuple[str, str]:
-    """Append the row, unless an earlier part of this run did; returns the file that has it, and what happened."""
-    if folder is not None:
-        earlier = folder.recorded_in(results)
-        if earlier is not None:
-            if os.path.abspath(earlier) != os.path.abspath(results):
-                folder.warn(f"--results: the row of this run was in {earlier} already; {results} gets none")
-            return earlier, f"its row was in {earlier} already"
-        with _going_on(problems, f"--run_dir: cannot note in {folder.path} which row is appended"):
-            folder.announce(row, results)
-    append_row(results, row)
-    return results, f"row appended to {results}"
+    with _collected(problems, "--results"):
+        appended = append_row(options.results, row)
+        message = f"row appended to {options.results}" if appended else f"its row was in {options.results} already"
+    if folder is not None and not problems:
+        with _collected(problems, f"--run_dir: cannot write to {folder.path}"):
+            folder.finish(report, row)
+    if problems:
+        problems += [f"the row is in {options.results}"] * bool(message)
+        problems += [] if folder is None else [f"--resume {folder.path} writes the rest when it can"]
+    return _Left(sizes, message, problems)
 
 
 @contextmanager
-def _going_on(problems: list[str], what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
-    """Collect what cannot be written, for an error of these kinds; the rest still is."""
+def _collected(problems: list[str], what: str) -> Iterator[None]:
+    """Collect what could not be written, instead of raising it."""
     try:
         yield
     except UserError as error:
         problems.append(str(error))
-    except kinds as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{what} ({getattr(error, 'strerror', None) or one_line(error)})")
 
 
-def run_info(network: Network, source: ImageSource, stages: _Stages) -> dict[str, Any]:
+def run_info(network: Network, source: ImageSource, stages: _Stages, row: Mapping[str, Cell]) -> dict[str, Any]:
     """What a packed file says of the network and its run, beside settings and layers."""
-    versions = {name: value for name, value in environment().items() if name.endswith("_version")}
+    said = [name for name in SETTINGS_OF_COMMAND if name not in _SAID and row.get(name) is not None]
     return {
         "network": dict(network.recipe),
         "preprocessing": asdict(network.preprocessing),
         "class_names": list(source.class_names),
         "source": {"checkpoint": network.source, "sha256": network.sha256, "data": source.name},
         "accuracy": {stage: value._asdict() for stage, value in stages.accuracies.items()},
-        "versions": versions,
+        "versions": versions(),
+        "run": {name: row[name] for name in said},
     }
 
 
@@ -250,17 +233,6 @@ class _Stages:
         print(f"{title:<28} Acc@1 {value.top1:6.2f} %  Acc@5 {value.top5:6.2f} %", flush=True)
         self.accuracies[stage] = value
 
-    def columns(self) -> dict[str, Cell]:
-        """The results columns; a stage that was not measured leaves its own empty."""
-        final = "rounded" if self.config.learns or self.config.compensates else "searched"
-        stages = {"": final, "float_": "float", "search_": "searched", "approx_": "approximated"}
-        row: dict[str, Cell] = {"val_images": self.accuracies[final].images}
-        for prefix, stage in stages.items():
-            if stage in self.accuracies:
-                value = self.accuracies[stage]
-                row |= {f"{prefix}Acc@1": round(value.top1, 3), f"{prefix}Acc@5": round(value.top5, 3)}
-        return row
-
 
 @contextmanager
 def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
@@ -274,6 +246,11 @@ def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
         raise UserError(f"--device, --cache: {one_line(error)}") from error
     except NetworkError as error:
         raise UserError(f"{flags}: {one_line(error)}") from error
+
+
+def device_name(device: torch.device) -> str:
+    """The device as the results file names it: `cpu`, or the GPU's product name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def layer_table(report: Report) -> str:
@@ -293,5 +270,5 @@ def layer_table(report: Report) -> str:
     head = ("layer", "shape", "bits", "error: RTN", "final", "moved", "channels per n_base2")
     lines = [table(head, rows, text=("layer", "shape", "channels per n_base2"))]
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
-    lines += [f"block {b.name}: LLR ended worse and was undone" for b in report.blocks if b.kept == "before"]
+    lines += [f"block {b.name}: LLR reverted: no improvement" for b in report.blocks if b.kept == "before"]
     return "\n".join(lines)

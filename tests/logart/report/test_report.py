@@ -34,7 +34,7 @@ from logart.report.rows import damage, read_rows
 from logart.report.run_plots import run_figures
 from logart.report.runs import code_histogram, common_levels, read_run
 from logart.report.tables import sections
-from logart.runs.results_schema import NAMES
+from logart.runs.columns import NAMES
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,11 +1,10 @@
-"""Claims on rows: who gets them, who keeps them, and when they are taken over."""
+"""Locks on rows: who gets them, who keeps them, and that whoever ends, however, leaves them free."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,34 +15,36 @@ import pytest
 
 import logart
 from logart.errors import NothingToDo, UserError
-from logart.runs import claims
-from logart.runs.claims import CLAIMED_ELSEWHERE, claim_path, claimed, claims_folder
-from logart.runs.results import append_row, locked_results, recorded, settings_line
-from logart.runs.results_schema import NAMES, SETTINGS
+from logart.runs.claims import CLAIMED_ELSEWHERE, claimed, claims_folder
+from logart.runs.columns import NAMES, SETTINGS
+from logart.runs.results_file import append_row, locked_results, new_run_id, recorded, settings_id
 
 ROW = {"track": "cnn", "arch": "a net", "bits": 4, "lr": 0.01, "seed": 0, "config": None}
+ID = new_run_id(ROW)
 # Does rows side by side with others: each takes what nobody has, and writes down what it did.
 WORKER = """
 import sys, time
 from logart.runs.claims import claimed
-from logart.runs.results import append_row
+from logart.runs.results_file import append_row, new_run_id
 from logart.errors import NothingToDo
 for bits in 2, 3, 4, 5, 6, 7:
     row = {"arch": "a net", "bits": bits}
+    row["run_id"] = new_run_id(row)
     try:
-        with claimed(sys.argv[1], row, 10):
+        with claimed(sys.argv[1], row["run_id"]):
             time.sleep(0.05)
             append_row(sys.argv[1], row)
     except NothingToDo as end:
         assert end.code in (0, 75)
 """
+# Holds a row, and starts a process of its own as the reading of images does.
 HOLDER = """
-import sys, time
+import multiprocessing, sys, time
 from logart.runs.claims import claimed
-with claimed(sys.argv[1], {"track": "cnn", "arch": "a net", "bits": 4, "lr": 0.01, "seed": 0}, float(sys.argv[2])):
+with claimed(sys.argv[1], sys.argv[2]):
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True).start()
     print("held", flush=True)
-    for _ in range(600):
-        time.sleep(0.1)
+    time.sleep(60)
 """
 
 
@@ -53,11 +54,9 @@ def results(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def holder(results: Path, minutes: float = 10) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the claim on ROW."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(results), str(minutes)], stdout=subprocess.PIPE, text=True
-    )
+def holder(results: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock on ROW."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(results), ID], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         yield process
@@ -66,133 +65,84 @@ def holder(results: Path, minutes: float = 10) -> Iterator[subprocess.Popen[str]
         process.wait()
 
 
-def try_to_hold(results: Path, minutes: float = 10) -> str | tuple[str, int]:
-    """What happens to one who wants ROW: "held", or why not with the exit code."""
+def try_to_hold(results: Path) -> str | tuple[str, int]:
+    """What happens to another run of ROW's settings: "held", or why not with the exit code."""
     try:
-        with claimed(results, ROW, minutes):
+        with claimed(results, new_run_id(ROW)):
             return "held"
     except NothingToDo as end:
         return str(end), end.code
 
 
-def foreign(results: Path, seconds: float, text: str | None = None) -> Path:
-    """A claim of another machine, last touched so long ago."""
-    path = claim_path(results, ROW)
-    path.parent.mkdir()
-    owner = {"host": "far", "machine": "far 1", "pid": os.getpid(), "since": "then", "token": "t", "settings": "s"}
-    path.write_text(json.dumps(owner) if text is None else text)
-    os.utime(path, (time.time() - seconds, time.time() - seconds))
-    return path
-
-
 def test_the_settings_are_the_columns_known_before_a_run() -> None:
     after = """val_images Acc@1 Acc@5 float_Acc@1 float_Acc@5 search_Acc@1 search_Acc@5 approx_Acc@1 approx_Acc@5
         search_seconds reconstruction_seconds total_seconds peak_memory_mb device torch_version timm_version
-        project_version""".split()
+        project_version run_id""".split()
     assert list(NAMES) == ["utc_time", *SETTINGS, *after]
 
 
 def test_a_row_is_found_by_its_settings_alone(results: Path) -> None:
     awkward = ROW | {"network_options": 'a="b, c"\n', "checkpoint": "\udc80.pth"}
     with locked_results(results):
-        assert recorded(results, ROW) is None
-    append_row(results, ROW | {"utc_time": "one", "Acc@1": 90.0, "device": "cpu", "torch_version": "2"})
-    append_row(results, awkward | {"utc_time": "two"})
+        assert recorded(results, ID) is None
+    append_row(results, ROW | {"utc_time": "one", "Acc@1": 90.0, "device": "cpu", "run_id": ID})
+    append_row(results, awkward | {"utc_time": "two"})  # of a version without run_id: known by its cells
     with locked_results(results):
-        assert recorded(results, ROW) == recorded(results, ROW | {"Acc@1": 1.0, "device": "H100"}) == "one"
-        assert recorded(results, awkward) == "two"
+        assert recorded(results, new_run_id(ROW)) == recorded(results, ID) == "one"
+        assert recorded(results, new_run_id(ROW | {"Acc@1": 1.0, "device": "H100"})) == "one"
+        assert recorded(results, new_run_id(awkward)) == "two"
         for name in SETTINGS:
-            assert recorded(results, ROW | {name: "another"}) is None, name
+            assert recorded(results, new_run_id(ROW | {name: "another"})) is None, name
 
 
-def test_a_run_claims_while_it_works_and_leaves_nothing(results: Path) -> None:
-    with claimed(results, ROW, 10):
-        (path,) = claims_folder(results).iterdir()
-        owner = json.loads(path.read_text())
-        assert owner["pid"] == os.getpid() and owner["settings"] == settings_line(ROW).decode().strip()
+def test_a_run_s_id_is_of_its_settings_and_its_own() -> None:
+    first, second = new_run_id(ROW), new_run_id(ROW)
+    assert first != second and first.split("-")[0] == second.split("-")[0] == settings_id(ROW)
+    written = {name: "" if cell is None else str(cell) for name, cell in ROW.items()}
+    assert settings_id(written) == settings_id(ROW | {"Acc@1": 3.0})  # as it is read again
+    # What is in two cells is not what is in one.
+    assert settings_id({"arch": "a", "checkpoint": "b"}) != settings_id({"arch": "ab"})
+
+
+def test_a_run_holds_its_row_while_it_works_and_leaves_nothing(results: Path) -> None:
+    with claimed(results, ID):
+        note, _ = sorted(claims_folder(results).iterdir())
+        owner = json.loads(note.read_text())
+        assert owner["pid"] == os.getpid() and owner["command"] == sys.argv and owner["host"] and owner["since"]
         text, code = try_to_hold(results)
-        assert f"process {os.getpid()} on " in text and code == CLAIMED_ELSEWHERE == 75
-        with claimed(results, ROW | {"seed": 1}, 10):  # another row
-            assert len(list(claims_folder(results).iterdir())) == 2
+        assert text.startswith(f"this row is being run by process {os.getpid()} on ")
+        assert code == CLAIMED_ELSEWHERE == 75
+        note.write_text("cut sh")
+        assert try_to_hold(results)[0] == "this row is being run by another process"
+        with claimed(results, new_run_id(ROW | {"seed": 1})):  # another row
+            assert len(list(claims_folder(results).iterdir())) == 4
     assert not claims_folder(results).exists() and not results.exists()
-    append_row(results, ROW | {"utc_time": "then"})
+    append_row(results, ROW | {"utc_time": "then", "run_id": ID})
     assert try_to_hold(results) == (f"{results} has this row already, of then", 0)
-    with claimed(results, ROW, None):  # who does not ask is not kept from anything
-        assert not claims_folder(results).exists()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_failure_and_interruption_release_the_claim(results: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), claimed(results, ROW, 10):
+def test_failure_and_interruption_free_the_row(results: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), claimed(results, ID):
         raise error
     assert not claims_folder(results).exists()
 
 
-def test_sigterm_releases_the_claim(results: Path) -> None:
+def test_a_killed_process_s_row_is_free_at_once(results: Path) -> None:
     with holder(results) as process:
-        process.terminate()
-        assert process.wait() == 128 + signal.SIGTERM
-    assert not claims_folder(results).exists()
-    before = signal.getsignal(signal.SIGTERM)
-    assert try_to_hold(results) == "held" and signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_killed_process_s_row_is_taken_over(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with holder(results) as process:
-        assert try_to_hold(results)[1] == CLAIMED_ELSEWHERE
+        text, code = try_to_hold(results)
+        assert code == CLAIMED_ELSEWHERE and text.startswith(f"this row is being run by process {process.pid} on ")
         process.kill()
         process.wait()
-        assert claim_path(results, ROW).exists() and try_to_hold(results) == "held"
-        assert f"taking over from process {process.pid} on " in capsys.readouterr().out
+        assert claims_folder(results).exists() and try_to_hold(results) == "held"
+    assert not claims_folder(results).exists()
 
 
-def test_a_stopped_process_loses_its_row_and_ends_when_it_wakes(results: Path) -> None:
-    with holder(results, minutes=0.02) as process:  # 1.2 s; it shows life every 0.3 s
-        time.sleep(2)
-        assert try_to_hold(results, 0.02)[1] == CLAIMED_ELSEWHERE  # so it lives still
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(1.6)
-        with claimed(results, ROW, 0.02):
-            process.send_signal(signal.SIGCONT)
-            assert process.wait(10) != 0
-            assert json.loads(claim_path(results, ROW).read_text())["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds", "held"),
-    [(None, 500, False), (None, 700, True), ("", 500, False), ("", 700, True), ("[1", 700, True), ("[]", 500, False)],
-)
-def test_another_machine_s_claim_is_taken_over_once_it_is_silent_for_long(
-    results: Path, text: str | None, seconds: float, held: bool
-) -> None:
-    path = foreign(results, seconds, text)
-    before = path.read_bytes()
-    answer = try_to_hold(results, minutes=10)
-    assert (answer == "held") == held and path.exists() == (not held)
-    if not held:
-        assert answer[1] == CLAIMED_ELSEWHERE and "last seen 50" in answer[0] and path.read_bytes() == before
-
-
-def test_a_claim_shows_life(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
-    with claimed(results, ROW, 10):
-        path = claim_path(results, ROW)
-        os.utime(path, (0, 0))
-        time.sleep(0.5)
-        assert path.stat().st_mtime > time.time() - 60
-
-
-def test_who_loses_a_claim_ends_without_touching_the_new_one(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
-    path = claim_path(results, ROW)
-    taken = pytest.raises(NothingToDo, match="taken over by process 1 on far since then")
-    with taken as end, claimed(results, ROW, 10):
-        owner = json.loads(path.read_text()) | {"token": "t", "host": "far", "pid": 1, "since": "then"}
-        path.write_text(json.dumps(owner))
-        for _ in range(100):
-            time.sleep(0.1)
-        raise AssertionError("still running")
-    assert end.value.code == CLAIMED_ELSEWHERE and json.loads(path.read_text()) == owner
+def test_a_stopped_process_keeps_its_row(results: Path) -> None:
+    with holder(results) as process:
+        process.send_signal(19)  # SIGSTOP
+        time.sleep(0.2)
+        assert try_to_hold(results)[1] == CLAIMED_ELSEWHERE
 
 
 def test_workers_at_once_do_each_row_once(results: Path) -> None:
@@ -202,9 +152,9 @@ def test_workers_at_once_do_each_row_once(results: Path) -> None:
     assert sorted(done) == list("234567") and not claims_folder(results).exists()
 
 
-def test_a_place_that_takes_no_claims_is_a_user_s_mistake(results: Path) -> None:
+def test_a_place_that_takes_no_locks_is_a_user_s_mistake(results: Path) -> None:
     claims_folder(results).write_text("a file")
-    with pytest.raises(UserError, match="--results: cannot write"), claimed(results, ROW, 10):
+    with pytest.raises(UserError, match="--results: cannot write"), claimed(results, ID):
         raise AssertionError
 
 

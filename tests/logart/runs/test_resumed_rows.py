@@ -13,17 +13,16 @@ import pytest
 from small_runs import disk_with, quiet_main, rows
 
 import logart.runs.run
-from logart.runs.folder import RunFolder
+from logart.runs.run_folder import RunFolder
 from logart_cnn.main import main
 
 ARGV = "--iters_w 0 --workers 0 --device cpu --quiet".split()
 # What the process does last: the owner of a function, its name, and the call of it that is the last.
 MOMENTS = {
-    "the folder is written": (RunFolder, "finish", 1),
-    "all is saved": (RunFolder, "recorded_in", 1),
-    "the row is announced": (RunFolder, "announce", 1),
+    "the network is kept": (logart.runs.run, "save_packed", 1),
+    "the network is saved": (logart.runs.run, "save_packed", 2),
     "the row is appended": (logart.runs.run, "append_row", 1),
-    "the run is finished": (RunFolder, "finish", 2),
+    "the run is finished": (RunFolder, "finish", 1),
 }
 
 
@@ -62,7 +61,7 @@ def test_a_run_killed_around_its_row_has_it_once(
     written = [(row["utc_time"], row["total_seconds"]) for row in rows(results)] if results.exists() else []
     assert len(written) == (moment in ("the row is appended", "the run is finished"))
     if moment == "the run is finished":
-        assert saved.exists() and json.loads((run / "report.json").read_text())["recorded"] == str(results)
+        assert saved.exists() and (run / "report.json").exists()
         return
     for _ in range(2):  # killed again, and then left to its end
         if not written:
@@ -71,8 +70,7 @@ def test_a_run_killed_around_its_row_has_it_once(
     assert saved.read_bytes() == (run / "packed.safetensors").read_bytes()
     (row,) = rows(results)
     assert not written or written == [(row["utc_time"], row["total_seconds"])]
-    assert json.loads((run / "report.json").read_text())["recorded"] == str(results)
-    assert not list(run.glob("row-*"))
+    assert json.loads((run / "report.json").read_text())["row"]["run_id"] == row["run_id"]
     with pytest.raises(SystemExit):
         main(["--resume", str(run)])
     assert f"--resume: the run in {run} is finished" in capfd.readouterr().err
@@ -81,7 +79,7 @@ def test_a_run_killed_around_its_row_has_it_once(
 def test_a_folder_that_filled_up_knows_that_its_row_is_written(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither report nor packed file fits, nor the path of the results file; the row has room elsewhere."""
+    """Neither report nor packed file fits; the row has room elsewhere."""
     run, results = tmp_path / "run", tmp_path / "results.csv"
     argv = [*ARGV, "--run_dir", str(run), "--results", str(results)]
     with disk_with(4096), pytest.raises(SystemExit) as stopped:
@@ -91,39 +89,6 @@ def test_a_folder_that_filled_up_knows_that_its_row_is_written(
     assert line == (f"logart-cnn: --run_dir: cannot write to {run} (File too large); the row is in {results}; "
                     f"--resume {run} writes the rest when it can")  # fmt: skip
     before = results.read_bytes()
-    (note,) = run.glob("row-*")
-    note.write_bytes(b"")  # a disk that is full takes the file's name alone
     assert main(["--resume", str(run), "--quiet"]) == 0
-    assert results.read_bytes() == before and (run / "packed.safetensors").exists()
-    assert json.loads((run / "report.json").read_text())["recorded"] == str(results)
-
-
-def test_a_folder_that_takes_no_note_costs_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def read_only(*args: Any) -> None:
-        raise OSError(30, os.strerror(30))
-
-    monkeypatch.setattr(RunFolder, "announce", read_only)
-    run, results = tmp_path / "run", tmp_path / "results.csv"
-    with pytest.raises(SystemExit) as stopped:
-        main([*ARGV, "--run_dir", str(run), "--results", str(results)])
-    assert stopped.value.code == 2 and len(rows(results)) == 1
-    noting = f"cannot note in {run} which row is appended (Read-only file system)"
-    assert f"{noting}; the run is kept in {run}; the row is in {results}\n" in capfd.readouterr().err
-
-
-def test_a_row_is_known_again_from_another_folder_with_other_line_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Appended to a file that was named relatively, and looked for with another --results."""
-    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
-    begun.mkdir()
-    elsewhere.mkdir()
-    run, results = tmp_path / "run", begun / "mine.csv"
-    kill("the row is appended", [*ARGV, "--run_dir", str(run), "--results", "mine.csv"], begun)
-    results.write_bytes(results.read_bytes().replace(b"\n", b"\r\n"))
-    monkeypatch.chdir(elsewhere)
-    assert main(["--resume", str(run), "--results", "other.csv"]) == 0
-    assert not (elsewhere / "other.csv").exists() and len(rows(results)) == 1
-    assert capfd.readouterr().err == f"--results: the row of this run was in {results} already; other.csv gets none\n"
+    assert results.read_bytes() == before
+    assert (run / "packed.safetensors").exists() and (run / "report.json").exists()

@@ -16,21 +16,18 @@ import torch
 from small_runs import printed
 from torch import Tensor, nn
 
-import logart.runs.columns
 import logart.runs.run
 from logart.errors import NonFiniteError, UserError
 from logart.grids.grid import ScaleMethod
-from logart.grids.search import ScaleSearch
 from logart.networks.data import ImageSource, Preprocessing, open_images
 from logart.networks.evaluate import Accuracy
 from logart.networks.network import Network
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.quantization.config import QuantConfig, Rounding
 from logart.quantization.layer_report import LayerReport, Report
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.surgery import quantized_layers
-from logart.runs.checks import check_network
-from logart.runs.columns import config_columns
-from logart.runs.results_schema import NAMES
+from logart.runs.columns import NAMES, Facts, settings_row
+from logart.runs.preflight import check_network
 from logart.runs.run import RunOptions, layer_table, run
 
 CPU = torch.device("cpu")
@@ -79,9 +76,9 @@ class Runs:
     ) -> Report:
         images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         settings = RunOptions(CPU, str(self.results), **{"workers": 0} | options)
-        columns = {"track": "cnn", "arch": "small"}
+        row = settings_row(Facts(config, {"track": "cnn", "arch": "small"}, settings.test_with_terms))
         started = time.perf_counter() - ago
-        arguments = (as_network(model or network()), self.source, images, config, settings, columns, started)
+        arguments = (as_network(model or network()), self.source, images, config, settings, row, started)
         return run(*arguments, names=names)
 
     def rows(self) -> list[dict[str, str]]:
@@ -229,75 +226,6 @@ def test_times_memory_and_surroundings(runs: Runs) -> None:
     assert set(row) == set(NAMES) and row["arch"] == "small"
 
 
-def test_config_columns_say_what_acted() -> None:
-    config = QuantConfig(
-        n_bits=3,
-        first_last_bits=8,
-        channel_wise=False,
-        search_method=SearchMethod.LAYER_WISE,
-        search_samples=7,
-        calib_samples=9,
-        batch_size=5,
-        iters=11,
-        rrweight=0.25,
-        lr=0.125,
-        b_start=10.0,
-        b_end=3.0,
-        warmup=0.5,
-        recon_input=ReconInput.FLOAT,
-        recon_metric=ReconMetric.MAE,
-        search_batch_size=4,
-        hardware_terms=2,
-        seed=6,
-    )
-    always = {
-        "bits": 3, "first_last_bits": 8, "channel_wise": "False", "scale_method": "dynamic",
-        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "rounding": "learned",
-        "hardware_approx": "True", "hardware_approx_terms": 2, "iters_w": 11, "seed": 6,
-    }  # fmt: skip
-    learning = {
-        "calib_samples": 9, "batch_size": 5, "lr": 0.125, "rrweight": 0.25, "b_start": 10.0, "b_end": 3.0,
-        "warmup": 0.5, "recon_input": "float", "recon_metric": "mae",
-    }  # fmt: skip
-    searching = {"search_method": "layer_wise", "search_samples": 7, "search_batch_size": 4}
-    assert config_columns(config) == always | searching | learning
-    tensor_wise = replace(config, search_method=SearchMethod.TENSOR_WISE)  # looks at no image
-    assert config_columns(tensor_wise) == always | {"search_method": "tensor_wise"} | learning
-    plain = always | searching | {"iters_w": 0, "rounding": "nearest"}
-    assert config_columns(replace(config, iters=0)) == plain
-    assert config_columns(replace(config, rounding=Rounding.NEAREST)) == plain
-    mixed = replace(
-        config, recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True
-    )
-    more = {"recon_input": "mixed", "drop_prob": 0.25, "recon_metric": "hessian_perturb+kl", "temperature": 20.0}
-    assert config_columns(mixed) == always | searching | learning | more
-    base2 = replace(config, scale_method=ScaleMethod.LOG_2, hardware_terms=0, first_last_bits=None)
-    expected = {"scale_method": "log_2", "hardware_approx": "False", "first_last_bits": "same"}
-    assert config_columns(base2) == always | learning | expected | {"hardware_approx_terms": None}
-    scaled = replace(base2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, hardware_terms=4)
-    codes = {"scale_search": "half_step", "asymmetric": "True", "zero_code": "True", "hardware_approx_terms": 4}
-    acts = always | searching | learning | {"scale_method": "log_2", "first_last_bits": "same"} | codes
-    assert config_columns(scaled) == acts  # base 2 has scales to search
-
-
-def test_config_columns_of_compensated_rounding() -> None:
-    """Neither the search's own settings act nor, without steps, those of LLR."""
-    config = QuantConfig(search_method=SearchMethod.LAYER_WISE, calib_samples=9, batch_size=5, iters=11)
-    always = {
-        "bits": 4, "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
-        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "hardware_approx": "False",
-        "hardware_approx_terms": None, "seed": 0, "calib_samples": 9, "batch_size": 5,
-    }  # fmt: skip
-    alone = always | {"rounding": "compensated", "iters_w": 0}
-    assert config_columns(replace(config, rounding=Rounding.COMPENSATED)) == alone
-    learning = {
-        "lr": 0.01, "rrweight": 0.1, "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": "quantized",
-        "recon_metric": "mse",
-    }  # fmt: skip
-    both = replace(config, rounding=Rounding.BOTH)
-    assert config_columns(both) == always | learning | {"rounding": "both", "iters_w": 11}
-
-
 def test_what_is_printed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs(test_before_calibration=True)
     out = printed(capsys)
@@ -428,13 +356,6 @@ def test_an_image_that_gives_nan_is_named(runs: Runs, monkeypatch: pytest.Monkey
         runs(names=["train/a.png", "train/b.png"])
 
 
-def test_a_row_with_an_unknown_column_is_ours(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logart.runs.columns, "config_columns", lambda config: {"bitz": 4})
-    with pytest.raises(ValueError, match="unknown columns") as caught:
-        runs()
-    assert not isinstance(caught.value, UserError)
-
-
 # The float network against its images
 
 
@@ -499,4 +420,4 @@ def test_the_table_has_a_line_for_everything_in_the_report() -> None:
     report.layers = [replace(report.layers[1], name="0")]
     head, short = layer_table(report).splitlines()[:2]
     assert head.index("shape") == short.index("2×4")
-    assert rest == ["skipped attention: no such type", "block stem: LLR ended worse and was undone"]
+    assert rest == ["skipped attention: no such type", "block stem: LLR reverted: no improvement"]

@@ -22,12 +22,11 @@ from sklearn.datasets import load_digits
 from small_runs import SURROUNDINGS, Files, VitFiles, assert_refused, quiet_main, rows
 
 import logart.quantization.pipeline
-import logart.runs.folder
 import logart.runs.resume
 import logart.runs.run
+import logart.runs.run_folder
 import logart_cnn.main
 import logart_vit.main
-from logart.errors import UserError
 from logart.packed.file import PackedFile
 
 CNN = "--iters_w 20 --calib_samples 64 --rounding both --workers 0 --device cpu"
@@ -67,8 +66,8 @@ def test_what_a_folder_holds(track: str, whole: dict[str, Path]) -> None:
                      "report.json", "lock"}  # fmt: skip
     (row,) = rows(folder.with_suffix(".csv"))
     report = json.loads((folder / "report.json").read_text())
-    assert report["recorded"] == str(folder.with_suffix(".csv"))
     assert f"{report['row']['Acc@1']}" == row["Acc@1"] and str(report["row"]["bits"]) == row["bits"]
+    assert json.loads((folder / "run.json").read_text())["row"]["run_id"] == row["run_id"]
     packed = PackedFile.read(folder / "packed.safetensors")
     assert [layer["name"] for layer in report["layers"]] == list(packed.layers)
     for layer in report["layers"]:
@@ -79,7 +78,7 @@ def test_what_a_folder_holds(track: str, whole: dict[str, Path]) -> None:
     assert len(set(listed)) == 64 and all(name.startswith("digits/train/") for name in listed)
     log = (folder / "log.txt").read_text()
     assert "captured and working memory, foreseen" in log and f"Acc@1 {float(row['Acc@1']):6.2f}" in log
-    settings = json.loads((folder / "run.json").read_text())["fingerprint"]["settings"]
+    settings = json.loads((folder / "run.json").read_text())["fingerprint"]
     assert (settings["iters"], settings["calib_samples"]) == (20, 64)
 
 
@@ -114,7 +113,8 @@ def test_killed_at_random_moments_it_comes_to_the_same_codes(
     flags = ["--resume", str(folder)] if (folder / "run.json").exists() else [*argv, "--run_dir", str(folder)]
     assert main([*flags, "--quiet", "--results", str(tmp_path / "results.csv")]) == 0 and finished(folder)
     check_same(folder, whole[track])
-    assert resumed > 3 and len(rows(tmp_path / "results.csv")) in (ended + 1, ended + 2)
+    found = [row["run_id"] for row in rows(tmp_path / "results.csv")]
+    assert resumed > 3 and len(found) == len(set(found)) == ended + 1
 
 
 def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
@@ -127,8 +127,7 @@ def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
 
 
 def finished(folder: Path) -> bool:
-    report = folder / "report.json"
-    return report.exists() and json.loads(report.read_text())["recorded"] is not None
+    return (folder / "report.json").exists()
 
 
 def check_same(folder: Path, whole: Path) -> None:
@@ -150,7 +149,7 @@ def test_the_seconds_of_both_parts_count(interrupted: Path, whole: dict[str, Pat
     check_same(interrupted, whole["cnn"])
 
 
-def test_a_damaged_state_is_worked_out_again(
+def test_a_damaged_state_is_recomputed(
     interrupted: Path, whole: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     state, other = (interrupted / "blocks" / f"LLR-000{i}.safetensors" for i in (1, 0))
@@ -161,16 +160,17 @@ def test_a_damaged_state_is_worked_out_again(
     argv = ["--resume", str(interrupted), "--results", str(tmp_path / "results.csv"), "--quiet"]
     assert logart_cnn.main.main(argv) == 0
     err = capfd.readouterr().err
-    assert err.count("; the block is worked out again\n") == 2 and f"{other} is no state of a block" in err
+    assert err.count("; the block is recomputed\n") == 2 and f"{other} is no state of a block" in err
     assert err in (interrupted / "log.txt").read_text()
     check_same(interrupted, whole["cnn"])
 
 
 REFUSED = [
-    ("--n_bits_w 3", "began without --n_bits_w; expected the same, got 3"),
-    ("--iters_w 30", "began --iters_w 20; expected the same, got 30"),
-    ("--seed 1", "began without --seed; expected the same, got 1"),
-    ("--checkpoint other.pth", "began without --checkpoint; expected the same, got other.pth"),
+    ("--n_bits_w 3", "began with another bits: 4, now 3"),
+    ("--iters_w 30", "began with another iters_w: 20, now 30"),
+    ("--seed 1", "began with another seed: 0, now 1"),
+    ("--test_with_hardware_approx", "began with another hardware_approx_terms: None, now 2"),
+    ("--preset best --rounding both", "began with another scale_search: none, now grid"),
 ]
 
 
@@ -178,14 +178,14 @@ REFUSED = [
 def test_a_changed_flag_is_refused(
     flags: str, message: str, interrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in interrupted.glob("**/*.*")}
     argv = ["--resume", str(interrupted), *flags.split()]
     assert_refused(logart_cnn.main.main, argv, f"logart-cnn: --resume: the run in {interrupted} {message}", capfd)
-    assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in interrupted.glob("**/*.*")} == before
 
 
 def test_other_codes_by_half_precision_are_refused(interrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    message = f"the run in {interrupted} began with another precision of captured tensors: full, now half"
+    message = f"the run in {interrupted} began with another capture_precision: None, now half"
     argv = ["--resume", str(interrupted), "--cache", "half"]
     assert_refused(logart_cnn.main.main, argv, f"logart-cnn: --resume: {message}", capfd)
 
@@ -205,12 +205,12 @@ def test_a_changed_checkpoint_config_or_data_set_is_refused(tmp_path: Path, capf
     assert f"interrupted; go on with --resume {run}" in capfd.readouterr().err
     main, begin = logart_vit.main.main, f"logart-vit: --resume: the run in {run} began with another "
     config.write_text("class Config:\n    lr = 0.2\n")
-    assert_refused(main, ["--resume", str(run), "--quiet"], f"{begin}lr (settings): 0.1, now 0.2", capfd)
+    assert_refused(main, ["--resume", str(run), "--quiet"], f"{begin}lr: 0.1, now 0.2", capfd)
     config.write_text("class Config:\n    lr = 0.1\n")
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
     torch.save(model.state_dict(), weights)
-    assert_refused(main, ["--resume", str(run), "--quiet"], f"{begin}checkpoint: SHA-256 ", capfd)
+    assert_refused(main, ["--resume", str(run), "--quiet"], f"{begin}set of float weights: SHA-256 ", capfd)
 
 
 def test_other_images_under_the_same_names_are_refused(
@@ -219,7 +219,7 @@ def test_other_images_under_the_same_names_are_refused(
     digits = load_digits()
     digits.images = digits.images[::-1].copy()
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: digits)
-    begin = f"logart-cnn: --resume: the run in {interrupted} began with another calibration image: SHA-256 "
+    begin = f"logart-cnn: --resume: the run in {interrupted} began with another set of calibration images: SHA-256 "
     assert_refused(logart_cnn.main.main, ["--resume", str(interrupted), "--quiet"], begin, capfd)
 
 
@@ -227,8 +227,8 @@ def test_another_version_is_refused(
     interrupted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = {"torch_version": "9.9", "timm_version": "1", "project_version": "0"}
-    monkeypatch.setattr(logart.runs.resume, "environment", lambda: other)
-    begin = f"logart-cnn: --resume: the run in {interrupted} began with another torch_version (versions): "
+    monkeypatch.setattr(logart.runs.resume, "versions", lambda: other)
+    begin = f"logart-cnn: --resume: the run in {interrupted} began with another torch_version: "
     assert_refused(logart_cnn.main.main, ["--resume", str(interrupted)], begin, capfd)
 
 
@@ -246,7 +246,7 @@ def test_a_second_run_in_a_folder_is_refused(interrupted: Path, capfd: pytest.Ca
 
 
 def test_a_foreign_run_json_is_refused(interrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    foreign = (("{", "Expecting"), ('{"format": 9}', "format 9"), ("[]", ""), ("{}", "no flags"))
+    foreign = (("{", "Expecting"), ('{"format": 9}', "expected format 2"), ("[]", ""), ('{"format": 2}', "no flags"))
     for text, reason in foreign:
         (interrupted / "run.json").write_text(text)
         line = f"logart-cnn: --resume: cannot read {interrupted / 'run.json'} ({reason}"
@@ -254,7 +254,9 @@ def test_a_foreign_run_json_is_refused(interrupted: Path, capfd: pytest.CaptureF
 
 
 def test_foreign_accuracies_are_refused(interrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for content in ({}, {"seconds": 1.0, "accuracies": {"float": {"top9": 1}}}, {"seconds": "1", "accuracies": {}}):
+    damaged = ({"float": {"top9": 1}}, {"float": 3}, [])
+    for content in ({}, {"seconds": "x", "accuracies": {}}, *({"seconds": 1.0, "accuracies": a} for a in damaged)):
+        content = {"format": 2, **content}
         (interrupted / "accuracies.json").write_text(json.dumps(content))
         line = f"logart-cnn: --resume: cannot read {interrupted / 'accuracies.json'} ("
         assert_refused(logart_cnn.main.main, ["--resume", str(interrupted)], line, capfd)
@@ -303,12 +305,12 @@ def test_a_results_file_that_cannot_be_written_loses_nothing(
     out, err = capfd.readouterr()
     assert stopped.value.code == 2 and out.count("Acc@1") == 2
     assert err == (f"logart-cnn: --results: cannot write '{results}': Permission denied; pass another path; "
-                   f"the run is kept in {run}\n")  # fmt: skip
-    report = json.loads((run / "report.json").read_text())
-    assert report["recorded"] is None and f"{report['row']['Acc@1']:.2f}" in out
+                   f"--resume {run} writes the rest when it can\n")  # fmt: skip
+    assert not (run / "report.json").exists()
     assert (run / "packed.safetensors").exists() and err.strip().split(": ", 1)[1] in (run / "log.txt").read_text()
     assert logart_cnn.main.main(["--resume", str(run), "--quiet"]) == 0
-    assert [row["Acc@1"] for row in rows(results)] == [str(report["row"]["Acc@1"])]
+    (row,) = rows(results)
+    assert f"{float(row['Acc@1']):.2f}" in out
 
 
 def test_a_disk_that_fills_up_does_not_end_the_run(
@@ -317,7 +319,7 @@ def test_a_disk_that_fills_up_does_not_end_the_run(
     def full(*args: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(logart.runs.folder, "save_state", full)
+    monkeypatch.setattr(logart.runs.run_folder, "save_state", full)
     run, results = tmp_path / "run", tmp_path / "results.csv"
     argv = "--iters_w 0 --workers 0 --quiet --device cpu".split() + ["--results", str(results), "--run_dir", str(run)]
     assert logart_cnn.main.main(argv) == 0
@@ -375,12 +377,12 @@ def test_resumed_from_another_directory_it_finds_and_leaves_its_files_where_it_b
         files = Files(tmp_path, image_folder, digits_checkpoint, make_image_folder)
         Path("list.txt").write_text("".join(f"train/class{label}/1.png\n" for label in range(4)))
         argv = [*files.unlearned(), *"--calib_list list.txt --iters_w 2 --calib_samples 4 --batch_size 2".split()]
-        data = "--data_path"
+        data, files_of_other_images = "--data_path", files.others
     else:
         vit_files = VitFiles(tmp_path, image_folder, make_image_folder)
         learning = "--optimize --iters_w 2 --optim_size 4".split()
         argv = [*vit_files.unlearned(), "--config", str(vit_files.config), *learning]
-        data = "--dataset"
+        data, files_of_other_images = "--dataset", vit_files.others
     argv = [os.path.relpath(word) if word.startswith("/") else word for word in argv]
     main = RUNS[track][0]
     assert main([*argv, "--results", "r.csv", "--save", "n.safetensors", "--run_dir", "run", "--quiet"]) == 0
@@ -391,9 +393,12 @@ def test_resumed_from_another_directory_it_finds_and_leaves_its_files_where_it_b
 
     monkeypatch.chdir(other)
     again = ["--resume", "../be gun/run", "--quiet"]
-    for more, before in ((["--seed", "3"], "without --seed"), ([data, "digits"], data), ([data, "x"], data)):
-        line = f"logart-{track}: --resume: the run in ../be gun/run began {before}"
-        assert_refused(main, [*again, *more], line, capfd)
+    for more, line in (
+        (["--seed", "3"], "--resume: the run in ../be gun/run began with another seed: 0, now 3"),
+        ([data, str(files_of_other_images)], "--resume: the run in ../be gun/run began with another data: "),
+        ([data, "x"], f"{data}: "),
+    ):
+        assert_refused(main, [*again, *more], f"logart-{track}: {line}", capfd)
     assert main([*again, data, str(image_folder)]) == 0
     (now,) = rows(begun / "r.csv")
     assert [name for name in row if row[name] != now[name] and name not in SURROUNDINGS] == []
@@ -402,29 +407,16 @@ def test_resumed_from_another_directory_it_finds_and_leaves_its_files_where_it_b
 
 
 @pytest.mark.parametrize("name", "results save checkpoint config calib_list save_calib_list dataset".split())
-def test_a_place_is_seen_from_where_the_run_began(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    (tmp_path / "link").symlink_to(begun)
+def test_a_place_is_kept_so_that_any_directory_names_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def stored(value: str, directory: object = str(begun), **given: str) -> dict[str, object]:
-        kept = {"flags": {name: value, "arch": "x"}, "directory": directory}
-        (tmp_path / "run.json").write_text(json.dumps(kept))
-        return logart.runs.resume.stored_flags(str(tmp_path), given)
-
-    assert stored("a/b")[name] == f"{begun}/a/b" and stored("a/b")["arch"] == "x"
-    assert stored("/a/b")[name] == "/a/b"
-    for directory in (None, 3, str(tmp_path / "gone"), str(tmp_path)):  # of an older run, damaged, moved, or here
-        assert stored("a/b", directory)[name] == "a/b"
-    assert name not in stored("a", **{name: "begun/a"}) and name not in stored("a", **{name: "link/a"})
-    if name == "dataset":
-        assert stored("digits")[name] == "digits"
-        with pytest.raises(UserError, match="began --dataset ./digits"):  # a folder of that name is no built-in data
-            stored("./digits", str(tmp_path), dataset="digits")
-    if name not in ("results", "save"):
-        with pytest.raises(UserError, match=f"began --{name} a; expected the same, got a"):
-            stored("a", **{name: "a"})
+    keep = logart.runs.resume.flags_to_keep
+    assert keep({name: "a/b", "arch": "x/y"}) == {"results": f"{tmp_path}/results.csv", "arch": "x/y"} | {
+        name: f"{tmp_path}/a/b"
+    }
+    assert keep({name: "/a/b", "run_dir": "r", "resume": "r"})[name] == "/a/b"
+    assert keep({"dataset": "digits"})["dataset"] == "digits"  # the built-in data are no folder
 
 
 def test_a_run_folder_behind_a_broken_link_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +16,23 @@ import pytest
 from filelock import FileLock
 from small_runs import disk_with
 
-import logart.runs.results
+import logart.runs.results_file
 from logart.errors import UserError
 from logart.runs.claims import claims_folder
-from logart.runs.results import append_row, check_results, environment, locked_results
-from logart.runs.results_schema import COLUMNS, NAMES, columns_markdown
+from logart.runs.columns import NAMES
+from logart.runs.results_file import append_row, check_results, locked_results, read_table
 
 HEADER = ",".join(NAMES) + "\n"
 APPEND_50 = """
 import sys
-from logart.runs import results
+from logart.runs import results_file
 
 path, writer = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
 for index in range(50):
     row = {"arch": f"{writer}-{index}", "config": f'{index},"' * 40, "project_version": writer}
-    results.append_row(path, row)
+    results_file.append_row(path, row)
 """
 Refused = Callable[[Path], None]
 
@@ -67,25 +65,6 @@ def assert_refused(action: Refused, path: Path, *fragments: str) -> None:
     for fragment in (str(folder), *fragments):
         assert fragment in message
     assert contents(folder) == before
-
-
-def test_the_schema_has_the_columns_of_both_tracks_once() -> None:
-    assert len(set(NAMES)) == len(NAMES)
-    assert NAMES[:3] == ("utc_time", "track", "arch") and NAMES[-1] == "project_version"
-    accuracies = {f"{stage}Acc@{k}" for stage in ("", "float_", "search_", "approx_") for k in (1, 5)}
-    times = {"search_seconds", "reconstruction_seconds", "total_seconds"}
-    vit = {"config", "drop_prob", "recon_metric", "timm_version"}
-    assert accuracies | times | vit <= set(NAMES)
-    assert {column.unit for column in COLUMNS if column.name in accuracies} == {"%"}
-    assert {column.unit for column in COLUMNS if column.name in times} == {"s"}
-
-
-def test_markdown_has_one_row_of_three_cells_for_every_column() -> None:
-    lines = columns_markdown().split("\n")
-    assert lines[:2] == ["| column | unit | meaning |", "|---|---|---|"]
-    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| `{name}`" for name in NAMES]
-    assert all(line.count("|") == 4 and line.endswith(" |") for line in lines[2:])
-    assert all(column.meaning for column in COLUMNS)
 
 
 def test_rows_come_back_with_missing_columns_empty(tmp_path: Path) -> None:
@@ -134,16 +113,14 @@ def test_an_empty_file_gets_the_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        (HEADER.replace("arch", "model").encode(), "column 3 is 'model', expected 'arch'"),
-        (HEADER.replace(",project_version", "").encode(), "is '', expected 'project_version'"),
-        (HEADER.replace("\n", ",notes\n").encode(), f"{len(NAMES) + 1} columns"),
-        (("\ufeff" + HEADER).encode(), "'\\ufeffutc_time'"),
-        (b"\n" + HEADER.encode(), "column 1 is ''"),
-        (b"\x80\x02\xff\x00", "another header"),
-        (b"time,arch\n1,2\n", "column 1 is 'time'"),
+        (HEADER.replace("arch", "model").encode(), "has no column 'arch'"),
+        (HEADER.replace("\n", ",bits\n").encode(), "two columns of one name"),
+        (b"\n" + HEADER.encode(), "has no column 'utc_time'"),
+        (b"\x80\x02\xff\x00", "has no column 'utc_time'"),
+        (b"time,arch\n1,2\n", "has no column 'utc_time'"),
     ],
 )
-def test_another_header_is_refused(refused: Refused, tmp_path: Path, content: bytes, fragment: str) -> None:
+def test_another_file_is_refused(refused: Refused, tmp_path: Path, content: bytes, fragment: str) -> None:
     path = tmp_path / "results.csv"
     path.write_bytes(content)
     assert_refused(refused, path, fragment, "rename it or pass another path")
@@ -180,6 +157,67 @@ def test_a_file_saved_with_windows_line_ends_is_still_ours(tmp_path: Path) -> No
     path.write_bytes(WHOLE.replace("\n", "\r\n").encode())
     append_row(path, {"arch": "a"})
     assert read(path)["arch"].tolist() == ["", "a"]
+
+
+OLDER = "utc_time,arch,note,track,bits,Acc@1\n" 't1,"a, b",mine,cnn,4,90.0\n' "t2,c,,vit,3,\n"
+
+
+def test_an_older_file_is_extended_and_columns_of_one_s_own_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(OLDER)
+    check_results(path)
+    assert path.read_text() == OLDER
+    append_row(path, {"arch": "new", "bits": 2, "zero_code": "True"})
+    table = read(path)
+    assert list(table.columns[:6]) == OLDER.splitlines()[0].split(",")
+    assert set(table.columns) == {*NAMES, "note"} and len(table.columns) == len(NAMES) + 1
+    first, second, third = ({k: v for k, v in row.items() if v} for row in table.to_dict("records"))
+    assert first == {"utc_time": "t1", "arch": "a, b", "note": "mine", "track": "cnn", "bits": "4", "Acc@1": "90.0"}
+    assert second == {"utc_time": "t2", "arch": "c", "track": "vit", "bits": "3"}
+    assert third == {"arch": "new", "bits": "2", "zero_code": "True"}
+    before = path.read_bytes()
+    append_row(path, {"arch": "next"})  # by now it is appended to
+    assert path.read_bytes().startswith(before) and path.read_bytes().count(b"\n") == 5
+
+
+@pytest.mark.parametrize("cut", ["t3,c", "t3,c\n", "t3,c,,vit,3"])
+def test_an_older_file_with_a_cut_row_is_refused(refused: Refused, tmp_path: Path, cut: str) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(OLDER + cut)
+    assert_refused(refused, path, "cut row at line 4")
+
+
+def test_a_disk_too_full_to_extend_an_older_file_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(OLDER)
+    with disk_with(len(OLDER) + 10), pytest.raises(UserError, match="File too large"):
+        append_row(path, {"arch": "b"})
+    assert contents(tmp_path) == {"results.csv": OLDER.encode()}
+
+
+def test_an_older_file_can_be_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(OLDER + 'cut,"\n')
+    header, found = read_table(path)
+    assert header == OLDER.splitlines()[0].split(",")
+    assert found == [(2, ["t1", "a, b", "mine", "cnn", "4", "90.0"]), (3, ["t2", "c", "", "vit", "3", ""]),
+                     (4, ['cut,"\n'])]  # fmt: skip
+
+
+def test_a_file_saved_by_a_spreadsheet_is_still_ours(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_bytes(("\ufeff" + WHOLE).encode())  # with the mark that some begin UTF-8 with
+    append_row(path, {"arch": "a"})
+    assert read(path)["arch"].tolist() == ["", "a"] and path.read_text("utf-8-sig").startswith(HEADER)
+
+
+def test_a_run_s_row_is_appended_once(tmp_path: Path) -> None:
+    path, row = tmp_path / "results.csv", {"arch": "a", "run_id": "5-1"}
+    assert append_row(path, row)
+    before = path.read_bytes()
+    assert not append_row(path, row | {"utc_time": "later"}) and path.read_bytes() == before
+    assert append_row(path, row | {"run_id": "5-2"}) and append_row(path, {"arch": "a"}) and append_row(path, {})
+    assert len(read(path)) == 4
 
 
 def test_bad_places_are_refused(refused: Refused, tmp_path: Path) -> None:
@@ -224,7 +262,7 @@ def test_an_unwritable_place_is_refused(refused: Refused, closed: str) -> None:
 def test_a_lock_that_is_never_released_is_named(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logart.runs.results, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(logart.runs.results_file, "LOCK_SECONDS", 0.05)
     path = tmp_path / "results.csv"
     append_row(path, {"arch": "a"})
     with FileLock(str(path) + ".lock"):
@@ -281,20 +319,9 @@ def test_eight_processes_at_once_lose_and_garble_nothing(tmp_path: Path) -> None
 
 
 def test_the_module_alone_imports_neither_torch_nor_timm() -> None:
-    check = "import sys, logart.runs.results; print(sorted({'torch', 'timm'} & set(sys.modules)))"
+    check = "import sys, logart.runs.results_file; print(sorted({'torch', 'timm'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert out == "[]\n"
-
-
-def test_environment_fills_time_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = datetime.now(timezone.utc).replace(microsecond=0)
-    found = environment()
-    written = datetime.strptime(found["utc_time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-    assert before <= written <= datetime.now(timezone.utc)
-    assert found["torch_version"] == version("torch") and found["timm_version"] == version("timm")
-    assert set(found) == {"utc_time", "torch_version", "timm_version", "project_version"}
-    monkeypatch.setattr("sys.path", [])
-    assert environment()["timm_version"] == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
@@ -307,7 +334,7 @@ def test_a_link_and_the_file_behind_it_have_one_lock_and_one_place_for_claims(
     append_row(link, {"arch": "a"})
     append_row(real, {"arch": "b"})
     assert link.is_symlink() and list(pd.read_csv(real)["arch"]) == ["a", "b"]
-    monkeypatch.setattr(logart.runs.results, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(logart.runs.results_file, "LOCK_SECONDS", 0.05)
     for held, other in ((link, real), (real, link)):
         with locked_results(held):
             assert {path.name for path in link.parent.iterdir()} == {"link.csv"}, "the lock lies beside the link"

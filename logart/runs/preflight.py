@@ -1,4 +1,4 @@
-"""What is looked at before the long work: that the network fits its images, and that all it leaves can be written."""
+"""What stops a run before its long work: a network that does not fit its images, outputs that cannot be written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from logart.errors import UserError, one_line
 from logart.files import real_place
 from logart.packed.checkpoint import can_be_loaded
-from logart.runs.results import check_results
+from logart.runs.results_file import check_results
 from logart.runs.resume import check_folder
 from logart.runs.run import RunOptions
 
