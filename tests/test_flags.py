@@ -23,7 +23,6 @@ SAMPLES: dict[str, tuple[list[str], object]] = {
     "std": (["1", "2"], [1.0, 2.0]),
     "model_kwargs": (["a=1"], ["a=1"]),
     "input_size": (["32"], 32),
-    "once": ([], 10.0),
     "scale_search": ([], "grid"),
 }
 
