@@ -353,7 +353,7 @@ def run_folder(folder: Path, packed: Path, **changes: Any) -> Path:
          "capture_seconds": 0.1, "learning_seconds": 0.2}
         for name, after, kept in (("good", 1.25, "learned"), ("bad", 2.5, "before"))
     ]  # fmt: skip
-    account = {"format": 1, "row": {"arch": "net", "bits": 3}, "layers": layers, "skipped": [["odd", "its type"]],
+    account = {"format": 2, "row": {"arch": "net", "bits": 3}, "layers": layers, "skipped": [["odd", "its type"]],
                "folded": [], "blocks": blocks, "search_seconds": 0.1, "reconstruction_seconds": 0.2}  # fmt: skip
     (folder / "report.json").write_text(json.dumps(account | changes))
     return folder
@@ -466,7 +466,7 @@ def test_wrong_calls_take_one_line_and_write_nothing(
         ([], "nothing to report: expected a results file, or --run PATH"),
         ([tmp_path / "absent.csv"], f"results: '{tmp_path / 'absent.csv'}' is not there"),
         ([tmp_path / "folder"], f"results: '{tmp_path / 'folder'}' is a folder"),
-        ([tmp_path / "header.csv"], f"results: '{tmp_path / 'header.csv'}' has another header"),
+        ([tmp_path / "header.csv"], f"results: '{tmp_path / 'header.csv'}' has no column 'utc_time'"),
         (
             [tmp_path / "cut.csv"],
             f"{none} of '{tmp_path / 'cut.csv'}' can be shown; the first, "
