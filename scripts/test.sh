@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, type check and the whole default test run on two cores; arguments go on to pytest.
+# Lint, type check, import rules and the whole default test run on two cores; arguments go on to pytest.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
@@ -7,4 +7,5 @@ use_venv test,report
 cd "$PROJECT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
+"$PYTHON" -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
 "$PYTHON" -m pytest -q -n 2 --dist worksteal "$@"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
 # Logs its arguments, makes the .venv that `-m venv` asks for, and fails where $FAIL is among its arguments.
 STUB = """#!{bash}
-if [[ $1 == -c ]]; then exit {old}; fi
+if [[ $1 == -c && $2 != *importlinter* ]]; then exit {old}; fi
 echo "$*" >> "{log}"
 if [[ "$*" == "-m venv"* ]]; then mkdir -p "${{!#}}/bin"; cp "{ready}" "${{!#}}/bin/python"; fi
 if [[ -n "${{FAIL:-}}" && "$*" == *"$FAIL"* ]]; then exit 3; fi
@@ -210,13 +210,16 @@ def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(
     assert len(demo.calls) == failing + 1 and "side by side" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2, None])
-def test_lint_types_and_tests_run_in_order_until_one_fails(project: Project, failing: int | None) -> None:
-    steps = ["-m ruff check .", "-m mypy", "-m pytest -q -n 2 --dist worksteal -k two words"]
+IMPORT_RULES = "-c from importlinter.cli import lint_imports_command; lint_imports_command() --no-logo"
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, 3, None])
+def test_lint_types_imports_and_tests_run_in_order_until_one_fails(project: Project, failing: int | None) -> None:
+    steps = ["-m ruff check .", "-m mypy", IMPORT_RULES, "-m pytest -q -n 2 --dist worksteal -k two words"]
     project.run("scripts/demo.sh")
     fail = "" if failing is None else steps[failing]
     done = project.run("scripts/test.sh", "-k", "two words", fail=fail)
-    ran = [call for call in project.calls() if call.split()[1] in ("ruff", "mypy", "pytest")]
+    ran = [call for call in project.calls() if call.split()[1] in ("ruff", "mypy", "from", "pytest")]
     assert ran == (steps if failing is None else steps[: failing + 1])
     assert (done.returncode == 0) == (failing is None)
 

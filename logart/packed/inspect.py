@@ -78,11 +78,11 @@ def describe(file: PackedFile) -> dict[str, Any]:
 
 
 def layer_table(layers: dict[str, dict[str, Any]]) -> str:
-    """The layers as a table; what a file says must not move a terminal's cursor."""
+    """The layers as a table."""
     head = ("layer", "shape", "bits", "grid", "bytes", "ratio", "error", "channels per n_base2")
     rows = [
         (
-            printable(name),
+            name,
             shape_text(layer["shape"]),
             layer["bits"],
             layer["grid"],

@@ -31,7 +31,7 @@ from logart.packed.checkpoint import load_packed
 from logart.packed.file import PackedFile
 from logart.runs.run_folder import PACKED
 from logart.runtime import progress_bar, resolve_device
-from logart.text_table import text_table
+from logart.text import table
 
 NOT_TOLD_APART = 0.05  # a p-value above: chance alone gives such a difference in more than one of twenty cases
 
@@ -196,7 +196,7 @@ def comparison_table(data: str, images: int, found: Sequence[Compared]) -> str:
         accuracy = f"{each.accuracy:.2f} ± {each.standard_error:.2f}"
         seconds = f"{each.seconds_per_1000_images:.2f}"
         rows.append((each.name, each.bits, f"{each.bytes / 1000:.1f}", accuracy, *against, seconds))
-    lines = [f"{images} test images of {data}; ± is one standard error", text_table(head, rows)]
+    lines = [f"{images} test images of {data}; ± is one standard error", table(head, rows, text=head[:1])]
     lines += [verdict(each, found[0].name) for each in found[1:]]
     return "\n".join(lines)
 

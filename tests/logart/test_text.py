@@ -15,6 +15,7 @@ def test_words_stand_left_and_numbers_right() -> None:
     )  # fmt: skip
     assert table(("n", "top"), [(1, 2.5)]) == "n  top\n1  2.5"
     assert table(("layer", "n"), []) == "layer  n"
+    assert table(("layer", "n"), [("a\x1b[2J\n", 1)], text=("layer",)) == "layer   n\na�[2J�  1"
 
 
 def test_a_row_of_another_length_is_a_bug() -> None:
