@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
@@ -15,17 +15,26 @@ INTERRUPTED = 130  # the exit code that a shell gives for SIGINT
 
 
 def run_entry(prog: str, module: str, argv: list[str] | None) -> int:
-    """Run the `main` of a module that takes seconds to import.
+    """Run the `main` of a module that takes seconds to import; arguments as for `guarded`."""
+
+    def imported(argv: list[str] | None) -> int:
+        with leaving_at_once(prog):
+            main = import_module(module).main
+        return main(argv)  # type: ignore[no-any-return]
+
+    return guarded(prog, imported, argv)
+
+
+def guarded(prog: str, main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """The exit code of `main`, whenever Ctrl-C comes.
 
     Args:
         prog: what the line after Ctrl-C begins with.
-        module: has a `main`, from the arguments to the exit code.
+        main: from the arguments to the exit code.
         argv: None for the process's own, which ends with this call: a Ctrl-C after its last word changes nothing.
     """
     try:
-        with _leaving_at_once(prog):
-            main = import_module(module).main
-        code: int = main(argv)
+        code = main(argv)
         if argv is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:
@@ -40,8 +49,8 @@ def interrupted(prog: str, how: object = "nothing was recorded") -> int:
 
 
 @contextmanager
-def _leaving_at_once(prog: str) -> Iterator[None]:
-    """End the process at Ctrl-C, without an exception, which what imports modules may take for a failed import."""
+def leaving_at_once(prog: str) -> Iterator[None]:
+    """While modules are imported: end the process at Ctrl-C without an exception, which might be taken for theirs."""
 
     def leave(number: int, frame: Any) -> NoReturn:
         os.write(2, f"{prog}: interrupted; nothing was recorded\n".encode())

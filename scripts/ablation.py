@@ -6,19 +6,22 @@ the work.
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import sys
-import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from logart.interrupt import guarded, interrupted, leaving_at_once
 
-from logart.cli import FlagParser
-from logart.errors import UserError
-from logart.runs.claims import CLAIMED_ELSEWHERE, claims_folder
-from logart.runs.process import run_in_subprocess
+with leaving_at_once("ablation"):
+    import os
+    import shlex
+    import signal
+    import sys
+    import time
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Any, NamedTuple
+
+    from logart.cli import FlagParser
+    from logart.errors import UserError
+    from logart.runs.claims import CLAIMED_ELSEWHERE, claims_folder
+    from logart.runs.process import run_in_subprocess
 
 GRIDS = {
     "base 2": "--scale_method log_2",
@@ -203,8 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     except Refused:
         return 2
     except KeyboardInterrupt:
-        print("ablation: interrupted; the same call goes on with the rows that are missing", file=sys.stderr)
-        return 130
+        return interrupted("ablation", "the same call goes on with the rows that are missing")
     done = len(rows) - len(failed) - len(elsewhere)
     print(f"{done} of {len(rows)} rows are in {results} ({time.perf_counter() - started:.0f} s)")
     for row in elsewhere:
@@ -215,4 +217,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("ablation", main))

@@ -5,13 +5,17 @@ Flags that are not this script's go on to every run (`--seed`, `--device`, `--qu
 
 from __future__ import annotations
 
-import argparse
-import sys
+from logart.interrupt import guarded, interrupted, leaving_at_once
 
-from logart.runs.process import run_in_subprocess
+with leaving_at_once("demo"):
+    import argparse
+    import sys
+
+    from logart.runs.process import run_in_subprocess
 
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COMMANDS = ("logart_cnn.command", "logart_vit.command")  # what takes seconds to import, for all runs at once
+RESULTS = "demo.csv"
 COLUMNS = {
     "arch": "network",
     "preset": "preset",
@@ -30,13 +34,16 @@ def main(argv: list[str] | None = None) -> int:
         "--iters_w", default="1000", help="LLR steps per block (default 1000; the paper's 20,000 take long)"
     )
     parser.add_argument(
-        "--results", default="results.csv", help="the CSV file that gets the rows (default results.csv)"
+        "--results", default=RESULTS, help=f"the CSV file that gets the rows (default {RESULTS}, which git ignores)"
     )
     args, others = parser.parse_known_args(argv)
     runs = [[track, "--preset", "paper", "--iters_w", args.iters_w] for track in TRACKS]
     runs += [[track, "--preset", "fast"] for track in TRACKS]
     for run in sorted(runs):
-        code = run_in_subprocess([*run, "--results", args.results, *others], *COMMANDS, "sklearn.datasets")
+        try:
+            code = run_in_subprocess([*run, "--results", args.results, *others], *COMMANDS, "sklearn.datasets")
+        except KeyboardInterrupt:
+            return interrupted("demo", f"the rows of finished runs are in {args.results}")
         if code:
             return code
     import pandas as pd  # here, since each run's process imports this file too
@@ -48,4 +55,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("demo", main))

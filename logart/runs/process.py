@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from typing import Any
 
-from logart.interrupt import processes_without_interrupt
+from logart.interrupt import INTERRUPTED, processes_without_interrupt
 
 
 def run_in_subprocess(words: Sequence[str], *also: str) -> int:
@@ -49,6 +49,9 @@ def run_in_subprocess(words: Sequence[str], *also: str) -> int:
 
 
 def _main(words: Sequence[str], start_method: str) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # interrupted while it waited for the imports
+        sys.exit(INTERRUPTED)
     # A forked process would start its own, those that read images, by a server too, which imports all over again.
     multiprocessing.set_start_method(start_method, force=True)
     sys.exit(importlib.import_module(words[0]).main(list(words[1:])))
