@@ -18,6 +18,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from logart.errors import UserError, one_line
+from logart.interrupt import processes_without_interrupt
 
 DIGITS = "digits"
 DIGITS_VAL_IMAGES = 500
@@ -248,7 +249,9 @@ def _collate(items: Sequence[tuple[Tensor, int] | UserError]) -> tuple[Tensor, T
 
 class _ValidationLoader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        for batch in super().__iter__():
+        with processes_without_interrupt():
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
