@@ -20,7 +20,6 @@ with leaving_at_once("ablation"):
 
     from logart.cli import FlagParser
     from logart.errors import UserError
-    from logart.runs.claims import CLAIMED_ELSEWHERE, claims_folder
     from logart.runs.process import run_in_subprocess
 
 GRIDS = {
@@ -147,6 +146,8 @@ def run_all(rows: list[Row], claims: Path, wait: bool) -> tuple[list[Row], list[
     Raises:
         Refused: the first row was; its own line has said why.
     """
+    from logart.runs.claims import CLAIMED_ELSEWHERE
+
     left, failed = list(enumerate(rows, 1)), []
     while left:
         before, again = _listing(claims), []
@@ -191,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", nargs="?", default="digits", help="a folder in ImageNet layout, or digits (default)")
     parser.add_argument("networks", nargs="*", help="as the entry point's --arch or --model (default the built-in one)")
     args = parser.parse_args(argv)
+    from logart.runs.claims import claims_folder  # the help needs nothing but Python's own library
+
     environment = os.environ
     try:
         device = worker_device(environment)

@@ -3,6 +3,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+explain
 use_venv test,report
 cd "$PROJECT"
 "$PYTHON" -m ruff check .

@@ -4,6 +4,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+explain
 use_venv test,report .venv-browser playwright
 "$PYTHON" -m playwright install chromium || echo "no Chromium of playwright's; trying an installed one" >&2
 cd "$PROJECT"

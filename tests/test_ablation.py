@@ -220,7 +220,8 @@ def test_the_slurm_script_s_body_runs_a_worker(tmp_path: Path) -> None:
         return process.returncode, out
 
     code, out = body("vit", "DATA", SLURM_SUBMIT_DIR=str(project))
-    assert (code, out) == (2, f"no .venv in {project}; make it with: bash scripts/demo.sh --help\n")
+    line = f"no .venv in {project}, and no active environment with logart; make one with: bash scripts/demo.sh\n"
+    assert (code, out) == (2, line)
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "python").symlink_to(sys.executable)
     code, out = body("vit", "DATA", "two words", SLURM_SUBMIT_DIR=str(project))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,16 @@ SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci" / "run"]
 # Logs its arguments, makes the .venv that `-m venv` asks for, and fails where $FAIL is among its arguments.
 STUB = """#!{bash}
 if [[ $1 == -c && $2 != *importlinter* ]]; then exit {old}; fi
+if [[ $1 == */_active.py ]]; then [[ $2 == "{active}" ]]; exit; fi
 echo "$*" >> "{log}"
 if [[ "$*" == "-m venv"* ]]; then mkdir -p "${{!#}}/bin"; cp "{ready}" "${{!#}}/bin/python"; fi
 if [[ -n "${{FAIL:-}}" && "$*" == *"$FAIL"* ]]; then exit 3; fi
+"""
+HELP = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+sys.argv = [sys.argv[2], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir")
 
@@ -41,10 +50,16 @@ class Project:
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
         self.interpreter("ready")
 
-    def interpreter(self, name: str, old: bool = False) -> None:
-        """Put an interpreter on PATH; an old one fails the question for its version."""
+    def interpreter(self, name: str, old: bool = False, active: str = "no extras") -> None:
+        """Put an interpreter on PATH; an old one fails the question for its version.
+
+        Args:
+            active: the extras that it has the project with.
+        """
         stub = self.bin / name
-        stub.write_text(STUB.format(bash=self.bin / "bash", log=self.log, old=int(old), ready=self.bin / "ready"))
+        stub.write_text(
+            STUB.format(bash=self.bin / "bash", log=self.log, old=int(old), active=active, ready=self.bin / "ready")
+        )
         stub.chmod(0o755)
 
     def run(self, script: str, *args: str, fail: str = "") -> subprocess.CompletedProcess[str]:
@@ -97,6 +112,66 @@ def test_demo_on_an_empty_machine_makes_installs_and_runs(project: Project) -> N
     assert pip == "-m pip --version"
     assert install.startswith("-m pip install --quiet") and install.endswith(" -e .")
     assert demo == f"{project.root}/scripts/demo.py --seed 3 two words"
+
+
+@pytest.mark.parametrize(
+    ("script", "extras", "last"),
+    [
+        ("demo.sh", "", "demo.py --quiet"),
+        ("ablation_vit.sh", "", "ablation.py vit --quiet"),
+        ("test.sh", "test,report", "-m pytest -q -n 2 --dist worksteal --quiet"),
+    ],
+)
+def test_an_active_environment_that_has_all_is_used(project: Project, script: str, extras: str, last: str) -> None:
+    project.interpreter("python", active=extras)
+    done = project.run(f"scripts/{script}", "--quiet")
+    calls = project.calls()
+    assert done.returncode == 0 and calls[-1].endswith(last) and installs(calls) == []
+    assert not (project.root / ".venv").exists()
+    project.interpreter("python", active="others")
+    project.run(f"scripts/{script}")
+    assert len(installs(project.calls())) == 1
+
+
+@pytest.mark.parametrize("extras", ["", "report", "test,report"])
+def test_an_environment_is_enough_if_the_project_is_there_with_its_extras(
+    extras: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = runpy.run_path(str(ROOT / "scripts" / "_active.py"))["ready"]
+    known = {"torch", "filelock", "matplotlib"}
+    needed = ["torch>=2.6", "filelock", 'matplotlib; extra == "report"', 'pytest ; extra == "test"']
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: needed)
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert ready(set(extras.split(","))) == ("test" not in extras)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "logart" else name)
+    assert not ready(set(extras.split(",")))
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.suffix == ".sh" and path.name[0] != "_"])
+def test_help_installs_nothing(project: Project, script: str, word: str) -> None:
+    done = project.run(f"scripts/{script}", word)
+    calls = project.calls()
+    assert done.returncode == 0, done.stderr
+    assert not (project.root / ".venv").exists() and not any("pip" in call or "venv" in call for call in calls)
+    if calls:
+        assert word in calls[-1].split()
+    else:
+        assert "arguments go on to pytest" in " ".join(done.stdout.split())
+
+
+def test_help_needs_nothing_but_python_s_own_library() -> None:
+    for script in ("demo.py", "ablation.py"):
+        command = [sys.executable, "-I", "-S", "-c", HELP, str(ROOT), str(ROOT / "scripts" / script)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 
 def test_a_second_call_makes_no_pip_call(project: Project) -> None:
