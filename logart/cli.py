@@ -61,6 +61,10 @@ class FlagParser(argparse.ArgumentParser):
         """Say what to do about flags, written with _ and without dashes, that another command has."""
         self._elsewhere |= flags
 
+    def accepts(self, flag: str) -> bool:
+        """Whether a flag, in any spelling, is one of these."""
+        return self._in_one_spelling([flag])[0] in self._option_string_actions
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As the parent's, of flags in any spelling."""
         return super().parse_known_args(self._in_one_spelling(sys.argv[1:] if args is None else args), namespace)
