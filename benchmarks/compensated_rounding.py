@@ -22,7 +22,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from logart.grids.grid import Codebook, ScaleMethod
+from logart.grids.grid import Codebook
+from logart.grids.logarithmic import DYNAMIC
 from logart.grids.rounding import dequantize
 from logart.grids.search import choose_codebook
 from logart.quantization import column_rounding, loops_plain
@@ -87,7 +88,7 @@ def layer(channels: int, elements: int, bits: int, device: torch.device) -> tupl
     gram = (x.T @ x).double()
     a = (gram + 0.01 * gram.diagonal().mean() * torch.eye(elements))[None].to(device)
     t = (torch.randn(channels, elements, generator=generator, dtype=torch.float64) / elements**0.5).to(device)
-    return t, a, choose_codebook(t, ScaleMethod.DYNAMIC, bits, error=lambda delta: quadratic_error(delta, a))
+    return t, a, choose_codebook(t, DYNAMIC, bits, error=lambda delta: quadratic_error(delta, a))
 
 
 def timed(function: Callable[[], Tensor], runs: int) -> tuple[float, Tensor]:

@@ -19,15 +19,10 @@ from timing import in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.grids.grid import Codebook, ScaleMethod
+from logart.grids.grid import Codebook, ErrorFunction, GridOptions, ScaleSearch
+from logart.grids.logarithmic import DYNAMIC, log_candidates
 from logart.grids.rounding import dequantize, nearest
-from logart.grids.search import (
-    ErrorFunction,
-    ScaleSearch,
-    choose_codebook,
-    log_candidates,
-    n_candidates,
-)
+from logart.grids.search import choose_codebook
 from logart.quantization.dbs import layer_error, layer_moments
 from logart.quantization.layers import QuantConv2d
 
@@ -53,11 +48,12 @@ def main() -> None:
     x = x_float + 0.05 * torch.randn_like(x_float)
     w = layer.rows
     every, search = range(2 ** (args.bits - 1) + 1), ScaleSearch(args.scale_search)
-    candidates = list(log_candidates(w.abs().amax(1), args.bits, every, scale_search=search))
-    searched = n_candidates(ScaleMethod.DYNAMIC, args.bits, search)
+    every_columns = log_candidates(w.abs().amax(1), args.bits, every, scale_search=search)
+    candidates = [DYNAMIC.codebook(columns, args.bits, 0, w.dtype) for columns in every_columns]
+    searched = DYNAMIC.n_candidates(args.bits, search)
 
     def choose(error: ErrorFunction) -> Codebook:
-        return choose_codebook(w, ScaleMethod.DYNAMIC, args.bits, error=error, scale_search=search)
+        return choose_codebook(w, DYNAMIC, args.bits, error=error, options=GridOptions(scale_search=search))
 
     def by_moments() -> Codebook:
         return choose(layer_moments(conv, layer, conv, layer, x_float, x).error)

@@ -15,7 +15,7 @@ from timing import in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.grids.grid import ScaleMethod
+from logart.grids.logarithmic import LOG_SQRT2, half_steps_and_signs
 from logart.grids.losses import squared_error
 from logart.grids.search import choose_codebook
 from logart.quantization.layers import QuantConv2d
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     layer = QuantConv2d.from_float(nn.Conv2d(512, 512, 3, padding=1, bias=False).requires_grad_(False), 4, 512)
-    codebook = choose_codebook(layer.rows, ScaleMethod.LOG_SQRT2, 4)
+    codebook = choose_codebook(layer.rows, LOG_SQRT2, 4)
     layer.set_codebook(codebook)
     x = torch.randn(args.batch, 512, args.size, args.size)
     target = F.conv2d(x, layer.float_weight, padding=1)
@@ -57,8 +57,9 @@ def main() -> None:
     alpha = nn.Parameter(soft.alpha.detach().clone())
     plain_adam = torch.optim.Adam([alpha], lr=1e-2)
     w, shape = layer.rows, layer.shape
-    lowest = codebook.half_steps[:, -codebook.half_steps.shape[1] // 2, None].float()
-    highest = codebook.half_steps[:, -1:].float()
+    half_steps, _ = half_steps_and_signs(codebook.spec.columns, 4)
+    lowest = half_steps[:, -half_steps.shape[1] // 2, None].float()
+    highest = half_steps[:, -1:].float()
 
     def fast() -> Tensor:
         penalty = layer.update_soft_weight(BETA)

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from logart.grids.grid import ScaleMethod
     from logart.packed.checkpoint import load_packed, save_packed
     from logart.quantization.config import QuantConfig
     from logart.quantization.layer_report import Report
     from logart.quantization.pipeline import quantize_model
 
-__all__ = ["QuantConfig", "Report", "ScaleMethod", "__version__", "load_packed", "quantize_model", "save_packed"]
+__all__ = ["QuantConfig", "Report", "__version__", "load_packed", "quantize_model", "save_packed"]
 
 _HOMES = {
     "QuantConfig": "quantization.config",
     "Report": "quantization.layer_report",
-    "ScaleMethod": "grids.grid",
     "load_packed": "packed.checkpoint",
     "quantize_model": "quantization.pipeline",
     "save_packed": "packed.checkpoint",

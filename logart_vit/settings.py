@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from logart.errors import UserError, did_you_mean, near_or_all
-from logart.grids.grid import ScaleMethod
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
+from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
 
 OPTIM_METRICS = ("hessian_perturb", "mse", "mae")
@@ -26,7 +26,7 @@ class Config:
         a_bit: bits per activation; 32, for activations stay in float.
         first_last_bits: bits of the first and last layer, 2 to 8; None is the same as `w_bit`.
         channel_wise: one codebook per output channel, or one per layer.
-        scale_method: the grid, a value of `ScaleMethod`.
+        scale_method: the grid, by its name.
         search_method: the measure of DBS and scale search, a value of `SearchMethod`.
         scale_search: which factors of the levels are tried, a value of `ScaleSearch`.
         asymmetric: whether codes that a channel's shorter sign never reaches become small levels.
@@ -79,7 +79,7 @@ class Config:
 FIELDS: dict[str, Any] = get_type_hints(Config)
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", int | None: "an integer or None"}
 CHOICES = {
-    "scale_method": tuple(method.value for method in ScaleMethod),
+    "scale_method": tuple(GRIDS),
     "search_method": tuple(method.value for method in SearchMethod),
     "scale_search": tuple(search.value for search in ScaleSearch),
     "optim_metric": OPTIM_METRICS,

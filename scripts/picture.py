@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from logart.files import write_atomically
-from logart.grids.grid import ScaleMethod
+from logart.grids.logarithmic import DYNAMIC, LOG_2, LOG_SQRT2
 from logart.grids.search import choose_codebook
 from logart.report.plots import COLOURS, INK, drawing, finished
 from logart_cnn.models import load_network
@@ -22,7 +22,7 @@ from logart_cnn.models import load_network
 PICTURE = Path(__file__).parents[1] / "docs" / "grids.svg"
 BITS = 4
 LAYER, CHANNEL = "blocks.0.conv1", 7
-GRIDS = {"base 2": ScaleMethod.LOG_2, "base √2": ScaleMethod.LOG_SQRT2, "dynamic": ScaleMethod.DYNAMIC}
+GRIDS = (LOG_2, LOG_SQRT2, DYNAMIC)
 
 
 def weights() -> Tensor:
@@ -36,19 +36,18 @@ def picture() -> bytes:
     w = weights()
     reach = 1.15 * float(w.abs().max())
     with drawing(7.5, 3.6, len(GRIDS)) as (canvas, axes):
-        for axis, (name, method), colour in zip(axes[:, 0], GRIDS.items(), COLOURS, strict=False):
-            codebook = choose_codebook(w, method, BITS)
+        for axis, grid, colour in zip(axes[:, 0], GRIDS, COLOURS, strict=False):
+            codebook = choose_codebook(w, grid, BITS)
             axis.hist(w[0].numpy(), bins=60, range=(-reach, reach), color="#c3cad2")
             levels = codebook.levels[0].tolist()
             axis.vlines(levels, 0, 1, color=colour, linewidth=1.1, transform=axis.get_xaxis_transform())
-            axis.set(xlim=(-reach, reach), yticks=[], ylabel=name)
+            axis.set(xlim=(-reach, reach), yticks=[], ylabel=grid.label)
             axis.yaxis.label.set(rotation=0, ha="right", va="center", color=colour, size=11)
             axis.grid(False)
             axis.spines["left"].set_visible(False)
             if axis is not axes[-1, 0]:
                 axis.tick_params(labelbottom=False)
-        assert codebook.n_base2 is not None
-        k = int(codebook.n_base2[0])
+        k = int(codebook.spec.columns["n_base2"][0])
         axes[-1, 0].set_xlabel(
             f"weight; of a sign's {2 ** (BITS - 1)} dynamic levels, the inner {k} are powers of 2, the others of √2",
             color=INK,

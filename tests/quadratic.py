@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from logart.grids.grid import Codebook, ScaleMethod
+from logart.grids.grid import Codebook
+from logart.grids.logarithmic import DYNAMIC
 from logart.grids.rounding import dequantize
 from logart.grids.search import choose_codebook
 from logart.quantization.column_rounding import quadratic_error
@@ -16,7 +17,7 @@ def correlated(groups: int, rows: int, size: int, seed: int, n_bits: int = 3) ->
     x = draw(groups, 2 * size + 3, 3) @ draw(groups, 3, size) + 0.5 * draw(groups, 2 * size + 3, size)
     a = x.mT @ x + torch.eye(size, dtype=torch.float64)
     t = draw(groups * rows, size)
-    return t, a, choose_codebook(t, ScaleMethod.DYNAMIC, n_bits, error=lambda d: quadratic_error(d, a))
+    return t, a, choose_codebook(t, DYNAMIC, n_bits, error=lambda d: quadratic_error(d, a))
 
 
 def plain_error(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> list[float]:

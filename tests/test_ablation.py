@@ -78,7 +78,7 @@ def test_the_ten_rows_are_the_paper_s(ablation: ModuleType, track: str) -> None:
             (config, _), data, name = build_settings(args), args.dataset, args.model
         assert (data, name, config.n_bits, config.seed) == ("DATA", net, bits, seed)
         assert (args.device, args.results, args.once, args.model_kwargs) == ("cpu", "r.csv", True, ["a=b c"])
-        assert config.channel_wise and config.scale_method.value == grid and config.learns == bool(index % 2)
+        assert config.channel_wise and config.scale_method == grid and config.learns == bool(index % 2)
         assert by is None or (config.search_method.value, config.search_samples) == (by, 32)
         assert not config.learns or (config.iters, config.calib_samples, config.warmup) == (7, 1024, 0.1)
         assert not config.compensates and config.first_last_bits is None

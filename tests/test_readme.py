@@ -23,7 +23,6 @@ from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seede
 from logart.cli import key_values
 from logart.export.__main__ import build_parser as build_export_parser
 from logart.export.__main__ import main as export_main
-from logart.grids.grid import ScaleMethod
 from logart.networks.data import DIGITS
 from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main
@@ -155,7 +154,7 @@ def shrunk(argv: list[str], images: Path, folder: Path) -> list[str]:
         more += ["--iters_w", "2"]
     if config.learns or config.compensates:
         more += "--calib_samples 4 --batch_size 2".split()
-    if config.scale_method is ScaleMethod.DYNAMIC and not config.compensates:
+    if config.scale_method == "dynamic" and not config.compensates:
         more += ["--search_samples", "2"]
     if (args.data_path or DIGITS) != DIGITS:
         more += ["--data_path", str(images), "--num_classes", str(CLASSES), "--input_size", "32"]

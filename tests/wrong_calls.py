@@ -100,7 +100,7 @@ FLAGS = [
     Call("--first_last_bits 1", "--first_last_bits must be 2 to 8, got 1"),
     Call("--first_last_bits 9", "--first_last_bits must be 2 to 8, got 9"),
     Call("--first_last_bits all", "--first_last_bits: 'all' is neither a number of bits nor 'same'"),
-    Call("--scale_method cubic", "--scale_method: invalid choice: 'cubic'; expected one of linear_mse"),
+    Call("--scale_method cubic", "--scale_method: invalid choice: 'cubic'; expected one of log_2, log_sqrt2"),
     Call("--search_method tensor", "--search_method: invalid choice: 'tensor'; did you mean tensor_wise?"),
     Call("--scale_search full", "--scale_search: invalid choice: 'full'; expected one of none, grid, half_step"),
     cnn("--recon_input both", "--recon_input: invalid choice: 'both'"),
@@ -168,7 +168,7 @@ IDLE = [
     *idle("hardware_approx_terms 2", "neither --hardware_approx nor --test_"),
     Call("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
     *(call for grid in ("linear_mse", "linear_minmax")
-      for call in idle("scale_search, asymmetric, zero_code", f"--scale_method {grid} is not log",
+      for call in idle("scale_search, asymmetric, zero_code", f"it does not act on --scale_method {grid}",
                        f"--scale_method {grid}")),
     *(call for how in ("compensated", "both")
       for call in idle("search_method layer_wise, {search_images} 4, test_before_calibration",

@@ -16,7 +16,7 @@ from logart.errors import UserError, one_line
 from logart.export.hardware_export import CHOICES, export_hardware
 from logart.export.hardware_readme import approximation, cost_table
 from logart.export.integer_export import export_integer
-from logart.grids.grid import ROOT2_TEXT
+from logart.grids.root2 import ROOT2_TEXT
 from logart.networks.data import DIGITS, open_images
 from logart.networks.image_info import preprocessing_of
 from logart.packed.file import PackedFile

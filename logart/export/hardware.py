@@ -14,15 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from logart.grids.grid import Spacing, root2
-from logart.grids.spec import SCALE_UNIT, CodebookSpec
+from logart.grids.grid import SCALE_UNIT
+from logart.grids.spec import CodebookSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ACTIVATION_BITS = 16
-
-
-class ExactRoot2Error(ValueError):
-    """Levels with an exact √2, where shifts and adds are needed."""
 
 
 def signed_powers(value: float) -> list[tuple[int, int]]:
@@ -110,27 +106,15 @@ class HardwareLevels:
 
     @classmethod
     def of(cls, spec: CodebookSpec, n_bits: int, dtype: torch.dtype = torch.float32) -> HardwareLevels:
-        """The levels of a log grid.
+        """The levels as their grid says.
 
         Raises:
-            ExactRoot2Error: an odd half-step whose √2 is not approximated.
-            ValueError: a linear grid, or a scale that the range of the weights' type cut.
+            ExactRoot2Error: a √2 that is not approximated.
+            ValueError: a grid without shifts, or a scale that the range of the weights' type cut.
         """
-        if spec.spacing is Spacing.LINEAR:
-            raise ValueError("a linear grid has no shifts; only logarithmic grids are exported to hardware")
-        book = spec.codebook(n_bits, dtype)
-        assert book.half_steps is not None and book.signs is not None
-        signs, half_steps = book.signs.numpy().astype(np.int16), book.half_steps.numpy()
-        odd = (half_steps % 2 != 0) & (signs != 0)
-        if spec.terms == 0 and odd.any():
-            raise ExactRoot2Error("an exact √2 is no sum of a few shifts")
-        numerators = spec.columns["scale"] if "scale" in spec.columns else None
-        if numerators is not None and book.scale is not None and not torch.equal(book.scale * SCALE_UNIT, numerators):
-            raise ValueError("a scale takes the largest level out of its type's range")
-        tail = np.array([-sign * e for sign, e in signed_powers(root2(spec.terms))[1:]] if odd.any() else [], np.int16)
-        shifts = np.where(signs != 0, half_steps // 2, 0).astype(np.int16)
-        adds = np.where(odd[..., None], tail, 0).astype(np.int16)
-        return cls(signs, shifts, adds, None if numerators is None else numerators.numpy().astype(np.int16))
+        shifts = spec.grid.shifts(spec, n_bits, dtype)
+        every = (None if part is None else part.cpu().numpy().astype(np.int16) for part in shifts)
+        return cls(*every)  # type: ignore[arg-type]
 
     def values(self) -> Array:
         """The levels [G, L] as float64, scales included."""

@@ -26,7 +26,6 @@ from logart.export.hardware import (
     ACTIVATION_BITS,
     Array,
     Cost,
-    ExactRoot2Error,
     FixedPoint,
     HardwareLevels,
     signed_powers,
@@ -34,7 +33,7 @@ from logart.export.hardware import (
 from logart.export.hardware_readme import readme
 from logart.export.hardware_run import LayerRun, run_layers
 from logart.export.integer_layer import IntegerLayer
-from logart.grids.grid import ROOT2_TEXT
+from logart.grids.root2 import ROOT2_TEXT, ExactRoot2Error
 from logart.networks.weights import file_sha256
 from logart.packed.file import PackedFile
 from logart.packed.layer import DTYPES, PackedLayer
@@ -218,7 +217,7 @@ def _write_layer(
         "codebooks": len(levels.signs),
         "root2_terms": layer.packed.spec.terms,
         "root2_approximated_by_export": layer.approximated,
-        "add_shifts": levels.adds[_odd(levels)][:1].ravel().tolist(),
+        "add_shifts": _shared_add_shifts(levels),
         "scale": scale,
         "geometry": None if run is None or run.geometry is None else asdict(run.geometry),
         "golden": _write_golden(layer, run, bias, folder / "golden") if golden and run is not None else None,
@@ -235,6 +234,8 @@ def write_codes(layer: ExportLayer, folder: Path) -> None:
     codebook = np.concatenate([levels.signs[..., None], levels.shifts[..., None], levels.adds], axis=2)
     np.save(folder / "codebook.npy", codebook)
     _write_hex(folder / "codebook.hex", _words(levels), 16)
+    if _shared_add_shifts(levels) is None:
+        _save(folder / "add_shifts", levels.adds.astype(np.int8), 8)
 
 
 def _write_golden(layer: ExportLayer, run: LayerRun, bias: Tensor | None, folder: Path) -> dict[str, Any]:
@@ -269,6 +270,12 @@ def _odd(levels: HardwareLevels) -> Array:
     """Which codes [G, L] have add-shifts."""
     odd: Array = np.count_nonzero(levels.adds, axis=2) > 0
     return odd
+
+
+def _shared_add_shifts(levels: HardwareLevels) -> list[int] | None:
+    """The add-shifts of every level that has any, empty where none has; None where levels differ in them."""
+    every = np.unique(levels.adds[_odd(levels)], axis=0)
+    return None if len(every) > 1 else every.ravel().tolist()
 
 
 def _words(levels: HardwareLevels) -> Array:

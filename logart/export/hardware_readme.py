@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from logart.export.hardware import ACTIVATION_BITS
-from logart.grids.grid import ROOT2_TEXT
+from logart.grids.root2 import ROOT2_TEXT
 from logart.text import shape_text, table
 
 
@@ -29,7 +29,7 @@ def approximation(manifest: dict[str, Any]) -> str:
     """Which sum stands for √2, and since when."""
     terms = max((layer["root2_terms"] for layer in manifest["layers"]), default=0)
     if terms == 0:
-        return "No level holds √2: every level is a power of two."
+        return "No level holds √2: every level is a power of two, or a sum of some."
     if any(layer["root2_approximated_by_export"] for layer in manifest["layers"]):
         return (
             f"The packed file holds an exact √2; this export has √2 ≈ {ROOT2_TEXT[terms]} (--terms {terms}).\n"
@@ -76,6 +76,7 @@ Negative numbers are two's complement, sign-extended to whole digits. The most s
 | `codes` | code of each weight, `bits` bits, unsigned | uint8 | the weight's: [C, C_in/groups, kh, kw] or [C, K] |
 | `codebook.npy` | sign, shift, add-shifts of each code | int16 | [G, 2^bits, 2 + A] |
 | `codebook.hex` | the same as 16-bit words, G·2^bits of them | | [G, 2^bits] |
+| `add_shifts` | add-shifts of each code; only where `add_shifts` of the manifest is null | int8 | [G, 2^bits, A] |
 | `scale` | numerator i of a channel's scale i/32; only where `scale` of the manifest is not null | uint8 | [G] |
 | `bias.npy` | bias, only where the layer has one | float64 | [C] |
 | `golden/input`, `golden/output` | activations and outputs, integers | int16, int64 | in the manifest |
@@ -88,7 +89,8 @@ The C rows of a weight share the G codebooks evenly, in order: row r has codeboo
     level = sign · 2^shift · (1 + Σ_j ±2^-|k_j|)
 
 sign is -1, 0 or 1; a level of sign 0 is zero, and its weight adds nothing. k_j > 0 adds 2^-k_j, k_j < 0 subtracts
-2^-|k_j|, k_j = 0 is no term. All levels with add-shifts in a layer have the same ones, `add_shifts` of the manifest.
+2^-|k_j|, k_j = 0 is no term. Levels of √2 in a layer have the same add-shifts, `add_shifts` of the manifest; on a grid
+whose levels differ in them (sums of two powers of two) that is null, and the layer's folder has `add_shifts`.
 A word of `codebook.hex`, bit 15 first: bit 15 zero level, bit 14 negative, bit 13 add-shifts apply, bits 12 to 0 shift
 in two's complement.
 
@@ -127,9 +129,9 @@ For one image of the recorded size. They say nothing about silicon.
 
 Replaced multiplications are those of a linear grid: one for each weight and output position, padding included; this
 export has none. Shifts and adds: one of each for each term of a weight that is not zero, at each output position: 1 for
-a power of two, 2 for √2 ≈ 1 + 1/2, 3 or 4 with more terms; the first sum starts from zero and counts. A scale adds one
-shift for each term of i and one add fewer. Adding the bias is not counted, nor is it for the linear grid, which has as
-many adds as multiplications. Storage bits: codes and the codebooks' packed integers (as in the packed file; the tables
-here are expanded). On a linear grid: codes of as many bits, and a 32-bit scale and a zero point of `bits` bits a
-channel.
+a power of two, 2 for √2 ≈ 1 + 1/2 or another sum of two powers, 3 or 4 with more; the first sum starts from zero and
+counts. A scale adds one shift for each term of i and one add fewer. Adding the bias is not counted, nor is it for the
+linear grid, which has as many adds as multiplications. Storage bits: codes and the codebooks' packed integers (as in
+the packed file; the tables here are expanded). On a linear grid: codes of as many bits, and a 32-bit scale and a zero
+point of `bits` bits a channel.
 """

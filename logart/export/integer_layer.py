@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from logart.export.hardware import Array, FixedPoint, HardwareLevels, Powers, signed_powers
-from logart.grids.spec import SCALE_UNIT
+from logart.grids.grid import SCALE_UNIT
 
 SCALE_FRACTION = SCALE_UNIT.bit_length() - 1  # a scale is an integer over 2^5
 _LIMIT = 61  # sums and biases stay below 2^61 each, so that int64 holds their sum

@@ -21,7 +21,6 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ from torch import Tensor, nn
 
 from logart.errors import UserError, one_line
 from logart.files import write_atomically
-from logart.grids.grid import Spacing
-from logart.grids.spec import CodebookSpec
 from logart.networks.image_info import input_size_of
 from logart.packed.checkpoint import SizeTable, load_packed, to_packed
 from logart.packed.layer import PackedLayer
@@ -157,7 +154,7 @@ def _with_expansion(traced: Any, layers: Mapping[str, PackedLayer]) -> Any:
     """The traced model with its weights made from packed codes in place of given."""
     tables, channels = Tables(), {}
     for name, layer in layers.items():
-        units, factor = unit_levels(layer.spec, layer.n_bits)
+        units, factor = layer.spec.grid.units(layer.spec, layer.n_bits, torch.float32)
         channels[name] = (tables.places(units, layer.n_bits), factor)
     graph = Graph()
     table_names = tables.add_to(graph)
@@ -171,22 +168,6 @@ def _with_expansion(traced: Any, layers: Mapping[str, PackedLayer]) -> Any:
     nodes, constants = [*graph.nodes, *old.node], [*graph.constants, *old.initializer]
     traced.graph.CopyFrom(helper.make_graph(nodes, "network", old.input[:1], old.output, constants))
     return traced
-
-
-def unit_levels(spec: CodebookSpec, n_bits: int) -> tuple[Tensor, Tensor]:
-    """Levels as products: units [C, 2^n] float64, of which few rows differ, and a factor of each channel, [C] float64.
-
-    Cut to what float32 holds, the product in float64 rounds to the very levels of `spec.codebook`.
-    """
-    if spec.spacing is Spacing.LINEAR:
-        steps = torch.arange(2**n_bits, dtype=torch.float64) - spec.columns["zero_point"][:, None]
-        return steps, spec.columns["step"]
-    codebook = spec.codebook(n_bits)
-    unscaled = replace(codebook, scale=None).with_terms(spec.terms).levels
-    exponent = spec.columns["top_half_step"].div(2, rounding_mode="floor").int().numpy()
-    factor = torch.from_numpy(np.ldexp(1.0, exponent))
-    units = torch.from_numpy(np.ldexp(unscaled.numpy(), -exponent[:, None]))
-    return units, factor if codebook.scale is None else factor * codebook.scale
 
 
 def _levels(graph: Graph, weight: str, table: str, places: np.ndarray, factor: Tensor) -> str:

@@ -33,7 +33,7 @@ def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
         "kind": layer.kind,
         "shape": list(layer.shape),
         "bits": layer.n_bits,
-        "grid": layer.spec.spacing.value,
+        "grid": layer.spec.grid.name,
         "codebooks": layer.spec.channels,
         "base_mix": base_mix(layer),
         "root2_terms": layer.spec.terms,

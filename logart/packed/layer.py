@@ -12,13 +12,14 @@ from torch import Tensor
 
 from logart.grids.grid import MAX_BITS, MIN_BITS
 from logart.grids.packing import packed_bytes, unpack
+from logart.grids.registry import stored_grid
 from logart.grids.spec import CodebookSpec, dequantize_packed
 
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 CODES = "codes"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_ENTRY = ("kind", "shape", "bits", "dtype", "terms")
+_ENTRY = ("kind", "shape", "bits", "dtype", "grid", "terms")
 _DEFAULTS = {"dtype": "float32", "terms": 0}  # what an entry need not say
 
 
@@ -62,7 +63,7 @@ class PackedLayer:
     def entry(self) -> dict[str, Any]:
         """What the metadata says of the layer, beyond `_DEFAULTS`."""
         dtype = str(self.dtype).removeprefix("torch.")
-        values = (self.kind, list(self.shape), self.n_bits, dtype, self.spec.terms)
+        values = (self.kind, list(self.shape), self.n_bits, dtype, self.spec.grid.name, self.spec.terms)
         return {key: value for key, value in zip(_ENTRY, values, strict=True) if value != _DEFAULTS.get(key)}
 
     @classmethod
@@ -75,7 +76,7 @@ class PackedLayer:
         if not isinstance(entry, dict) or {*_DEFAULTS, *entry} != set(_ENTRY):
             raise ValueError(f"{entry!r:.80}; expected {', '.join(_ENTRY)}")
         entry = {**_DEFAULTS, **entry}
-        kind, shape, n_bits, dtype, terms = (entry[name] for name in _ENTRY)
+        kind, shape, n_bits, dtype, grid, terms = (entry[name] for name in _ENTRY)
         if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"kind {kind!r:.40}")
         if not isinstance(shape, list) or len(shape) != KINDS[kind] or not all(_positive(size) for size in shape):
@@ -84,6 +85,8 @@ class PackedLayer:
             raise ValueError(f"bits {n_bits!r:.40}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r:.40}")
+        if not isinstance(grid, str):
+            raise ValueError(f"grid {grid!r:.40}")
         if type(terms) is not int or terms not in (0, 2, 3, 4):
             raise ValueError(f"terms {terms!r:.40}")
         columns = {name: _widest(name, tensor) for name, tensor in tensors.items() if name != CODES}
@@ -92,7 +95,7 @@ class PackedLayer:
             seen = "none" if codes is None else f"{list(codes.shape)} {codes.dtype}"
             raise ValueError(f"codes: {seen}; expected {size} bytes")
         weight = torch.Size(shape)
-        spec = CodebookSpec.checked(columns, terms, weight, n_bits, DTYPES[dtype])
+        spec = CodebookSpec.checked(stored_grid(grid), columns, terms, weight, n_bits, DTYPES[dtype])
         return cls(kind, weight, n_bits, DTYPES[dtype], codes, spec)
 
 

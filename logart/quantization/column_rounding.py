@@ -12,14 +12,14 @@ Everything is float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from logart.grids.grid import Codebook, Spacing
+from logart.grids.grid import Codebook, Spacing, borders_between
 from logart.grids.rounding import dequantize, nearest
 from logart.quantization import loops_plain
 
@@ -158,7 +158,7 @@ class LinearLevels:
     @classmethod
     def of(cls, codebook: Codebook, groups: int) -> LinearLevels:
         """Of a codebook of G·R rows."""
-        borders = replace(codebook, spacing=Spacing.LINEAR).borders
+        borders = borders_between(codebook.levels, Spacing.LINEAR)
         return cls(*(x.unflatten(0, (groups, -1)).contiguous() for x in (codebook.levels, borders)))
 
     def select(self, rows: Tensor) -> LinearLevels:

@@ -60,7 +60,7 @@ def compensate_block(
         t = target(w, a, centred)
         wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
         error = per_codebook(partial(quadratic_error, a=a), layer)
-        codebook = choose_codebook(wanted, config.scale_method, layer.n_bits, error=error, **config.grid_options)
+        codebook = choose_codebook(wanted, config.grid, layer.n_bits, error=error, options=config.grid_options)
         rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
         codes = round_compensated(t, a, codebook.select(rows))
         layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))

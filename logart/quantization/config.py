@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from logart.grids.grid import MAX_BITS, MIN_BITS, ROOT2_TEXT, ScaleMethod, Spacing, root2
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import MAX_BITS, MIN_BITS, Grid, GridOptions, ScaleSearch
+from logart.grids.registry import grid_named
+from logart.grids.root2 import ROOT2_TEXT, root2
 
 
 class SearchMethod(str, Enum):
@@ -67,12 +68,12 @@ class QuantConfig:
         n_bits: 2 to 8, for every layer but the first and last if `first_last_bits` says otherwise.
         first_last_bits: bits of the first and last layer; None is the same as `n_bits`.
         channel_wise: one codebook per output channel, or one per layer.
-        scale_method: the grid.
+        scale_method: the grid, by its name in `grids.registry`.
         search_method: the measure of DBS and scale search; compensated rounding has its own.
         search_samples: images for DBS.
         search_batch_size: images at a time in DBS.
         scale_search: which factors of the levels are tried, per channel.
-        asymmetric, zero_code: how codes are spent, see `reassigned_codes.reassign_unused_codes`.
+        asymmetric, zero_code: how codes are spent, see `grids.reassigned_codes`.
         rounding: how codes are found.
         calib_samples: images for LLR and compensated rounding.
         batch_size: images per LLR step, and at a time elsewhere in these stages.
@@ -93,7 +94,7 @@ class QuantConfig:
     n_bits: int = 4
     first_last_bits: int | None = None
     channel_wise: bool = True
-    scale_method: ScaleMethod = ScaleMethod.DYNAMIC
+    scale_method: str = "dynamic"
     search_method: SearchMethod = SearchMethod.TENSOR_WISE
     search_samples: int = 32
     search_batch_size: int = 32
@@ -119,7 +120,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of its range, naming the field."""
-        object.__setattr__(self, "scale_method", ScaleMethod(self.scale_method))
+        grid_named(self.scale_method)
         object.__setattr__(self, "search_method", SearchMethod(self.search_method))
         object.__setattr__(self, "scale_search", ScaleSearch(self.scale_search))
         object.__setattr__(self, "rounding", Rounding(self.rounding))
@@ -152,9 +153,9 @@ class QuantConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether there is more than one log codebook to choose from."""
-        scales = self.scale_search is not ScaleSearch.NONE
-        return self.scale_method is ScaleMethod.DYNAMIC or (scales and self.scale_method.spacing is Spacing.LOG)
+        """Whether there is more than one codebook to choose from, by the measure asked for."""
+        several = self.grid.n_candidates(self.n_bits, self.grid_options.scale_search) > 1
+        return several and self.grid.own_error is None
 
     @property
     def compensates(self) -> bool:
@@ -173,14 +174,15 @@ class QuantConfig:
         return self.rounding if self.learns else without.get(self.rounding, self.rounding)
 
     @property
-    def grid_options(self) -> dict[str, Any]:
-        """The options of `search.choose_codebook`."""
-        return {
-            "terms": self.hardware_terms,
-            "scale_search": self.scale_search,
-            "asymmetric": self.asymmetric,
-            "zero_code": self.zero_code,
-        }
+    def grid(self) -> Grid:
+        """The grid that `scale_method` names."""
+        return grid_named(self.scale_method)
+
+    @property
+    def grid_options(self) -> GridOptions:
+        """What is asked of the grid; options that do not act on it have their defaults."""
+        asked = GridOptions(self.hardware_terms, self.scale_search, self.asymmetric, self.zero_code)
+        return GridOptions(**{name: getattr(asked, name) for name in self.grid.options})
 
     @property
     def images_needed(self) -> int:
@@ -201,13 +203,14 @@ class QuantConfig:
 
 def describe(config: QuantConfig) -> str:
     """The settings in a line, those that act."""
-    grid = f"{config.n_bits} bits, {config.scale_method.value}"
+    grid = f"{config.n_bits} bits, {config.scale_method}"
     if config.searches and not config.compensates:
         grid += f" ({config.search_method.value} DBS)"
     words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]
-    if config.scale_search is not ScaleSearch.NONE:
-        words.append(f"{config.scale_search.value} scale search")
-    words += [name for name in ("asymmetric", "zero_code") if getattr(config, name)]
+    options = config.grid_options
+    if options.scale_search is not ScaleSearch.NONE:
+        words.append(f"{options.scale_search.value} scale search")
+    words += [name for name in ("asymmetric", "zero_code") if getattr(options, name)]
     if config.compensates:
         words.append(f"compensated rounding, {config.calib_samples} images")
     if config.learns:
@@ -216,6 +219,6 @@ def describe(config: QuantConfig) -> str:
         words.append(f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})")
     if not (config.compensates or config.learns):
         words.append("plain rounding")
-    if config.hardware_terms:
-        words.append(f"√2 ≈ {ROOT2_TEXT[config.hardware_terms]}")
+    if options.terms:
+        words.append(f"√2 ≈ {ROOT2_TEXT[options.terms]}")
     return ", ".join([*words, f"seed {config.seed}"])

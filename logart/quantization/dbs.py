@@ -7,8 +7,9 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart.grids.grid import ErrorFunction
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
-from logart.grids.search import ErrorFunction, choose_codebook, n_candidates, squared_error
+from logart.grids.search import choose_codebook, squared_error
 from logart.quantization.cache import Captured
 from logart.quantization.capture import run_to
 from logart.quantization.config import QuantConfig, SearchMethod
@@ -28,6 +29,7 @@ def search_block(
         reference, quantized: the float network and the one being quantized; only the block inside is run.
         data: the block's inputs [n, ...] in both networks, in this order; None when the measure needs none.
     """
+    options = config.grid_options
     for name in block.layers:
         layer = quantized.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
@@ -37,14 +39,12 @@ def search_block(
             blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
             float_layer = reference.get_submodule(name)
             if config.search_method is SearchMethod.LAYER_WISE:
-                count = n_candidates(config.scale_method, layer.n_bits, config.scale_search)
+                count = config.grid.n_candidates(layer.n_bits, options.scale_search)
                 measured = layer_error(*blocks, float_layer, layer, *data, candidates=count, batch_size=size)
             else:
                 measured = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed).error
             error = per_codebook(measured, layer)
-        options = config.grid_options
-        codebook = choose_codebook(layer.rows, config.scale_method, layer.n_bits, error=error, **options)
-        layer.set_codebook(codebook)
+        layer.set_codebook(choose_codebook(layer.rows, config.grid, layer.n_bits, error=error, options=options))
 
 
 def per_codebook(error: ErrorFunction, layer: QuantizedLayer) -> ErrorFunction:

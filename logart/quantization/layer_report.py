@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from logart.grids.rounding import nearest
 from logart.grids.search import rounding_error
+from logart.grids.spec import CodebookSpec
 from logart.quantization import surgery
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
@@ -26,7 +27,7 @@ class LayerReport:
     Attributes:
         name, shape, n_bits: of the layer.
         block: the block it was reconstructed in.
-        base_mix: how many codebooks have each n_base2; empty for linear grids.
+        base_mix: see `base_mix`.
         error_nearest: relative squared error of the weight after plain rounding, ‖w - q‖² / ‖w‖².
         error: the same of the final codes.
         n_changed_codes: how many weights learning put on another level than plain rounding.
@@ -84,6 +85,12 @@ class Report:
         }
 
 
+def base_mix(spec: CodebookSpec) -> dict[int, int]:
+    """How many codebooks have each n_base2; empty on grids without."""
+    n_base2 = spec.columns.get("n_base2")
+    return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))
+
+
 @torch.no_grad()
 def layer_reports(quantized: nn.Module, blocks: list[Block]) -> list[LayerReport]:
     """The report of every layer of a network that was quantized and still knows its float weights."""
@@ -97,7 +104,7 @@ def layer_reports(quantized: nn.Module, blocks: list[Block]) -> list[LayerReport
             plain = nearest(w, codebook)
             energy = max(float(w.double().square().sum()), 1e-300)
             final = layer.weight.reshape(w.shape).double() - w.double()
-            mix = {} if codebook.n_base2 is None else dict(sorted(Counter(codebook.n_base2.tolist()).items()))
+            mix = base_mix(codebook.spec)
             reports.append(
                 LayerReport(
                     name=name,

@@ -20,8 +20,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from logart.grids.grid import Codebook, Spacing
+from logart.grids.grid import Codebook
 from logart.grids.packing import pack
+from logart.grids.plain import stored_spec
 from logart.grids.rounding import dequantize, nearest, rectified_sigmoid, soft_neighbours, soft_round
 from logart.grids.spec import CodebookSpec, dequantize_packed
 
@@ -54,10 +55,6 @@ class SoftRounding(nn.Module):
         return self.lower + (rectified_sigmoid(self.alpha) >= 0.5).to(torch.uint8)
 
 
-# What a layer keeps of a log codebook beside its levels, and how short.
-_STORED = {"half_steps": torch.int16, "signs": torch.int8, "n_base2": torch.int16, "scale": torch.float64}
-
-
 _MEMBERS = ("_parameters", "_buffers", "_modules")  # where a module keeps its tensors
 
 
@@ -67,29 +64,23 @@ class QuantizedLayer(nn.Module):
     Attributes:
         float_weight: the float parameter, shared with the float network; None once `discard_float_weight` was called.
         codes: uint8, the weight's shape; None before rounding.
-        levels: [G, L] float64; on log grids half_steps: [G, L] int16, signs: [G, L] int8, n_base2: [G] int16, and
-            scale: [G] float64 where levels are scaled.
+        levels: [G, L] float64.
+        spec: what the codebooks are made of.
         n_codebooks: G; rows of the weight are split evenly among codebooks, in order.
         shape: the weight's.
-        packed_codes, spec: in a loaded network the packed codes [bytes] uint8 and what their codebooks are made of, in
-            place of codes and levels.
+        packed_codes: in a loaded network the packed codes [bytes] uint8, in place of codes and levels.
         like: [0]; its type is what the user moved a loaded network to, as torch moves every buffer.
     """
 
     float_weight: nn.Parameter | None
     codes: Tensor | None
     levels: Tensor | None
-    half_steps: Tensor | None
-    signs: Tensor | None
-    n_base2: Tensor | None
-    scale: Tensor | None
     dequantized_weight: Tensor | None
     soft: SoftRounding | None
     soft_weight: Tensor
     packed_codes: Tensor | None
     dtype_marker: Tensor | None
     spec: CodebookSpec | None
-    spacing: Spacing
     n_codebooks: int
     n_bits: int
     shape: torch.Size
@@ -106,12 +97,12 @@ class QuantizedLayer(nn.Module):
         assert isinstance(layer, QuantizedLayer)
         weight = layer._parameters.pop("weight")
         layer.register_parameter("float_weight", weight)
-        for name in ("codes", "levels", "packed_codes", *_STORED):
+        for name in ("codes", "levels", "packed_codes"):
             layer.register_buffer(name, None)
         for name in ("dequantized_weight", "dtype_marker"):
             layer.register_buffer(name, None, persistent=False)
         layer.register_module("soft", None)
-        layer.spacing, layer.n_bits, layer.n_codebooks = Spacing.LOG, n_bits, n_codebooks
+        layer.n_bits, layer.n_codebooks = n_bits, n_codebooks
         assert weight is not None
         layer.shape, layer.dtype, layer.spec = weight.shape, weight.dtype, None
         return layer
@@ -137,19 +128,14 @@ class QuantizedLayer(nn.Module):
     @property
     def codebook(self) -> Codebook:
         """The codebook that was set, or that the packed integers make."""
-        if self.spec is not None:
+        assert self.spec is not None
+        if self.levels is None:
             return self.spec.codebook(self.n_bits, self.dtype)
-        assert self.levels is not None
-        stored = {name: getattr(self, name) for name in _STORED}
-        wide = {name: None if t is None else t if t.is_floating_point() else t.long() for name, t in stored.items()}
-        return Codebook(self.levels, self.spacing, **wide)
+        return Codebook(self.levels, self.spec.to(self.levels.device))
 
     def set_codebook(self, codebook: Codebook, codes: Tensor | None = None) -> None:
         """Take a codebook and round to nearest, or take the codes [G, M] given."""
-        self.spacing, self.levels = codebook.spacing, codebook.levels
-        for name, dtype in _STORED.items():
-            tensor = getattr(codebook, name)
-            setattr(self, name, None if tensor is None else tensor.to(dtype))
+        self.levels, self.spec = codebook.levels, codebook.spec
         self.set_codes(nearest(self.rows, codebook) if codes is None else codes)
 
     def set_codes(self, codes: Tensor) -> None:
@@ -198,7 +184,7 @@ class QuantizedLayer(nn.Module):
             return partial(self.set_packed, self.packed_codes, snapshot, dequantized_weight=dequantized_weight)
         assert self.codes is not None
         codes, exact = self.codes.reshape(self.n_codebooks, -1), self.codebook
-        self.set_codebook(exact.with_terms(terms), codes)
+        self.set_codebook(exact.with_terms(terms, self.dtype), codes)
         return partial(self.set_codebook, exact, codes)
 
     def snapshot(self) -> Callable[[], None]:
@@ -208,12 +194,10 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """What torch moves a module with: levels keep their type, and weights of a new type are read off them anew."""
-        exact = {name: getattr(self, name) for name in ("levels", "scale")}
-        before = self.dequantized_weight
+        exact, before = self.levels, self.dequantized_weight
         super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            if tensor is not None and getattr(self, name).dtype != tensor.dtype:
-                setattr(self, name, tensor.to(getattr(self, name).device))
+        if exact is not None and self.levels is not None and self.levels.dtype != exact.dtype:
+            self.levels = exact.to(self.levels.device)
         now = self.dequantized_weight
         if before is not None and now is not None and now.dtype != before.dtype:
             self.dequantized_weight = (
@@ -245,12 +229,12 @@ class QuantizedLayer(nn.Module):
             return self.packed_codes, self.spec
         if self.codes is None or self.soft is not None:
             raise ValueError("the layer is not rounded")
-        return pack(self.codes, self.n_bits), CodebookSpec.of(self.codebook, self.dtype)
+        return pack(self.codes, self.n_bits), stored_spec(self.codebook, self.dtype)
 
     def set_packed(self, codes: Tensor, spec: CodebookSpec, *, dequantized_weight: bool) -> None:
         """Take packed codes in place of the float weight; expand them once, here, or whenever the weight is read."""
         self.discard_float_weight()
-        self.spacing, self.packed_codes, self.spec = spec.spacing, codes, spec
+        self.packed_codes, self.spec = codes, spec
         if self.dtype_marker is None:
             self.dtype_marker = torch.empty(0, dtype=self.dtype)
         if dequantized_weight:

@@ -9,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from logart.grids.grid import ScaleMethod
+from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
 from logart.report.groups import CALIBRATION, GRID, LLR, NETWORK, SEARCH, Group, Row, groups_of, network, values
 
-GRID_NAMES = {
-    ScaleMethod.LOG_2.value: "base 2",
-    ScaleMethod.LOG_SQRT2.value: "base √2",
-    ScaleMethod.DYNAMIC.value: "dynamic",
-}
+GRID_NAMES = {name: grid.label for name, grid in GRIDS.items()}
 SEARCH_NAMES = {
     SearchMethod.TENSOR_WISE.value: "TW",
     SearchMethod.LAYER_WISE.value: "LW",
     SearchMethod.BLOCK_WISE.value: "BW",
 }
-_ORDER = [*GRID_NAMES, ScaleMethod.LINEAR_MINMAX.value, ScaleMethod.LINEAR_MSE.value]
+_ORDER = [*GRID_NAMES]
 
 
 @dataclass

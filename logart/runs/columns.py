@@ -51,7 +51,7 @@ class When(NamedTuple):
 
 
 ALWAYS = When("", lambda config: True)
-LOGARITHMIC = When("logarithmic grids", lambda config: config.scale_method.spacing.name == "LOG")
+LOGARITHMIC = When("logarithmic grids", lambda config: "scale_search" in config.grid.options)
 SEARCHES = When("DBS or scale search", lambda config: config.searches and not config.compensates)
 SEARCHES_DATA = When("search by layer or block outputs", lambda config: config.searches_data)
 SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
@@ -160,7 +160,7 @@ COLUMNS = (
     Column("first_last_bits", Part.GRID, "width in the first and last layer, or `same`",
            lambda f: f.config.first_last_bits or "same", unit="bits"),
     _of_config("channel_wise", Part.GRID, "`True`: a codebook per output channel; `False`: one per layer"),
-    _of_config("scale_method", Part.METHOD, "the grid: linear, base 2, base sqrt 2 or dynamic"),
+    _of_config("scale_method", Part.METHOD, "the grid, by the name that `--scale_method` has for it"),
     _of_config("scale_search", Part.GRID,
                "`grid`, `half_step` or `none`: which factors of the levels were tried, per channel",
                when=LOGARITHMIC, idle="none"),

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from logart.cli import FlagParser, finite
-from logart.grids.grid import ROOT2_TEXT, ScaleMethod
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
+from logart.grids.registry import GRIDS
+from logart.grids.root2 import ROOT2_TEXT
 from logart.networks.data import DIGITS
 from logart.networks.network import INTERPOLATIONS
 from logart.quantization.cache import CacheLocation
@@ -87,7 +88,7 @@ class TrackFlags:
         add(group, "channel_wise", "one codebook per output channel, or one per layer", "per channel",
             action=argparse.BooleanOptionalAction)  # fmt: skip
         add(group, "scale_method", "the grid", type=_other_names({"log_dynamic": "dynamic"}),
-            choices=[m.value for m in ScaleMethod])  # fmt: skip
+            choices=list(GRIDS))  # fmt: skip
         add(group, "asymmetric", "codes that a channel's shorter sign never reaches become small levels", "off",
             action=argparse.BooleanOptionalAction)  # fmt: skip
         add(group, "zero_code", "one code of each channel is zero", "off", action=argparse.BooleanOptionalAction)

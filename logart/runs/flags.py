@@ -11,7 +11,6 @@ from typing import Any
 
 from logart.cli import default_if_none, given, key_values, refuse_without_effect
 from logart.errors import UserError
-from logart.grids.grid import ScaleMethod, Spacing
 from logart.networks.data import DIGITS
 from logart.networks.network import Network
 from logart.quantization.cache import CacheLocation
@@ -96,18 +95,17 @@ def refuse_idle_flags(
     def refuse(names: Sequence[str], acts: bool, why: str) -> None:
         refuse_without_effect(args, {name: f"--{name}" for name in names}, acts, why)
 
-    method = config.scale_method
-    log = method.spacing is Spacing.LOG
-    refuse(("scale_search", "asymmetric", "zero_code"), log, f"--scale_method {method.value} is not logarithmic")
-    refuse(("search_method", *search), config.searches, f"--scale_method {method.value} searches nothing")
+    grid = config.grid
+    for option in ("scale_search", "asymmetric", "zero_code"):
+        refuse((option,), option in grid.options, f"it does not act on --scale_method {grid.name}")
+    refuse(("search_method", *search), config.searches, f"--scale_method {grid.name} searches nothing")
     closed = f"--rounding {config.rounding.value} searches in the metric of each layer's inputs"
     refuse(("search_method", *search, "test_before_calibration"), not config.compensates, closed)
     schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
     refuse((*learning, *schedule), config.learns, unlearned)
     refuse(("cache",), config.images_needed > 0, "no stage of this run captures anything")
-    has_root2 = method in (ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
     approximate = ("hardware_approx", "test_with_hardware_approx")
-    refuse(approximate, has_root2, f"--scale_method {method.value} has no √2 to approximate")
+    refuse(approximate, "terms" in grid.options, f"--scale_method {grid.name} has no √2 to approximate")
     refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")
     approximates = bool(args.hardware_approx or args.test_with_hardware_approx)
     refuse(

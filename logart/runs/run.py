@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NonFiniteError, NoRoomError, UserError, one_line
-from logart.grids.grid import ROOT2_TEXT
+from logart.grids.root2 import ROOT2_TEXT
 from logart.networks.data import ImageSource, validation_batches
 from logart.networks.evaluate import Accuracy, accuracy
 from logart.networks.network import Network

@@ -19,8 +19,7 @@ import logart.quantization.pipeline
 import logart.runs.job
 import logart.runs.run
 import logart_cnn.command
-from logart.grids.grid import ScaleMethod
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
 from logart.networks.weights import file_sha256
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.runs.run import RunOptions
@@ -73,7 +72,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
     assert source.name == "digits" and network.block_types == ("DigitsBlock",) and len(images) == 1024
     assert settings == QuantConfig()
     assert asdict(settings) | {"iters": 0, "lr": 0, "rrweight": 0} == {
-        "n_bits": 4, "first_last_bits": None, "channel_wise": True, "scale_method": ScaleMethod.DYNAMIC,
+        "n_bits": 4, "first_last_bits": None, "channel_wise": True, "scale_method": "dynamic",
         "search_method": SearchMethod.TENSOR_WISE, "search_samples": 32, "calib_samples": 1024, "batch_size": 32,
         "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": ReconInput.QUANTIZED, "hardware_terms": 0,
         "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
@@ -96,7 +95,7 @@ def test_the_paper_s_command_is_understood_as_it_stands() -> None:
     expected = QuantConfig(
         n_bits=4,
         channel_wise=True,
-        scale_method=ScaleMethod.DYNAMIC,
+        scale_method="dynamic",
         search_method=SearchMethod.TENSOR_WISE,
         search_samples=32,
         iters=20000,

@@ -22,9 +22,8 @@ import logart.runs.job
 import logart.runs.run
 import logart_vit.command
 from logart.cli import key_values
-from logart.grids.grid import ScaleMethod
+from logart.grids.grid import ScaleSearch
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
-from logart.grids.search import ScaleSearch
 from logart.networks.weights import file_sha256
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.quantization.layers import QUANTIZED_TYPES
@@ -105,7 +104,7 @@ class Config:
     scale_search, asymmetric, zero_code = "half_step", True, True
 """
 OTHER = QuantConfig(
-    3, 8, False, ScaleMethod.DYNAMIC, SearchMethod.LAYER_WISE, search_samples=64, search_batch_size=16,
+    3, 8, False, "dynamic", SearchMethod.LAYER_WISE, search_samples=64, search_batch_size=16,
     calib_samples=512, batch_size=8, iters=77, rrweight=7.0, lr=0.5, b_start=9.0, b_end=3.0, warmup=0.1,
     recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, temperature=5.0,
     head_kl=True, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True,
@@ -115,7 +114,7 @@ FLAGS_WIN = {
     "--first_last_bits same": {"first_last_bits": None},
     "--first_last_bits 6": {"first_last_bits": 6},
     "--channel_wise": {"channel_wise": True},
-    "--scale_method log_sqrt2": {"scale_method": ScaleMethod.LOG_SQRT2},
+    "--scale_method log_sqrt2": {"scale_method": "log_sqrt2"},
     "--search_method tensor_wise": {"search_method": SearchMethod.TENSOR_WISE},
     "--calib_size 4": {"search_samples": 4},
     "--calib_batch_size 5": {"search_batch_size": 5},

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logart.errors import UserError
-from logart.grids.grid import ScaleMethod
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
+from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
 from logart_vit.settings import OPTIM_METRICS, OPTIM_MODES, Config, load_config
 
@@ -174,7 +174,7 @@ def test_the_base_itself_is_a_config(write: Writer) -> None:
         }
         | {
             "first_last_bits": st.none() | st.integers(),
-            "scale_method": st.sampled_from([method.value for method in ScaleMethod]),
+            "scale_method": st.sampled_from(list(GRIDS)),
             "search_method": st.sampled_from([method.value for method in SearchMethod]),
             "scale_search": st.sampled_from([search.value for search in ScaleSearch]),
             "optim_metric": st.sampled_from(OPTIM_METRICS),
@@ -194,8 +194,8 @@ def test_the_known_values() -> None:
 
 def test_members_of_the_enums_become_plain_text(write: Writer) -> None:
     text = (
-        "from logart.quantization.config import SearchMethod\nfrom logart.grids.grid import ScaleMethod\n"
-        "class Config:\n    scale_method = ScaleMethod.LOG_2\n    search_method = SearchMethod.BLOCK_WISE\n"
+        "from logart.quantization.config import SearchMethod\n"
+        "class Config:\n    scale_method = 'log_2'\n    search_method = SearchMethod.BLOCK_WISE\n"
     )
     assert identical(load_config(write(text)), BEST | {"scale_method": "log_2", "search_method": "block_wise"})
 
@@ -290,7 +290,7 @@ def test_a_field_near_none_lists_them_all(write: Writer) -> None:
         ("asymmetric", ["1", "None", "'False'"], "True or False"),
         ("zero_code", ["0.0", "None"], "True or False"),
         ("scale_search", ["'full'", "True", "None"], "one of none, grid, half_step"),
-        ("scale_method", ["'log'", "None", "2", "''"], "one of linear_mse, linear_minmax, log_2, log_sqrt2, dynamic"),
+        ("scale_method", ["'log'", "None", "2", "''"], f"one of {', '.join(GRIDS)}"),
         ("search_method", ["'Tensor_wise'", "['tensor_wise']"], "one of tensor_wise, layer_wise, block_wise"),
         ("optim_metric", ["'hessian'", "0"], "one of hessian_perturb, mse, mae"),
         ("optim_mode", ["'drop'", "True"], "one of qinp, rinp, qdrop"),
@@ -304,7 +304,7 @@ def test_values_of_another_kind(write: Writer, name: str, values: list[str], exp
 
 
 def test_a_member_of_the_wrong_enum(write: Writer) -> None:
-    text = "from logart.grids.grid import ScaleMethod\nclass Config:\n    search_method = ScaleMethod.DYNAMIC\n"
+    text = "from logart.quantization.config import Rounding\nclass Config:\n    search_method = Rounding.NEAREST\n"
     assert ": search_method must be one of tensor_wise, layer_wise, block_wise; got " in refused(write(text))
 
 

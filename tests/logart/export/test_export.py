@@ -27,7 +27,7 @@ from logart.export.__main__ import main
 from logart.export.hardware_export import export_hardware, read_export
 from logart.export.hardware_readme import cost_table
 from logart.export.onnx_export import check_target
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
 from logart.networks.network import DIGITS_PREPROCESSING, network_recipe
 from logart.packed.file import PackedFile
 from logart.quantization.layers import hardware_approximation

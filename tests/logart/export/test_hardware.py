@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from codebooks import choose_codebook, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -22,11 +24,13 @@ from logart.export.hardware import (
     signed_powers,
 )
 from logart.export.integer_layer import Geometry, IntegerLayer
-from logart.grids.grid import ROOT2_TEXT, ScaleMethod, linear_codebook, log_codebook, mixed_codebook
-from logart.grids.search import ScaleSearch, choose_codebook
-from logart.grids.spec import CodebookSpec
+from logart.grids.grid import Grid, ScaleSearch
+from logart.grids.linear import linear_codebook
+from logart.grids.logarithmic import DYNAMIC, LOG_2, LOG_SQRT2, log_codebook
+from logart.grids.plain import stored_spec
+from logart.grids.root2 import ROOT2_TEXT
 
-LOG_METHODS = (ScaleMethod.LOG_2, ScaleMethod.LOG_SQRT2, ScaleMethod.DYNAMIC)
+LOG_METHODS = (LOG_2, LOG_SQRT2, DYNAMIC)
 
 
 class Shifts:
@@ -74,11 +78,9 @@ def refusing(x: np.ndarray) -> np.ndarray:
     return result
 
 
-def levels_of(
-    w: torch.Tensor, n_bits: int, method: ScaleMethod = ScaleMethod.DYNAMIC, terms: int = 2, **options: Any
-) -> HardwareLevels:
+def levels_of(w: torch.Tensor, n_bits: int, method: Grid = DYNAMIC, terms: int = 2, **options: Any) -> HardwareLevels:
     book = choose_codebook(w, method, n_bits, terms=terms, **options)
-    return HardwareLevels.of(CodebookSpec.of(book, w.dtype), n_bits, w.dtype)
+    return HardwareLevels.of(stored_spec(book, w.dtype), n_bits, w.dtype)
 
 
 def random_layer(
@@ -131,7 +133,7 @@ def test_numerators_are_the_shortest_sums() -> None:
     st.booleans(), st.booleans(), st.booleans(), st.sampled_from((torch.float32, torch.float64)),
 )  # fmt: skip
 def test_levels_are_those_of_the_codebook(
-    seed: int, n_bits: int, method: ScaleMethod, terms: int, scale: bool, asymmetric: bool, zero: bool,
+    seed: int, n_bits: int, method: Grid, terms: int, scale: bool, asymmetric: bool, zero: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     w = torch.randn(6, 9, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -141,7 +143,7 @@ def test_levels_are_those_of_the_codebook(
     w[4] = torch.where(w[4] > 0, w[4], 0.01 * w[4])
     search = ScaleSearch.GRID if scale and n_bits < 5 else ScaleSearch.NONE
     book = choose_codebook(w, method, n_bits, terms=terms, scale_search=search, asymmetric=asymmetric, zero_code=zero)
-    levels = HardwareLevels.of(CodebookSpec.of(book, dtype), n_bits, dtype)
+    levels = HardwareLevels.of(stored_spec(book, dtype), n_bits, dtype)
     exact = [[level(levels, g, code) for code in range(2**n_bits)] for g in range(len(w))]
     assert exact == [[Fraction(value) for value in row] for row in book.levels.tolist()]
     assert np.array_equal(levels.values(), book.levels.numpy())
@@ -153,25 +155,25 @@ def test_levels_are_those_of_the_codebook(
 def test_an_exact_root_or_a_linear_grid_has_no_shifts() -> None:
     a = torch.tensor([1.0, 2.0])
     with pytest.raises(ExactRoot2Error, match="exact √2"):
-        HardwareLevels.of(CodebookSpec.of(log_codebook(a, 3, 2)), 3)
-    base2 = HardwareLevels.of(CodebookSpec.of(log_codebook(a, 3, 4)), 3)
+        HardwareLevels.of(stored_spec(log_codebook(a, 3, 2)), 3)
+    base2 = HardwareLevels.of(stored_spec(log_codebook(a, 3, 4)), 3)
     assert base2.shifts.tolist()[0] == [0, -1, -2, -3, -3, -2, -1, 0]
-    assert not HardwareLevels.of(CodebookSpec.of(log_codebook(torch.zeros(2), 3, 0)), 3).signs.any()
-    with pytest.raises(ValueError, match="linear grid"):
-        HardwareLevels.of(CodebookSpec.of(linear_codebook(-a, a, 3)), 3)
+    assert not HardwareLevels.of(stored_spec(log_codebook(torch.zeros(2), 3, 0)), 3).signs.any()
+    with pytest.raises(ValueError, match="linear_minmax have no shifts"):
+        HardwareLevels.of(stored_spec(linear_codebook(-a, a, 3)), 3)
 
 
 def test_a_scale_that_the_type_cuts_is_refused() -> None:
     book = log_codebook(torch.tensor([torch.finfo(torch.float32).max]), 3, 4, terms=2)
-    spec = CodebookSpec.of(book.scaled(1.0, 2))
+    spec = scaled(book, 1.0).spec
     assert HardwareLevels.of(spec, 3).numerators.tolist() == [32]  # type: ignore[union-attr]
-    cut = CodebookSpec({**spec.columns, "scale": torch.tensor([255])}, spec.terms)
+    cut = replace(spec, columns={**spec.columns, "scale": torch.tensor([255])})
     with pytest.raises(ValueError, match="scale"):
         HardwareLevels.of(cut, 3)
 
 
 def test_rows_share_the_codebooks_in_order() -> None:
-    levels = levels_of(torch.tensor([[1.0, -0.5], [8.0, 4.0]]), 3, ScaleMethod.LOG_2)
+    levels = levels_of(torch.tensor([[1.0, -0.5], [8.0, 4.0]]), 3, LOG_2)
     powers = levels.powers(np.full((6, 2), 7, np.uint8))  # the largest level of each
     assert powers.exponents[0].tolist() == [[0, 0]] * 3 + [[3, 3]] * 3
 
@@ -286,9 +288,9 @@ def test_the_bound_is_reached() -> None:
 @pytest.mark.parametrize("scale", [False, True])
 def test_a_grid_too_wide_for_64_bits_is_rounded_within_its_bound(scale: bool) -> None:
     top, k = torch.tensor([4, -9, 0]), torch.tensor([128, 0, 40])  # over 127, 64 and 84 octaves
-    book = mixed_codebook(top, k, 8, empty=torch.tensor([False, False, False]), terms=2)
-    book = book.scaled(torch.tensor([27 / 32, 1.0, 13 / 32]), 2) if scale else book
-    levels = HardwareLevels.of(CodebookSpec.of(book), 8)
+    book = DYNAMIC.codebook({"top_half_step": top, "n_base2": k}, 8, 2, torch.float32)
+    book = scaled(book, torch.tensor([27 / 32, 1.0, 13 / 32])) if scale else book
+    levels = HardwareLevels.of(stored_spec(book), 8)
     rng = np.random.default_rng(3)
     codes, x, bias = rng.integers(0, 256, (3, 40)).astype(np.uint8), rng.normal(size=(2, 40)), rng.normal(size=3)
     layer = IntegerLayer.plan(levels, codes, FixedPoint.holding(x), bias=bias)

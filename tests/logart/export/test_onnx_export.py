@@ -23,7 +23,9 @@ import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import UserError
-from logart.export.onnx_export import export_onnx, unit_levels
+from logart.export.onnx_export import export_onnx
+from logart.grids.linear import LINEAR_MINMAX
+from logart.grids.logarithmic import DYNAMIC
 from logart.grids.spec import CodebookSpec
 from logart.networks.network import network_recipe
 from logart.quantization.layers import QuantizedLayer
@@ -196,19 +198,19 @@ def test_units_times_factor_are_the_levels(n_bits: int, terms: int) -> None:
         "top_half_step": torch.where(k == n_levels, top // 2 * 2, top),
         "n_base2": k,
         "flags": torch.randint(0, 4, (channels,), generator=generator),
-        "free": torch.zeros(channels, dtype=torch.int64),
+        "unused_codes": torch.zeros(channels, dtype=torch.int64),
         "scale": torch.randint(1, 64, (channels,), generator=generator),
     }
-    spec = CodebookSpec(columns, terms)
-    units, factor = unit_levels(spec, n_bits)
+    spec = CodebookSpec(DYNAMIC, columns, terms)
+    units, factor = DYNAMIC.units(spec, n_bits, torch.float32)
     assert same_bits((units * factor[:, None]).float(), spec.codebook(n_bits).levels.float())
 
 
 def test_units_of_linear_levels_are_cut_where_they_overflow() -> None:
     largest = torch.finfo(torch.float32).max
     columns = {"step": torch.tensor([0.0, 0.3, largest / 7 * 1.01]), "zero_point": torch.tensor([0, 5, 8])}
-    spec = CodebookSpec(columns)
-    units, factor = unit_levels(spec, 4)
+    spec = CodebookSpec(LINEAR_MINMAX, columns)
+    units, factor = LINEAR_MINMAX.units(spec, 4, torch.float32)
     expected = spec.codebook(4).levels
     assert expected.max() == largest
     assert same_bits((units * factor[:, None]).clamp(-largest, largest).float() + 0.0, expected.float() + 0.0)

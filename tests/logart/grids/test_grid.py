@@ -9,9 +9,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from codebooks import half_steps, minmax_codebook, mse_codebook, n_base2, signs
 
-from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook, root2
-from logart.grids.search import mse_codebook
+from logart.grids.grid import Codebook, Spacing
+from logart.grids.linear import linear_codebook
+from logart.grids.logarithmic import log_codebook
+from logart.grids.root2 import root2
 
 N_BITS = range(2, 9)
 FLOAT32_MAX, FLOAT64_MAX = (float(np.finfo(t).max) for t in (np.float32, np.float64))
@@ -54,13 +57,12 @@ def test_log_codebooks_equal_the_oracle_for_every_mix(n_bits: int) -> None:
         for terms in oracle.TERMS:
             book = log_codebook(absmax, n_bits, k, terms=terms)
             assert book.spacing is Spacing.LOG
-            assert book.half_steps is not None and book.n_base2 is not None
-            assert book.half_steps.dtype == torch.int64 and book.n_base2.dtype == torch.int64
+            assert half_steps(book).dtype == torch.int64 and n_base2(book).dtype == torch.int64
             assert book.levels.dtype == torch.float64 and book.levels.shape == (len(magnitudes), 2 * n)
-            np.testing.assert_array_equal(book.half_steps[:, n:].numpy(), expected, err_msg=f"k={k} terms={terms}")
-            np.testing.assert_array_equal(book.half_steps[:, :n].numpy(), expected[:, ::-1])
-            assert book.signs is not None and book.signs.tolist() == [[-1] * n + [1] * n] * len(magnitudes)
-            assert book.n_base2.tolist() == [k] * len(magnitudes)
+            np.testing.assert_array_equal(half_steps(book)[:, n:].numpy(), expected, err_msg=f"k={k} terms={terms}")
+            np.testing.assert_array_equal(half_steps(book)[:, :n].numpy(), expected[:, ::-1])
+            assert signs(book).tolist() == [[-1] * n + [1] * n] * len(magnitudes)
+            assert n_base2(book).tolist() == [k] * len(magnitudes)
             _check_levels(book.levels.numpy(), expected, terms)
 
 
@@ -83,8 +85,7 @@ def test_float64_magnitudes_are_decided_to_the_last_bit(n_bits: int) -> None:
         magnitudes += around(oracle.border(even, even + 2), np.float64)
     absmax, n = torch.tensor(magnitudes, dtype=torch.float64), 2 ** (n_bits - 1)
     for k in sorted({0, 1, n // 2, n - 1, n}):
-        steps = log_codebook(absmax, n_bits, k, dtype=torch.float64).half_steps
-        assert steps is not None
+        steps = half_steps(log_codebook(absmax, n_bits, k, dtype=torch.float64))
         expected = [oracle.half_steps(a, n_bits, k, "float64") for a in magnitudes]
         np.testing.assert_array_equal(steps[:, n:].numpy(), np.array(expected), err_msg=f"k={k}")
 
@@ -97,13 +98,11 @@ def test_channels_may_differ_in_n_base2(n_bits: int) -> None:
     mix = torch.cat([torch.arange(n + 1), torch.tensor([0, n])])[torch.randperm(n + 3, generator=generator)]
     for terms in (0, 3):
         book = log_codebook(absmax, n_bits, mix, terms=terms)
-        assert book.half_steps is not None and book.n_base2 is not None
-        assert torch.equal(book.n_base2, mix)
+        assert torch.equal(n_base2(book), mix)
         for c, k in enumerate(mix.tolist()):
             alone = log_codebook(absmax[c : c + 1], n_bits, k, terms=terms)
-            assert alone.half_steps is not None
             assert torch.equal(book.levels[c], alone.levels[0])
-            assert torch.equal(book.half_steps[c], alone.half_steps[0])
+            assert torch.equal(half_steps(book)[c], half_steps(alone)[0])
 
 
 @pytest.mark.parametrize(("dtype", "top_root2"), [(torch.float32, 255), (torch.float64, 2047)])
@@ -114,14 +113,13 @@ def test_the_top_level_of_the_largest_finite_float_is_finite(dtype: torch.dtype,
         for k in range(n + 1):
             for terms in oracle.TERMS:
                 book = log_codebook(absmax, n_bits, k, terms=terms, dtype=dtype)
-                assert book.half_steps is not None
-                assert int(book.half_steps[0, -1]) == top_root2 - (k == n)
+                assert int(half_steps(book)[0, -1]) == top_root2 - (k == n)
                 assert torch.isfinite(book.levels.to(dtype)).all() and torch.isfinite(book.borders).all()
 
 
 def test_the_top_follows_the_dtype_of_the_weights_not_of_the_magnitudes() -> None:
     book = log_codebook(torch.tensor([FLOAT32_MAX]), 4, 0, dtype=torch.float64)
-    assert book.half_steps is not None and int(book.half_steps[0, -1]) == 256
+    assert int(half_steps(book)[0, -1]) == 256
 
 
 @pytest.mark.parametrize("terms", oracle.TERMS)
@@ -207,7 +205,7 @@ def assert_levels(book: Codebook, expected: list[list[float]]) -> None:
     """Linear levels equal up to float64 rounding; zero must be exact."""
     truth = np.array(expected)
     assert book.levels.dtype == torch.float64
-    assert book.half_steps is None and book.n_base2 is None and book.spacing is Spacing.LINEAR
+    assert book.spacing is Spacing.LINEAR
     tolerance = np.where(truth == 0, 0, 4 * np.spacing(np.abs(truth)))
     assert np.all(np.abs(book.levels.numpy() - truth) <= tolerance)
 

@@ -8,13 +8,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from codebooks import minmax_codebook, mse_codebook, reassign, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook, minmax_codebook
-from logart.grids.reassigned_codes import reassign_unused_codes
+from logart.grids.grid import Codebook, Spacing
+from logart.grids.linear import linear_codebook
+from logart.grids.logarithmic import log_codebook
 from logart.grids.rounding import dequantize, lower_neighbour, nearest, rectified_sigmoid, soft_neighbours
-from logart.grids.search import mse_codebook
 
 N_BITS = range(2, 9)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -241,7 +242,7 @@ def start_books(n_bits: int) -> list[tuple[str, Codebook]]:
     """Grids of two channels of each kind, a zero code and a scale among them."""
     w = torch.tensor([[1.0, -0.9, 0.2], [-0.01, 3.0, 0.3]], dtype=torch.float64)
     plain = log_codebook(w.abs().amax(1), n_bits, 1, dtype=w.dtype)
-    spent = reassign_unused_codes(plain.scaled(0.75, 0), w, asymmetric=True, zero_code=True)
+    spent = reassign(scaled(plain, 0.75), w, asymmetric=True, zero_code=True)
     return [("log", plain), ("spent", spent), ("linear", minmax_codebook(w, n_bits))]
 
 
@@ -335,8 +336,8 @@ def test_scaling_by_a_power_of_two_scales_the_result(weights: list[float], grid:
         log = log_codebook(x.abs().amax(1), n_bits, k, terms=terms, dtype=torch.float64)
         books = (log, minmax_codebook(x, n_bits))
         pairs.append([dequantize(nearest(x, book), book.levels) for book in books])
-    for plain, scaled in zip(*pairs, strict=True):
-        assert torch.equal(plain * 2.0**j, scaled)
+    for plain, larger in zip(*pairs, strict=True):
+        assert torch.equal(plain * 2.0**j, larger)
 
 
 @thorough

@@ -7,24 +7,15 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from codebooks import LOG_GRIDS, candidate_books, choose_codebook, half_steps, n_base2, reassign, scale, scaled, signs
 from torch import Tensor
 
 import logart.grids.search
-from logart.grids.grid import ScaleMethod, Spacing, distinct_n_base2
+from logart.grids.grid import Grid, ScaleSearch, Spacing
+from logart.grids.logarithmic import DYNAMIC, HALF_STEPS, LOG_2, LOG_SQRT2, SCALES, distinct_n_base2
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
-from logart.grids.reassigned_codes import reassign_unused_codes
-from logart.grids.search import (
-    HALF_STEPS,
-    SCALES,
-    ScaleSearch,
-    choose_codebook,
-    least_error,
-    log_candidates,
-    n_candidates,
-    rounding_error,
-    rounding_errors,
-    squared_error,
-)
+from logart.grids.registry import GRIDS
+from logart.grids.search import least_error, rounding_error, rounding_errors, squared_error
 
 
 def weights(channels: int, elements: int, seed: int = 0) -> Tensor:
@@ -46,52 +37,52 @@ def oracle_error(row: list[float], n_bits: int, k: int, terms: int, scale: float
 def test_tensor_wise_errors_and_choice_equal_the_oracle(n_bits: int, terms: int) -> None:
     w = weights(6, 30, seed=n_bits)
     n_levels = 2 ** (n_bits - 1)
-    candidates = list(log_candidates(w.abs().amax(1), n_bits, range(n_levels + 1), terms=terms, dtype=w.dtype))
-    assert [c.n_base2.unique().tolist() for c in candidates] == [[k] for k in range(n_levels + 1)]  # type: ignore[union-attr]
+    candidates = candidate_books(w.abs().amax(1), n_bits, range(n_levels + 1), terms=terms, dtype=w.dtype)
+    assert [n_base2(c).unique().tolist() for c in candidates] == [[k] for k in range(n_levels + 1)]
     expected = torch.tensor(
         [[oracle_error(row, n_bits, k, terms) for row in w.tolist()] for k in range(n_levels + 1)], dtype=torch.float64
     )
     chosen, errors = least_error(w, candidates, squared_error)
     torch.testing.assert_close(errors, expected, rtol=1e-9, atol=0)
     best = [max(range(n_levels + 1), key=lambda k, c=c: (-float(expected[k, c]), k)) for c in range(6)]  # type: ignore[misc]
-    assert chosen.n_base2 is not None and chosen.n_base2.tolist() == best
+    assert n_base2(chosen).tolist() == best
     assert len(set(best)) > 1 or n_bits == 2  # else a search that always says the same would pass
     for c, k in enumerate(best):
         assert torch.equal(chosen.levels[c], candidates[k].levels[c])
-        assert torch.equal(chosen.half_steps[c], candidates[k].half_steps[c])  # type: ignore[index]
+        assert torch.equal(half_steps(chosen)[c], half_steps(candidates[k])[c])
 
 
 def test_ties_go_to_the_larger_k() -> None:
     """1 is a level of every mix; √2 of every mix but the last; the zero channel has one codebook only."""
     root2 = math.sqrt(2)
     w = torch.tensor([[1.0, -1.0, 1.0], [root2, -root2, root2], [0.0, -0.0, 0.0]], dtype=torch.float64)
-    chosen = choose_codebook(w, ScaleMethod.DYNAMIC, 4)
-    assert chosen.n_base2 is not None and chosen.n_base2.tolist() == [8, 7, 8]
+    chosen = choose_codebook(w, DYNAMIC, 4)
+    assert n_base2(chosen).tolist() == [8, 7, 8]
 
 
 def test_any_error_function_decides() -> None:
     """The candidate that the function likes wins, channel by channel."""
     w = weights(5, 12)
-    candidates = list(log_candidates(w.abs().amax(1), 4, range(9), dtype=w.dtype))
+    candidates = candidate_books(w.abs().amax(1), 4, range(9), dtype=w.dtype)
     wanted = torch.tensor([3, 0, 8, 5, 1])
     liked = torch.stack([rounding_error(w, candidates[int(k)])[c] for c, k in enumerate(wanted)])
     error = lambda delta: (delta - liked).square().sum(1)  # noqa: E731
-    chosen = choose_codebook(w, ScaleMethod.DYNAMIC, 4, error=error)
+    chosen = choose_codebook(w, DYNAMIC, 4, error=error)
     reached = (rounding_error(w, chosen) - liked).abs().amax()
     assert reached == 0
-    assert chosen.n_base2 is not None and bool((chosen.n_base2 >= wanted).all())
+    assert bool((n_base2(chosen) >= wanted).all())
 
 
-@pytest.mark.parametrize("method", [m for m in ScaleMethod if m is not ScaleMethod.DYNAMIC])
-def test_fixed_grids_ignore_the_error_function(method: ScaleMethod) -> None:
+@pytest.mark.parametrize("method", [g for g in GRIDS.values() if g.own_error or g.n_candidates(4) == 1])
+def test_fixed_grids_ignore_the_error_function(method: Grid) -> None:
     def unwanted(delta: Tensor) -> Tensor:
         raise AssertionError("a fixed grid has nothing to search")
 
     w = weights(3, 20)
     codebook = choose_codebook(w, method, 4, error=unwanted)
-    assert codebook.spacing is (Spacing.LINEAR if method.value.startswith("linear") else Spacing.LOG)
-    if codebook.n_base2 is not None:
-        assert codebook.n_base2.tolist() == [8 if method is ScaleMethod.LOG_2 else 0] * 3
+    assert codebook.spacing is (Spacing.LINEAR if method.name.startswith("linear") else Spacing.LOG)
+    if method in LOG_GRIDS:
+        assert n_base2(codebook).tolist() == [8 if method is LOG_2 else 0] * 3
 
 
 # ---------------------------------------------------------------- scale search
@@ -102,7 +93,7 @@ def test_fixed_grids_ignore_the_error_function(method: ScaleMethod) -> None:
 def test_tensor_wise_scale_search_equals_the_oracle(search: ScaleSearch, n_bits: int) -> None:
     w = weights(5, 20, seed=n_bits)
     mixes = range(2 ** (n_bits - 1) + 1)
-    candidates = list(log_candidates(w.abs().amax(1), n_bits, mixes, dtype=w.dtype, scale_search=search))
+    candidates = candidate_books(w.abs().amax(1), n_bits, mixes, dtype=w.dtype, scale_search=search)
     factors = [(s, 0) for s in SCALES] if search is ScaleSearch.GRID else [(1.0, j) for j in HALF_STEPS]
     expected = torch.tensor(
         [[oracle_error(row, n_bits, k, 0, *f) for row in w.tolist()] for k in mixes for f in factors],
@@ -110,28 +101,28 @@ def test_tensor_wise_scale_search_equals_the_oracle(search: ScaleSearch, n_bits:
     )
     chosen, errors = least_error(w, candidates, squared_error)
     torch.testing.assert_close(errors, expected, rtol=1e-9, atol=0)
-    found = choose_codebook(w, ScaleMethod.DYNAMIC, n_bits, scale_search=search)
+    found = choose_codebook(w, DYNAMIC, n_bits, scale_search=search)
     best = [max(range(len(expected)), key=lambda i, c=c: (-float(expected[i, c]), i)) for c in range(5)]  # type: ignore[misc]
     for c, index in enumerate(best):
         k, factor = divmod(index, len(factors))
         assert torch.equal(found.levels[c], candidates[index].levels[c])
-        assert found.n_base2 is not None and int(found.n_base2[c]) == k
-        assert search is ScaleSearch.HALF_STEP or float(found.scale[c]) == SCALES[factor]  # type: ignore[index]
-    plain = choose_codebook(w, ScaleMethod.DYNAMIC, n_bits)
+        assert int(n_base2(found)[c]) == k
+        assert search is ScaleSearch.HALF_STEP or float(scale(found)[c]) == SCALES[factor]
+    plain = choose_codebook(w, DYNAMIC, n_bits)
     reached, unscaled = (squared_error(rounding_error(w, book)) for book in (found, plain))
     assert bool((reached <= unscaled).all()) and bool((reached < unscaled).any())
 
 
 def test_scales_multiply_the_plain_levels_and_one_is_among_them() -> None:
     absmax = torch.tensor([0.3, 1.0, 1e-30])
-    plain = list(log_candidates(absmax, 3, range(5), terms=2))
-    scaled = log_candidates(absmax, 3, range(5), terms=2, scale_search=ScaleSearch.GRID)
+    plain = candidate_books(absmax, 3, range(5), terms=2)
+    larger = candidate_books(absmax, 3, range(5), terms=2, scale_search=ScaleSearch.GRID)
     assert len(SCALES) == len(set(SCALES)) and SCALES[-1] == 1.0
     assert sorted(SCALES) == [i / 32 for i in range(12, 41)]
-    for i, book in enumerate(scaled):
-        k, scale = i // len(SCALES), SCALES[i % len(SCALES)]
-        assert torch.equal(book.levels, plain[k].levels * scale)
-        assert book.scale is not None and book.scale.tolist() == [scale] * 3
+    for i, book in enumerate(larger):
+        k, factor = i // len(SCALES), SCALES[i % len(SCALES)]
+        assert torch.equal(book.levels, plain[k].levels * factor)
+        assert scale(book).tolist() == [factor] * 3
 
 
 @pytest.mark.parametrize("n_bits", [2, 4, 8])
@@ -139,15 +130,15 @@ def test_half_steps_shift_the_top_and_nothing_else(n_bits: int) -> None:
     """Levels stay whole half-steps, without a factor; base-2 tops, all even, take the nearest."""
     absmax = torch.tensor([0.3, 0.9, 1.4e-30], dtype=torch.float64)
     mixes = range(2 ** (n_bits - 1) + 1)
-    plain = list(log_candidates(absmax, n_bits, mixes, dtype=absmax.dtype))
-    shifted = log_candidates(absmax, n_bits, mixes, dtype=absmax.dtype, scale_search=ScaleSearch.HALF_STEP)
+    plain = candidate_books(absmax, n_bits, mixes, dtype=absmax.dtype)
+    shifted = candidate_books(absmax, n_bits, mixes, dtype=absmax.dtype, scale_search=ScaleSearch.HALF_STEP)
     assert sorted(HALF_STEPS) == [-4, -3, -2, -1, 0, 1] and HALF_STEPS[-1] == 0
     for i, book in enumerate(shifted):
         k, step = i // len(HALF_STEPS), HALF_STEPS[i % len(HALF_STEPS)]
-        assert book.scale is None and book.half_steps is not None and plain[k].half_steps is not None
-        truth = [[oracle.level(h) for h in row] for row in book.half_steps.tolist()]
+        assert "scale" not in book.spec.columns
+        truth = [[oracle.level(h) for h in row] for row in half_steps(book).tolist()]
         torch.testing.assert_close(book.levels.abs(), torch.tensor(truth, dtype=torch.float64), rtol=3e-16, atol=0)
-        tops = (book.half_steps - plain[k].half_steps)[:, -1]  # type: ignore[operator]
+        tops = (half_steps(book) - half_steps(plain[k]))[:, -1]
         if k < 2 ** (n_bits - 1):
             assert tops.tolist() == [step] * 3
         else:
@@ -155,8 +146,8 @@ def test_half_steps_shift_the_top_and_nothing_else(n_bits: int) -> None:
 
 
 @pytest.mark.parametrize("search", ScaleSearch)
-@pytest.mark.parametrize("method", [ScaleMethod.DYNAMIC, ScaleMethod.LOG_2, ScaleMethod.LOG_SQRT2])
-def test_equal_errors_prefer_the_plain_grid(method: ScaleMethod, search: ScaleSearch) -> None:
+@pytest.mark.parametrize("method", [DYNAMIC, LOG_2, LOG_SQRT2])
+def test_equal_errors_prefer_the_plain_grid(method: Grid, search: ScaleSearch) -> None:
     """Scale 1 and shift 0 come last within a mix; also for a channel of zeros, where all errors are zero."""
     w = weights(3, 10)
     w[1] = 0
@@ -164,29 +155,29 @@ def test_equal_errors_prefer_the_plain_grid(method: ScaleMethod, search: ScaleSe
     found = choose_codebook(w, method, 3, error=indifferent, scale_search=search)
     plain = choose_codebook(w, method, 3, error=indifferent)
     assert torch.equal(found.levels, plain.levels)
-    assert (found.scale is None) == (search is not ScaleSearch.GRID)
-    assert found.scale is None or found.scale.tolist() == [1.0] * 3
     by_weight = choose_codebook(w, method, 3, scale_search=search)
-    assert by_weight.scale is None or float(by_weight.scale[1]) == 1.0
+    if search is ScaleSearch.GRID:
+        assert scale(found).tolist() == [1.0] * 3 and float(scale(by_weight)[1]) == 1.0
+    assert ("scale" in found.spec.columns) == (search is ScaleSearch.GRID)
 
 
 @pytest.mark.parametrize("n_bits", [2, 5])
 @pytest.mark.parametrize("search", ScaleSearch)
 def test_candidates_are_counted(search: ScaleSearch, n_bits: int) -> None:
-    candidates = list(log_candidates(torch.ones(1), n_bits, scale_search=search))
-    assert n_candidates(ScaleMethod.DYNAMIC, n_bits, search) == len(candidates)
-    assert n_candidates(ScaleMethod.LOG_2, n_bits, search) * (2 ** (n_bits - 2) + 1) == len(candidates)
+    candidates = candidate_books(torch.ones(1), n_bits, scale_search=search)
+    assert DYNAMIC.n_candidates(n_bits, search) == len(candidates)
+    assert LOG_2.n_candidates(n_bits, search) * (2 ** (n_bits - 2) + 1) == len(candidates)
 
 
 def test_a_fixed_log_grid_is_searched_for_its_scale_only() -> None:
     w = weights(4, 30)
     wanted = [0.375, 0.5, 1.25, 31 / 32]
-    plain = next(log_candidates(w.abs().amax(1), 3, (4,), dtype=w.dtype))
-    liked = torch.stack([rounding_error(w, plain.scaled(scale, 0))[c] for c, scale in enumerate(wanted)])
+    (plain,) = candidate_books(w.abs().amax(1), 3, (4,), dtype=w.dtype)
+    liked = torch.stack([rounding_error(w, scaled(plain, factor))[c] for c, factor in enumerate(wanted)])
     error = lambda delta: (delta - liked).square().sum(1)  # noqa: E731
-    found = choose_codebook(w, ScaleMethod.LOG_2, 3, error=error, scale_search=ScaleSearch.GRID)
-    assert found.n_base2 is not None and found.n_base2.tolist() == [4] * 4
-    assert found.scale is not None and found.scale.tolist() == wanted
+    found = choose_codebook(w, LOG_2, 3, error=error, scale_search=ScaleSearch.GRID)
+    assert n_base2(found).tolist() == [4] * 4
+    assert scale(found).tolist() == wanted
 
 
 # ---------------------------------------------------------------- moments, residuals, sensitivities
@@ -297,7 +288,7 @@ def test_one_search_through_all_borders_rounds_as_each_candidate_alone() -> None
     w[:, :8] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, -1.0])
     w[2], w[3] = 0.0, -0.7
     absmax = w.abs().amax(1)
-    for candidates in (list(log_candidates(absmax, 4, range(9))), list(log_candidates(absmax, 3, range(5), terms=2))):
+    for candidates in (candidate_books(absmax, 4, range(9)), candidate_books(absmax, 3, range(5), terms=2)):
         borders = torch.cat([candidate.borders for candidate in candidates], dim=1)
         assert borders.shape[1] < w.shape[1], "the case would not take the short way"
         on_borders = torch.cat([w.double(), borders], dim=1)  # ties are decided alike
@@ -309,18 +300,19 @@ def test_one_search_through_all_borders_rounds_as_each_candidate_alone() -> None
 
 
 @pytest.mark.parametrize("zero_code", [False, True])
-@pytest.mark.parametrize("method", [ScaleMethod.DYNAMIC, ScaleMethod.LOG_2])
+@pytest.mark.parametrize("method", [DYNAMIC, LOG_2])
 @pytest.mark.parametrize("search", ScaleSearch)
 def test_how_many_candidates_are_held_together_changes_nothing(
-    search: ScaleSearch, method: ScaleMethod, zero_code: bool, monkeypatch: pytest.MonkeyPatch
+    search: ScaleSearch, method: Grid, zero_code: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = torch.cat([weights(6, 30, seed=1), torch.zeros(1, 30, dtype=torch.float64)])  # equal errors: the last one wins
     expected = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
     for at_once in (1, 2, 4, 7):
         monkeypatch.setattr(logart.grids.search, "_LEVELS_PER_CHUNK", at_once * len(w) * 2**4)
         found = choose_codebook(w, method, 4, scale_search=search, zero_code=zero_code)
-        for name in ("levels", "n_base2", "half_steps", "signs"):
-            assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert torch.equal(found.levels, expected.levels)
+        for part in (n_base2, half_steps, signs):
+            assert torch.equal(part(found), part(expected))
 
 
 # ---------------------------------------------------------------- mixes that name the same levels
@@ -349,12 +341,12 @@ def test_what_the_search_leaves_out_could_not_have_won(search: ScaleSearch, opti
     w = weights(24, 40, seed=5)
     w[::3] = w[::3].abs() + w[::3] / 4
     terms = options.get("terms", 0)
-    books = log_candidates(w.abs().amax(1), 3, range(5), terms=terms, dtype=w.dtype, scale_search=search)
+    books = candidate_books(w.abs().amax(1), 3, range(5), terms=terms, dtype=w.dtype, scale_search=search)
     spending = {name: options.get(name, False) for name in ("asymmetric", "zero_code")}
-    every = [reassign_unused_codes(book, w, **spending, terms=terms) for book in books]
+    every = [reassign(book, w, **spending) for book in books]
     expected = least_error(w, every, squared_error)[0]
-    found = choose_codebook(w, ScaleMethod.DYNAMIC, 3, scale_search=search, **options)
+    found = choose_codebook(w, DYNAMIC, 3, scale_search=search, **options)
     assert torch.equal(found.levels, expected.levels)
-    assert torch.equal(found.n_base2, expected.n_base2)  # type: ignore[arg-type]
+    assert torch.equal(n_base2(found), n_base2(expected))
     if options.get("asymmetric"):
-        assert 0 in found.n_base2.tolist()  # type: ignore[union-attr] # else k = 0 could be left out
+        assert 0 in n_base2(found).tolist()  # else k = 0 could be left out

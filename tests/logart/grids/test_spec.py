@@ -4,14 +4,20 @@ from math import inf, nan
 
 import pytest
 import torch
+from codebooks import choose_codebook, same_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from logart.grids import spec as spec_module
-from logart.grids.grid import Codebook, ScaleMethod, Spacing, log_codebook
-from logart.grids.search import ScaleSearch, choose_codebook
-from logart.grids.spec import LINEAR_COLUMNS, LOG_COLUMNS, CodebookSpec
+from logart.grids.grid import Codebook, Grid, ScaleSearch, Spacing
+from logart.grids.linear import LINEAR_MINMAX
+from logart.grids.logarithmic import DYNAMIC, log_codebook
+from logart.grids.plain import PLAIN_LINEAR, PLAIN_LOG, plain_codebook, stored_spec
+from logart.grids.registry import GRIDS
+from logart.grids.spec import CodebookSpec
+
+LOG_COLUMNS, LINEAR_COLUMNS = tuple(DYNAMIC.integers), tuple(LINEAR_MINMAX.integers)
 
 
 def weights(seed: int, channels: int = 12, size: int = 9) -> Tensor:
@@ -35,58 +41,71 @@ def weights(seed: int, channels: int = 12, size: int = 9) -> Tensor:
 
 @settings(max_examples=250, deadline=None, derandomize=True, database=None)
 @given(
-    st.integers(0, 10**6), st.integers(2, 8), st.sampled_from(ScaleMethod), st.sampled_from((0, 2, 3, 4)),
+    st.integers(0, 10**6), st.integers(2, 8), st.sampled_from(list(GRIDS.values())), st.sampled_from((0, 2, 3, 4)),
     st.sampled_from(ScaleSearch), st.booleans(), st.booleans(), st.sampled_from((torch.float32, torch.float64)),
 )  # fmt: skip
 def test_every_codebook_comes_back_from_its_bytes(
-    seed: int, n_bits: int, method: ScaleMethod, terms: int, search: ScaleSearch, asymmetric: bool, zero: bool,
+    seed: int, n_bits: int, grid: Grid, terms: int, search: ScaleSearch, asymmetric: bool, zero: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    if n_bits > 5 and search is ScaleSearch.GRID and method is ScaleMethod.DYNAMIC:
+    if n_bits > 5 and search is ScaleSearch.GRID and grid is DYNAMIC:
         search = ScaleSearch.HALF_STEP  # thousands of candidates otherwise
     w = weights(seed).to(dtype)
-    book = choose_codebook(w, method, n_bits, terms=terms, scale_search=search, asymmetric=asymmetric, zero_code=zero)
-    spec = CodebookSpec.of(book, dtype)
-    again = CodebookSpec.checked(dict(reversed(spec.columns.items())), spec.terms, w.shape, n_bits, dtype)
+    book = choose_codebook(w, grid, n_bits, terms=terms, scale_search=search, asymmetric=asymmetric, zero_code=zero)
+    spec = stored_spec(book, dtype)
+    assert spec.grid is grid
+    again = CodebookSpec.checked(grid, dict(reversed(spec.columns.items())), spec.terms, w.shape, n_bits, dtype)
     assert list(again.columns) == list(spec.columns)
     found = again.codebook(n_bits, dtype)
     assert torch.equal(found.levels, book.levels) and found.spacing is book.spacing
-    once_more = CodebookSpec.of(found, dtype)  # canonical: saving again changes no byte
-    assert once_more.terms == spec.terms and once_more.columns.keys() == spec.columns.keys()
-    assert all(torch.equal(once_more.columns[name], column) for name, column in spec.columns.items())
-    if book.spacing is Spacing.LOG:
-        assert found.n_base2 is not None and book.n_base2 is not None
-        assert torch.equal(found.n_base2, book.n_base2)
-        used = book.signs != 0  # type: ignore[operator]
-        assert torch.equal(found.signs, book.signs)  # type: ignore[arg-type]
-        assert torch.equal(found.half_steps[used], book.half_steps[used])  # type: ignore[index]
-        assert set(spec.columns) <= set(LOG_COLUMNS) and ("scale" in spec.columns) == (search is ScaleSearch.GRID)
-        assert all(spec.columns[name].any() for name in LOG_COLUMNS[2:] if name in spec.columns)
-    else:
-        assert tuple(spec.columns) == LINEAR_COLUMNS
+    once_more = stored_spec(found, dtype)  # canonical: saving again changes no byte
+    assert same_spec(once_more, spec)
+    for name, absent in grid.integers.items():  # nothing is stored that says nothing
+        assert absent is None or name not in spec.columns or bool((spec.columns[name] != absent).any())
 
 
 def test_a_log_codebook_is_its_top_its_mix_and_what_else_it_has() -> None:
-    spec = CodebookSpec.of(log_codebook(torch.tensor([1.0, 0.0, 3.0]), 4, torch.tensor([0, 3, 8])))
+    spec = stored_spec(log_codebook(torch.tensor([1.0, 0.0, 3.0]), 4, torch.tensor([0, 3, 8])))
     assert {name: column.tolist() for name, column in spec.columns.items()} == {
         "top_half_step": [0, 0, 4], "n_base2": [0, 3, 8], "flags": [0, 8, 0]  # top 2^0, {0}, 2^2
     }  # fmt: skip
-    other = CodebookSpec.of(log_codebook(torch.tensor([2.0**-5]), 4, 2))
+    other = stored_spec(log_codebook(torch.tensor([2.0**-5]), 4, 2))
     assert {name: column.tolist() for name, column in other.columns.items()} == {"top_half_step": [-10], "n_base2": [2]}
 
 
-def test_levels_that_are_no_grid_are_refused() -> None:
-    book = log_codebook(torch.tensor([1.0]), 2, 1)
+@pytest.mark.parametrize("w", [[-1.0, 0.3], [1.0, -0.3], [-1.0, -0.5], [1.0, 0.5]])
+def test_a_single_lopsided_channel_comes_back(w: list[float]) -> None:
+    """Whichever flags its codes leave, none among them."""
+    book = choose_codebook(torch.tensor([w]), DYNAMIC, 3, asymmetric=True)
+    spec = stored_spec(book)
+    assert spec.grid is DYNAMIC and "unused_codes" in spec.columns
+    assert torch.equal(spec.codebook(3).levels, book.levels)
+
+
+def test_levels_that_are_no_grid_are_stored_as_they_are() -> None:
+    book = log_codebook(torch.tensor([1.0, 3.0]), 2, 1)
     levels = book.levels.clone()
     levels[0, 0] -= 0.25
-    for wrong in (
-        Codebook(levels, Spacing.LOG, book.half_steps, book.signs, book.n_base2),
-        Codebook(book.levels, Spacing.LOG),
-        Codebook(torch.tensor([[-1.0, 0.0, 1.0, 3.0]], dtype=torch.float64), Spacing.LINEAR),
-        book.scaled(1.01, 0),
+    own = torch.tensor([[-1.0, 0.0, 1.0, 3.0]], dtype=torch.float64)
+    for other, grid in (
+        (Codebook(levels, book.spec), PLAIN_LOG),
+        (plain_codebook(own, Spacing.LINEAR), PLAIN_LINEAR),
     ):
-        with pytest.raises(ValueError, match="none of the grids|without half-steps"):
-            CodebookSpec.of(wrong)
+        spec = stored_spec(other)
+        assert spec.grid is grid and list(spec.columns) == ["levels"]
+        again = CodebookSpec.checked(grid, spec.columns, 0, torch.Size((4, 3)), 2, torch.float32)
+        found = again.codebook(2)
+        assert torch.equal(found.levels, other.levels) and found.spacing is other.spacing
+        with pytest.raises(ValueError, match="plain_.* have no shifts"):
+            grid.shifts(spec, 2, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "levels", [[[0.0, 1.0, 2.0]], [[0.0, 2.0, 1.0, 3.0]], [[0.0, 1.0, 2.0, inf]], [[nan, 0.0, 1.0, 2.0]], [0.0, 1.0]]
+)
+def test_levels_that_are_no_codebook_are_refused(levels: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="levels"):
+        plain_codebook(torch.tensor(levels), Spacing.LOG)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +141,8 @@ def test_integers_that_no_codebook_has_are_refused(columns: tuple[str, ...], row
 
 
 def checked(claimed: dict[str, Tensor], rows: int = 2) -> CodebookSpec:
-    return CodebookSpec.checked(claimed, 0, torch.Size((rows, 3)), 4, torch.float32)
+    grid = LINEAR_MINMAX if "step" in claimed else DYNAMIC
+    return CodebookSpec.checked(grid, claimed, 0, torch.Size((rows, 3)), 4, torch.float32)
 
 
 def test_channels_are_named_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +159,7 @@ def test_channels_are_named_however_many_there_are(monkeypatch: pytest.MonkeyPat
 )  # fmt: skip
 def test_columns_that_no_codebook_has_are_refused(names: tuple[str, ...]) -> None:
     assert checked(dict.fromkeys(LOG_COLUMNS[:3], torch.zeros(2).long())).channels == 2
-    with pytest.raises(ValueError, match="no grid has the integers"):
+    with pytest.raises(ValueError, match="has other integers than"):
         checked(dict.fromkeys(names, torch.zeros(2).long()))
 
 

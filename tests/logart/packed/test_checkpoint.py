@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
 from logart.networks.network import network_recipe
 from logart.packed.checkpoint import to_packed
 from logart.packed.file import PackedFile, PackedFileError

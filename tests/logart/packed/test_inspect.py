@@ -41,7 +41,7 @@ def test_the_table_tells_each_layer(packed: Path, capsys: pytest.CaptureFixture[
         layer = file.layers[name]
         size = -(-weights * 3 // 8) + 2 * shape_channels(shape)  # top_half_step and n_base2, a byte each
         error = file.info["layers"][name]["error"]
-        assert table[name][1:5] == [shape, "3", "log", str(size)]
+        assert table[name][1:5] == [shape, "3", "dynamic", str(size)]
         assert table[name][5] == f"{4 * weights / size:.1f}×"
         assert float(table[name][6]) == pytest.approx(error, abs=1e-5)
         mix = dict(pair.split(":") for pair in table[name][7:])

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from quadratic import assert_no_worse, correlated, plain_error
 from torch import Tensor
 
-from logart.grids.grid import Codebook, ScaleMethod, log_codebook
+from logart.grids.grid import Codebook, Grid
+from logart.grids.logarithmic import DYNAMIC, log_codebook
+from logart.grids.registry import GRIDS
 from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import choose_codebook
 from logart.quantization import column_rounding, loops_plain
@@ -143,13 +145,16 @@ def test_codes_follow_linear_distance_on_a_log_grid() -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 20), st.integers(2, 8), st.sampled_from(ScaleMethod))
+@given(
+    st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 20), st.integers(2, 8),
+    st.sampled_from(list(GRIDS.values())),
+)  # fmt: skip
 def test_the_result_is_no_worse_than_feedback_or_nearest(
-    seed: int, groups: int, size: int, n_bits: int, method: ScaleMethod
+    seed: int, groups: int, size: int, n_bits: int, grid: Grid
 ) -> None:
     t, a, _ = correlated(groups, 3, size, seed)
     t[0] = 0
-    codebook = choose_codebook(t, method, n_bits)
+    codebook = choose_codebook(t, grid, n_bits)
     codes = round_compensated(t, a, codebook)
     reached = plain_error(codes, t, a, codebook)
     assert_no_worse(reached, plain_error(error_feedback(t, a, codebook), t, a, codebook))
@@ -174,7 +179,7 @@ def test_toy_problems_are_within_5_percent_of_the_optimum(inputs: str) -> None:
     for _ in range(300):
         t, x = draw(2, 3), TOYS[inputs](draw)
         a = (x.T @ x + 0.01 * x.square().sum(0).mean() * torch.eye(3))[None]
-        codebook = choose_codebook(t, ScaleMethod.DYNAMIC, 2, error=lambda d, a=a: quadratic_error(d, a))  # type: ignore[misc]
+        codebook = choose_codebook(t, DYNAMIC, 2, error=lambda d, a=a: quadratic_error(d, a))  # type: ignore[misc]
         found = plain_error(round_compensated(t, a, codebook), t, a, codebook)
         rounded = plain_error(nearest(t, codebook), t, a, codebook)
         assert_no_worse(found, rounded)

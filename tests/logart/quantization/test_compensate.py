@@ -8,10 +8,10 @@ from quadratic import assert_no_worse, plain_error
 from torch import Tensor, nn
 
 from logart.errors import NetworkError
-from logart.grids.grid import Codebook, ScaleMethod
+from logart.grids.grid import Codebook, ScaleSearch
 from logart.grids.measures import OutputMoments
 from logart.grids.rounding import nearest
-from logart.grids.search import ScaleSearch, choose_codebook
+from logart.grids.search import choose_codebook
 from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
 from logart.quantization import compensate
@@ -179,7 +179,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "plain": {},
     "scaled": {"scale_search": ScaleSearch.GRID},
     "all": {"scale_search": ScaleSearch.HALF_STEP, "asymmetric": True, "zero_code": True, "hardware_terms": 3},
-    "linear": {"scale_method": ScaleMethod.LINEAR_MSE},
+    "linear": {"scale_method": "linear_mse"},
 }
 
 
@@ -202,7 +202,7 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
         return each.reshape(quantized.n_codebooks, -1).sum(1)
 
     codebook = choose_codebook(
-        t.reshape(quantized.n_codebooks, -1), config.scale_method, 3, error=error, **config.grid_options
+        t.reshape(quantized.n_codebooks, -1), config.grid, 3, error=error, options=config.grid_options
     )
     assert torch.equal(quantized.codebook.levels, codebook.levels)
     codes = round_compensated(t.flatten(1), a, dequantized_weight(codebook, channels))

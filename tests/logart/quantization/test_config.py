@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from logart.grids.grid import ScaleMethod
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
+from logart.grids.logarithmic import LOG_2
+from logart.grids.registry import GRIDS
 from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod, preset
 
 
@@ -80,7 +81,7 @@ def test_every_field_has_a_test_of_its_range() -> None:
 
 def test_strings_become_members() -> None:
     config = QuantConfig(scale_method="log_2", search_method="block_wise", recon_input="float")  # type: ignore[arg-type]
-    assert config.scale_method is ScaleMethod.LOG_2
+    assert config.scale_method == "log_2" and config.grid is LOG_2
     assert config.search_method is SearchMethod.BLOCK_WISE
     assert config.recon_input is ReconInput.FLOAT
     assert QuantConfig(recon_metric="mae").recon_metric is ReconMetric.MAE  # type: ignore[arg-type]
@@ -140,12 +141,12 @@ def test_what_rounds_and_looks_at_which_images(
     )
 
 
-@pytest.mark.parametrize("scale_method", list(ScaleMethod))
+@pytest.mark.parametrize("scale_method", list(GRIDS))
 @pytest.mark.parametrize("scale_search", list(ScaleSearch))
-def test_scales_make_any_log_grid_one_to_search(scale_method: ScaleMethod, scale_search: ScaleSearch) -> None:
+def test_scales_make_any_log_grid_one_to_search(scale_method: str, scale_search: ScaleSearch) -> None:
     config = QuantConfig(scale_method=scale_method, scale_search=scale_search, search_method=SearchMethod.LAYER_WISE)
-    linear = scale_method in (ScaleMethod.LINEAR_MSE, ScaleMethod.LINEAR_MINMAX)
-    expected = scale_method is ScaleMethod.DYNAMIC or (scale_search is not ScaleSearch.NONE and not linear)
+    scales = scale_search is not ScaleSearch.NONE and scale_method.startswith("log")
+    expected = scale_method in ("dynamic", "apot") or scales
     assert config.searches is config.searches_data is expected
 
 

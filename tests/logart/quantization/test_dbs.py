@@ -5,13 +5,13 @@ from itertools import product
 
 import pytest
 import torch
+from codebooks import candidate_books, n_base2, reassign
 from networks import ResidualBlock, hooks_of, settle, smooth_images
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from logart.grids.grid import Codebook
-from logart.grids.reassigned_codes import reassign_unused_codes
-from logart.grids.search import ScaleSearch, least_error, log_candidates, rounding_error, squared_error
+from logart.grids.grid import Codebook, ScaleSearch
+from logart.grids.search import least_error, rounding_error, squared_error
 from logart.quantization import dbs
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
@@ -76,7 +76,7 @@ def last_least(errors: Tensor) -> list[int]:
 def candidate_deltas(layer: QuantizedLayer) -> list[Tensor]:
     """Of every mix, 0..N, also of those whose levels are another's."""
     rows, mixes = layer.rows, range(2 ** (layer.n_bits - 1) + 1)
-    return [rounding_error(rows, c) for c in log_candidates(rows.abs().amax(1), layer.n_bits, mixes, dtype=rows.dtype)]
+    return [rounding_error(rows, c) for c in candidate_books(rows.abs().amax(1), layer.n_bits, mixes, dtype=rows.dtype)]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -133,10 +133,10 @@ def test_the_search_takes_the_least_error_of_brute_force(
     float_model, model = nn.Sequential(layer), nn.Sequential(quantized)
     data = (x, x_hat) if config.searches_data else None
     dbs.search_block(float_model, model, Block("0", ("0",)), data, config)
-    assert quantized.n_base2 is not None and quantized.codes is not None
-    assert quantized.n_base2.tolist() == last_least(expected)
+    assert quantized.codes is not None
+    assert n_base2(quantized.codebook).tolist() == last_least(expected)
     reached = quantized.weight.reshape(quantized.rows.shape) - quantized.rows
-    for row, k in enumerate(quantized.n_base2.tolist()):
+    for row, k in enumerate(n_base2(quantized.codebook).tolist()):
         torch.testing.assert_close(reached[row], deltas[k][row], rtol=0, atol=1e-14)
 
 
@@ -152,10 +152,8 @@ def scaled_candidates(w: Tensor, config: QuantConfig) -> list[Codebook]:
     terms, spending = config.hardware_terms, {"asymmetric": config.asymmetric, "zero_code": config.zero_code}
     absmax, search = w.abs().amax(1), config.scale_search
     mixes = range(2 ** (config.n_bits - 1) + 1)
-    books = list(log_candidates(absmax, config.n_bits, mixes, terms=terms, dtype=w.dtype, scale_search=search))
-    return (
-        [reassign_unused_codes(book, w, **spending, terms=terms) for book in books] if any(spending.values()) else books
-    )
+    books = candidate_books(absmax, config.n_bits, mixes, terms=terms, dtype=w.dtype, scale_search=search)
+    return [reassign(book, w, **spending) for book in books] if any(spending.values()) else books
 
 
 @pytest.mark.parametrize("options", SCALED)
@@ -195,7 +193,7 @@ def test_measures_choose_differently() -> None:
         config = QuantConfig(search_method=method, iters=0)  # type: ignore[arg-type]
         data = (x, x_hat) if config.searches_data else None
         dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), data, config)
-        mixes.append(torch.cat([quantized.conv1.n_base2, quantized.conv2.n_base2]).tolist())  # type: ignore[list-item]
+        mixes.append(torch.cat([n_base2(quantized.conv1.codebook), n_base2(quantized.conv2.codebook)]).tolist())  # type: ignore[list-item]
     assert mixes[0] != mixes[1] != mixes[2] != mixes[0]
 
 
@@ -207,9 +205,9 @@ def test_later_layers_of_a_block_see_the_earlier_ones_quantized() -> None:
     first_hat = model.relu(quantized.conv1(x_hat))  # type: ignore[operator]
     assert not torch.equal(quantized.conv1.weight, model.conv1.weight)  # type: ignore[arg-type]
     conv2 = quantized.conv2
-    assert isinstance(conv2, QuantizedLayer) and isinstance(model.conv2, nn.Module) and conv2.n_base2 is not None
+    assert isinstance(conv2, QuantizedLayer) and isinstance(model.conv2, nn.Module)
     expected = forward_errors(model.conv2, first, first_hat, candidate_deltas(conv2))
-    assert conv2.n_base2.tolist() == last_least(expected)
+    assert n_base2(conv2.codebook).tolist() == last_least(expected)
 
 
 # ---------------------------------------------------------------- block-wise
@@ -255,17 +253,16 @@ def test_block_wise_agrees_with_the_exact_search(n_bits: int, seeds: range) -> N
         for name, layer in list(quantized.named_modules()):
             if not isinstance(layer, QuantizedLayer):
                 continue
-            candidates = list(log_candidates(layer.rows.abs().amax(1), n_bits, dtype=torch.float64))
+            candidates = candidate_books(layer.rows.abs().amax(1), n_bits, dtype=torch.float64)
             exact = exact_errors(model, quantized, layer, x, x_hat, candidate_deltas(layer))
             block_error = dbs.block_sensitivity(model, quantized, layer, x, x_hat, seed=seed).error
             codebook = least_error(layer.rows, candidates, block_error)[0]
             tensor_wise = least_error(layer.rows, candidates, squared_error)[0]
-            assert codebook.n_base2 is not None and tensor_wise.n_base2 is not None
-            reached = exact.gather(0, torch.stack([codebook.n_base2, tensor_wise.n_base2])).sum(1)
+            reached = exact.gather(0, torch.stack([n_base2(codebook), n_base2(tensor_wise)])).sum(1)
             assert reached[0] <= reached[1], (seed, channels, stride, name)
             best = torch.tensor(last_least(exact))
-            agreed += int((codebook.n_base2 == best).sum())
-            tensor_wise_agreed += int((tensor_wise.n_base2 == best).sum())
+            agreed += int((n_base2(codebook) == best).sum())
+            tensor_wise_agreed += int((n_base2(tensor_wise) == best).sum())
             total += len(best)
             layer.set_codebook(codebook)
     assert tensor_wise_agreed < 0.8 * total  # else the block would not tell the measures apart
@@ -317,7 +314,7 @@ def test_inputs_and_gradients_are_left_alone(method: str) -> None:
     dbs.search_block(model, block, Block("", ("1",)), (x, x_hat), config)
     assert torch.equal(x, before[0]) and torch.equal(x_hat, before[1])
     assert layer.weight.grad is None
-    assert quantized.n_base2 is not None and not quantized.n_base2.requires_grad
+    assert not n_base2(quantized.codebook).requires_grad
     assert hooks_of(model) == hooks_of(block) == 0
 
 

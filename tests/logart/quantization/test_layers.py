@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from codebooks import reassign, same_spec, scaled
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart.grids.grid import Codebook, Spacing, linear_codebook, log_codebook
-from logart.grids.reassigned_codes import reassign_unused_codes
+from logart.grids.grid import Codebook, Spacing
+from logart.grids.linear import linear_codebook
+from logart.grids.logarithmic import log_codebook
 from logart.grids.rounding import lower_neighbour, nearest, soft_round
 from logart.quantization.clone import clone_sharing
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
@@ -101,9 +103,6 @@ def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
         "bias": ((6,), torch.float32),
         "codes": ((6, 4, 3, 3), torch.uint8),
         "levels": ((6, 8), torch.float64),
-        "half_steps": ((6, 8), torch.int16),
-        "signs": ((6, 8), torch.int8),
-        "n_base2": ((6,), torch.int16),
     }
     x = torch.randn(2, 4, 5, 5)
     before = quantized(x)
@@ -113,11 +112,10 @@ def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
     assert torch.equal(dequantized(quantized), quantized.weight)
 
 
-def test_a_linear_codebook_has_no_half_steps() -> None:
+def test_a_linear_codebook_comes_back_linear() -> None:
     quantized = quantize(nn.Linear(8, 3))
     quantized.set_codebook(linear_codebook(quantized.rows.amin(1), quantized.rows.amax(1), 4))
-    assert quantized.half_steps is None and quantized.n_base2 is None
-    assert quantized.codebook.spacing is Spacing.LINEAR and quantized.codebook.half_steps is None
+    assert quantized.codebook.spacing is Spacing.LINEAR
     assert torch.equal(dequantized(quantized), quantized.weight)
 
 
@@ -127,9 +125,7 @@ def test_the_codebook_comes_back_as_it_was_set() -> None:
     quantized.set_codebook(codebook)
     back = quantized.codebook
     assert torch.equal(back.levels, codebook.levels) and back.spacing is Spacing.LOG
-    assert torch.equal(back.half_steps, codebook.half_steps)  # type: ignore[arg-type]
-    assert torch.equal(back.n_base2, codebook.n_base2)  # type: ignore[arg-type]
-    assert torch.equal(back.signs, codebook.signs) and back.scale is None  # type: ignore[arg-type]
+    assert same_spec(back.spec, codebook.spec)
     assert torch.equal(quantized.codes.flatten(1), nearest(quantized.rows, codebook))
 
 
@@ -273,13 +269,11 @@ def test_a_codebook_with_every_option_comes_back_as_it_was_set(codebooks_of: int
     torch.manual_seed(0)
     quantized = QUANTIZED_TYPES[nn.Linear].from_float(nn.Linear(8, 6).requires_grad_(False), 3, codebooks_of)
     scale = torch.linspace(0.4, 1.25, codebooks_of, dtype=torch.float64)
-    plain = log_codebook(quantized.rows.abs().amax(1), 3, 2, terms=3).scaled(scale, 3)
-    codebook = reassign_unused_codes(plain, quantized.rows, asymmetric=True, zero_code=True, terms=3)
+    plain = scaled(log_codebook(quantized.rows.abs().amax(1), 3, 2, terms=3), scale)
+    codebook = reassign(plain, quantized.rows, asymmetric=True, zero_code=True)
     quantized.set_codebook(codebook)
     back = quantized.codebook
-    for name in ("levels", "half_steps", "signs", "n_base2", "scale"):
-        assert torch.equal(getattr(back, name), getattr(codebook, name)), name
-    assert {"signs", "scale"} <= set(quantized.state_dict())
+    assert torch.equal(back.levels, codebook.levels) and same_spec(back.spec, codebook.spec)
     exact = quantized.weight.clone()
     with hardware_approximation(quantized, 2):
         assert torch.equal(quantized.codebook.levels, codebook.with_terms(2).levels)

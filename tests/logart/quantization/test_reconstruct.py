@@ -32,7 +32,7 @@ def block(seed: int = 0, **settings: Any) -> tuple[nn.Module, nn.Module, Tensor,
     quantized, chosen = clone_sharing(model), config(**settings)
     replace_layers(quantized, {"conv1": chosen.n_bits, "conv2": chosen.n_bits}, channel_wise=True)
     for layer in quantized_layers(quantized).values():
-        layer.set_codebook(choose_codebook(layer.rows, chosen.scale_method, layer.n_bits))
+        layer.set_codebook(choose_codebook(layer.rows, chosen.grid, layer.n_bits))
     inputs = x.float() + 0.02 * torch.randn(x.shape)
     return model, quantized, inputs, model(x.float())
 
@@ -151,7 +151,7 @@ def test_an_activation_in_place_at_the_start_leaves_the_inputs_alone() -> None:
     replace_layers(quantized, {"1": 3}, channel_wise=True)
     inner = quantized.get_submodule("1")
     assert isinstance(inner, QuantizedLayer)
-    inner.set_codebook(choose_codebook(inner.rows, config().scale_method, 3))
+    inner.set_codebook(choose_codebook(inner.rows, config().grid, 3))
     inputs = torch.randn(32, 5)
     before = inputs.clone()
     learn(quantized, inputs, layer(torch.nn.functional.hardswish(inputs)), iters=3)

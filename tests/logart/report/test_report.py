@@ -22,7 +22,6 @@ import logart.report.__main__
 import logart.report.plots
 import logart.report.run_plots
 from logart import QuantConfig, quantize_model, save_packed
-from logart.grids.grid import ScaleMethod
 from logart.packed.file import PackedFile
 from logart.packed.inspect import base_mix
 from logart.quantization.layer_report import HISTOGRAM_BINS
@@ -430,7 +429,7 @@ def test_a_runs_plots_name_their_layers_in_full_and_say_whose_levels_they_draw(t
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logart.report.run_plots, "finished", keep)
-        for grid in (ScaleMethod.DYNAMIC, ScaleMethod.LINEAR_MSE):
+        for grid in ("dynamic", "linear_mse"):
             model = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names)).eval()
             config = QuantConfig(n_bits=6, scale_method=grid, rounding="nearest")  # type: ignore[arg-type]
             save_packed(quantize_model(model, config, torch.randn(4, 4))[0], tmp_path / "run.safetensors")

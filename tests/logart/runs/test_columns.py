@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from logart.grids.grid import ScaleMethod
-from logart.grids.search import ScaleSearch
+from logart.grids.grid import ScaleSearch
 from logart.networks.evaluate import Accuracy
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
 from logart.runs.columns import (
@@ -100,7 +99,7 @@ def test_the_settings_say_what_acted() -> None:
     )
     more = {"recon_input": "mixed", "drop_prob": 0.25, "recon_metric": "hessian_perturb+kl", "temperature": 20.0}
     assert decided(mixed) == always | searching | learning | more
-    base2 = replace(config, scale_method=ScaleMethod.LOG_2, hardware_terms=0, first_last_bits=None)
+    base2 = replace(config, scale_method="log_2", hardware_terms=0, first_last_bits=None)
     expected = {"scale_method": "log_2", "hardware_approx": "False", "first_last_bits": "same"}
     without = {name: cell for name, cell in always.items() if name != "hardware_approx_terms"}
     assert decided(base2) == without | learning | expected
@@ -130,7 +129,7 @@ def test_the_settings_of_compensated_rounding() -> None:
 
 def test_linear_grids_have_none_of_the_options_of_logarithmic_ones() -> None:
     config = QuantConfig(
-        scale_method=ScaleMethod.LINEAR_MSE, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True
+        scale_method="linear_mse", scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True
     )
     row = settings_row(Facts(config))
     assert (row["scale_search"], row["asymmetric"], row["zero_code"]) == ("none", "False", "False")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import logart.runs.run
 from logart.errors import NonFiniteError, UserError
-from logart.grids.grid import ScaleMethod
 from logart.networks.data import ImageSource, Preprocessing, open_images
 from logart.networks.evaluate import Accuracy
 from logart.networks.network import Network
@@ -160,7 +159,7 @@ def test_without_learning_the_searched_network_is_the_final_one(
     runs: Runs, measured: Measured, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs(ROUNDED)
-    runs(replace(ROUNDED, scale_method=ScaleMethod.LOG_2))
+    runs(replace(ROUNDED, scale_method="log_2"))
     for row, figure in zip(runs.rows(), (20, 40), strict=True):
         assert row["Acc@1"] == row["search_Acc@1"] == f"{figure}.333"
         assert row["Acc@5"] == row["search_Acc@5"] == f"{figure + 5}.0"
