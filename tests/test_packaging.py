@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("logart*/__init__.py"))
 # Finding a package does not import it, nor torch with it.
 WHERE = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {PACKAGES}))"
+COMMANDS = {  # the console script: the module that `python -m` runs
+    "logart-cnn": "logart_cnn.main",
+    "logart-vit": "logart_vit.main",
+    "logart-inspect": "logart.inspect",
+    "logart-export": "logart.export",
+    "logart-report": "logart.report",
+    "logart-compare": "logart.compare",
+}
+# One process runs several commands, because importing torch takes long: each a path of a script or a module's name.
+RUN = """
+import runpy, sys
+for argv in {calls}:
+    sys.argv = argv
+    try:
+        (runpy.run_path if "/" in argv[0] else runpy.run_module)(argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, argv
+    print(flush=True)
+"""
 FLAGS = {
     "cnn": "--iters_w 20 --calib_samples 64 --workers 0",
     "vit": "--optimize --iters_w 20 --optim_size 64 --num_workers 0",
@@ -54,26 +74,20 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_wheel_holds_every_module_and_the_shipped_weights(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_all_data(wheel: Path) -> None:
     names = ZipFile(wheel).namelist()
     shipped = {name for name in names if name.startswith(tuple(f"{package}/" for package in PACKAGES))}
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*") if file.is_file()]
     expected = {str(file.relative_to(ROOT)) for file in files if "__pycache__" not in file.parts}
     assert shipped == expected
-    assert {name for name in names if name.endswith(".safetensors")} == {
+    assert shipped > {
+        "logart/report/paper_results.csv",
         "logart_cnn/weights/digits_resnet.safetensors",
         "logart_vit/weights/digits_vit.safetensors",
+        *(f"logart/{name}/__init__.py" for name in "grids quantization networks packed runs export report".split()),
     }
     assert not any(name.startswith(("tests", "scripts", "benchmarks")) for name in names)
     assert any(name.endswith("LICENSE") for name in names)
-
-
-def test_the_wheel_names_its_commands(wheel: Path) -> None:
-    archive = ZipFile(wheel)
-    (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    lines = archive.read(entry_points).decode().splitlines()
-    assert {"logart-cnn = logart_cnn.main:main", "logart-vit = logart_vit.main:main"} <= set(lines)
-    assert "logart-report = logart.report.__main__:main" in lines
 
 
 def test_the_installed_wheel_is_found_without_the_checkout(installed: Path, tmp_path: Path) -> None:
@@ -82,17 +96,26 @@ def test_the_installed_wheel_is_found_without_the_checkout(installed: Path, tmp_
     assert PACKAGES == ["logart", "logart_cnn", "logart_vit"]
 
 
+def run_all(calls: list[list[str]], installed: Path, cwd: Path) -> str:
+    return run("-c", RUN.format(calls=calls), cwd=cwd, PYTHONPATH=str(installed))
+
+
+def test_each_command_runs_as_a_script_and_as_a_module(installed: Path, tmp_path: Path) -> None:
+    scripts = {path.name: path for path in (installed / "bin").glob("logart*")}
+    assert scripts.keys() == COMMANDS.keys()
+    calls = [[str(scripts[name]), "--help"] for name in COMMANDS] + [[name, "--help"] for name in COMMANDS.values()]
+    out = run_all(calls, installed, tmp_path)
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("usage: ")] == [*COMMANDS, *COMMANDS]
+
+
 @pytest.fixture(scope="module")
 def demo(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two results files, by both commands as `python -m` runs them; one process, for imports take long."""
+    """A folder of two results files and two packed files, by both commands as `python -m` runs them."""
     folder = tmp_path_factory.mktemp("demo")
-    lines = ["import runpy, sys", "from logart import *", "print(load_packed.__module__)"]
-    for track, flags in FLAGS.items():
-        argv = [f"logart-{track}", *flags.split(), "--device", "cpu", "--results", f"{track}.csv"]
-        lines += [f"sys.argv = {argv}", "try:", f"    runpy.run_module('logart_{track}.main', run_name='__main__')"]
-        lines += ["except SystemExit as end:", "    assert end.code == 0"]
-    out = run("-c", "\n".join(lines), cwd=folder, PYTHONPATH=str(installed))
-    assert out.startswith("logart.packed.checkpoint\n")
+    files = {track: f"--device cpu --results {track}.csv --save {track}.safetensors".split() for track in FLAGS}
+    run_all(
+        [[f"logart_{track}.main", *flags.split(), *files[track]] for track, flags in FLAGS.items()], installed, folder
+    )
     return folder
 
 
@@ -106,3 +129,17 @@ def test_the_installed_wheel_runs_the_demo_without_the_checkout(track: str, inst
     assert (row["iters_w"], row["calib_samples"], row["project_version"]) == ("20", "64", version)
     assert row["checkpoint_sha256"] == hashlib.sha256(shipped.read_bytes()).hexdigest()
     assert float(row["float_Acc@1"]) > 90 and float(row["Acc@1"]) > 50
+
+
+def test_the_installed_wheel_shows_exports_and_reports_what_it_packed(installed: Path, demo: Path) -> None:
+    """In a process that no entry point was imported into: the distribution says who builds the networks."""
+    calls = [
+        ["logart.inspect", "vit.safetensors"],
+        ["logart.export", "cnn.safetensors", "--out", "hardware", "--terms", "2"],
+        ["logart.compare", "cnn.safetensors", "vit.safetensors", "--device", "cpu", "--images", "20"],
+        ["logart.report", "cnn.csv", "--run", "cnn.safetensors", "--out", "page"],
+    ]
+    out = run_all(calls, installed, demo)
+    assert "blocks.0.attn.qkv" in out and "McNemar" in out
+    assert json.loads((demo / "hardware" / "manifest.json").read_text())["cost"]  # the network was built, and run
+    assert (demo / "page").is_dir() and any(path.suffix == ".html" for path in (demo / "page").iterdir())
