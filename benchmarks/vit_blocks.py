@@ -16,7 +16,7 @@ import timm
 import torch
 from memory import peak_mib, reset_peak
 
-import logart.quantization.pipeline
+import logart.quantization.rounding_methods
 from logart import QuantConfig, quantize_model
 from logart.quantization.config import ReconInput, ReconMetric
 from logart.quantization.reconstruct import BlockReport, learn_rounding
@@ -48,7 +48,7 @@ def main() -> None:
         reset_peak()
         return report
 
-    logart.quantization.pipeline.learn_rounding = measured
+    logart.quantization.rounding_methods.learn_rounding = measured
     start = time.perf_counter()
     reset_peak()
     _, report = quantize_model(model, config, images, block_types=BLOCKS, quiet=False)

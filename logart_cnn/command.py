@@ -13,7 +13,8 @@ from logart.cli import FlagParser, default_if_none, given, refuse_without_effect
 from logart.errors import UserError
 from logart.networks.calibration import calibration_images, load_names, names_digest, save_names
 from logart.networks.data import DIGITS, ImageSource, open_images
-from logart.quantization.config import QuantConfig, ReconInput, Rounding, preset
+from logart.quantization.config import QuantConfig, ReconInput, preset
+from logart.quantization.rounding_methods import METHODS
 from logart.runs import flags
 from logart.runs.flag_groups import GROUPS, VAL_BATCH_SIZE, WORKERS, TrackFlags
 from logart.runs.job import Job
@@ -91,12 +92,12 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
     chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)
     learning = ("calib_lr", "recon_input")
-    would = config.rounding in (Rounding.LEARNED, Rounding.BOTH)
-    why = "--iters_w 0 learns nothing" if would else f"--rounding {config.rounding.value} learns nothing"
+    would = METHODS[config.rounding].learns
+    why = "--iters_w 0 learns nothing" if would else f"--rounding {config.rounding} learns nothing"
     search = ("search_samples", "search_batch_size")
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("calib_samples", "batch_size")}
-    refuse_without_effect(args, images, config.learns or config.compensates, why)
+    refuse_without_effect(args, images, config.method.calibrates, why)
     refuse_without_effect(args, {"iters_w": "--iters_w"}, would, why)
     lists = {name: f"--{name}" for name in ("calib_augment", *LIST_FLAGS)}
     refuse_without_effect(args, lists, config.images_needed > 0, "no stage of this run looks at calibration images")

@@ -10,7 +10,8 @@ from logart.cli import FlagParser, default_if_none, finite, given, refuse_withou
 from logart.errors import UserError
 from logart.networks.calibration import calibration_images
 from logart.networks.data import DIGITS, open_images
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, preset
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, preset
+from logart.quantization.rounding_methods import METHODS
 from logart.runs import flags
 from logart.runs.flag_groups import GROUPS, TrackFlags
 from logart.runs.job import Job
@@ -92,21 +93,20 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
             written = f"--config: {args.config}: {name}" if of_file else f"--{name}"
             raise UserError(f"{written}: expected {least} or more, got {loading[name]}")
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
-    fields |= {"recon_input": values["optim_mode"], "rounding": Rounding.NEAREST, "head_kl": True, "seed": 0}
+    fields |= {"recon_input": values["optim_mode"], "rounding": "nearest", "head_kl": True, "seed": 0}
     fields |= {} if args.preset is None else preset(args.preset, default_if_none(args.w_bit, fields["n_bits"]))
     flag_fields = FIELDS | {"rounding": "rounding", "seed": "seed"}
     fields |= {flag_fields[name]: value for name, value in given(args, flag_fields).items()}
     fields["recon_input"] = MODES[fields["recon_input"]]
     if args.optimize and args.rounding is None:
-        learned = {Rounding.NEAREST: Rounding.LEARNED, Rounding.COMPENSATED: Rounding.BOTH}
-        fields["rounding"] = learned.get(fields["rounding"], fields["rounding"])
+        fields["rounding"] = METHODS[fields["rounding"]].with_steps
     config = flags.build_config(args, flag_fields, fields)
     _refuse_idle_flags(args, config)
     return config, loading
 
 
 def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
-    learns = config.rounding in (Rounding.LEARNED, Rounding.BOTH)
+    learns = METHODS[config.rounding].learns
     why = "--iters_w 0 learns nothing"
     if not learns:
         why = f"--rounding {args.rounding} learns nothing" if args.rounding else "without --optimize nothing is learned"
@@ -115,7 +115,7 @@ def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
     search = ("calib_size", "calib_batch_size")
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("optim_size", "optim_batch_size")}
-    refuse_without_effect(args, images, config.learns or config.compensates, why)
+    refuse_without_effect(args, images, config.method.calibrates, why)
     mixes = config.recon_input is ReconInput.MIXED
     refuse_without_effect(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")
     weighs = config.recon_metric is ReconMetric.HESSIAN_PERTURB

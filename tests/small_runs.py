@@ -125,7 +125,7 @@ class VitFiles:
 def printed(capture: pytest.CaptureFixture[str]) -> list[str]:
     """What was printed, without the lines on memory, which depend on the machine."""
     printed = capture.readouterr().out
-    return re.sub(r"^block .* foreseen\n(?:.*\n)+?captured .*\n", "", printed, flags=re.MULTILINE).splitlines()
+    return re.sub(r"^captured inputs and targets .*\n", "", printed, flags=re.MULTILINE).splitlines()
 
 
 class Outcome(NamedTuple):

@@ -81,7 +81,7 @@ def test_the_ten_rows_are_the_paper_s(ablation: ModuleType, track: str) -> None:
         assert config.channel_wise and config.scale_method == grid and config.learns == bool(index % 2)
         assert by is None or (config.search_method.value, config.search_samples) == (by, 32)
         assert not config.learns or (config.iters, config.calib_samples, config.warmup) == (7, 1024, 0.1)
-        assert not config.compensates and config.first_last_bits is None
+        assert config.method.uses_dbs and config.first_last_bits is None
 
 
 def test_left_to_itself_it_is_the_built_in_network_at_four_bits(ablation: ModuleType) -> None:

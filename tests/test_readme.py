@@ -152,13 +152,13 @@ def shrunk(argv: list[str], images: Path, folder: Path) -> list[str]:
     more = f"--device cpu --workers 0 --results {folder / 'results.csv'}".split()
     if config.learns:
         more += ["--iters_w", "2"]
-    if config.learns or config.compensates:
+    if config.method.calibrates:
         more += "--calib_samples 4 --batch_size 2".split()
-    if config.scale_method == "dynamic" and not config.compensates:
+    if config.scale_method == "dynamic" and config.method.uses_dbs:
         more += ["--search_samples", "2"]
     if (args.data_path or DIGITS) != DIGITS:
         more += ["--data_path", str(images), "--num_classes", str(CLASSES), "--input_size", "32"]
-        if config.compensates:  # its matrices are as large as the layers, however small the images
+        if not config.method.uses_dbs:  # its matrices are as large as the layers, however small the images
             path = seeded(small, folder / "small.pth")
             more += ["--arch", f"timm:{SMALL}", "--checkpoint", str(path), "--model_kwargs", *SMALL_KWARGS.split()]
         else:
@@ -173,7 +173,7 @@ def shrunk_vit(argv: list[str], images: Path, folder: Path) -> list[str]:
     more = f"--device cpu --num_workers 0 --results {folder / 'results.csv'}".split()
     if config.learns:
         more += ["--iters_w", "2"]
-    if config.learns or config.compensates:
+    if config.method.calibrates:
         more += "--optim_size 4 --optim_batch_size 2".split()
     if config.searches_data:
         more += ["--calib_size", "2"]

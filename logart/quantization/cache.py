@@ -65,8 +65,7 @@ class MemoryEstimate(NamedTuple):
 
     Attributes:
         captured: its inputs and targets of all images, which live where the cache says.
-        working: beside them, always on the computing device: a batch's activations and gradients, and all that learning
-            or compensating keeps of the weights. An estimate, without what libraries take for themselves.
+        working: beside them, always on the computing device; see `memory`.
     """
 
     captured: int
@@ -101,34 +100,37 @@ class Cache:
         return snapshot, OffloadedTensor(snapshot, batch.dtype, self.device)
 
     def choose(self, needs: Mapping[str, MemoryEstimate]) -> str:
-        """Decide on a place where none was given, by what is free; lines that say what each block needs, and where.
+        """Decide on a place where none was given: the first that has room for the block that takes most of it.
 
         Args:
             needs: of each block.
+
+        Returns:
+            A line that says what that block needs, and where it gets it.
 
         Raises:
             NoRoomError: the captured tensors fit nowhere.
         """
         free = self._free()
+        places = [CacheLocation.DEVICE, CacheLocation.CPU, CacheLocation.DISK]
         if self.place is None:
-            fitting = [place for place in _order() if self._most(needs, place) <= _RESERVE * free[place]]
-            if not fitting:
-                name, need = max(needs.items(), key=lambda item: item[1].captured)
-                have = ", ".join(f"{place} {_mib(free[place])}" for place in _order())
-                message = f"captured inputs and targets of {name} take {_mib(need.captured)}; free: {have}"
-                raise NoRoomError(f"{message}; expected fewer calibration images or more room")
-            self.place = fitting[0]
-        width = max(map(len, ["block", *needs]))
-        lines = [f"{'block':<{width}}  captured and working memory, foreseen"]
-        lines += [f"{name:<{width}}  {_mib(c):>12} {_mib(w):>12}" for name, (c, w) in needs.items()]
-        lines.append(f"captured inputs and targets are kept on {self.place} ({_mib(free[self.place])} free)")
-        return "\n".join(lines) + ", too little" * (self._most(needs, self.place) > free[self.place])
+            self.place = next((p for p in places if self._largest(needs, p)[1] <= _RESERVE * free[p]), None)
+        name, taken = self._largest(needs, self.place or CacheLocation.DISK)
+        need = needs[name]
+        if self.place is None:
+            have = ", ".join(f"{place} {_mib(free[place])}" for place in places)
+            message = f"captured inputs and targets of {name} take {_mib(need.captured)}; free: {have}"
+            raise NoRoomError(f"{message}; expected fewer calibration images or more room")
+        line = f"captured inputs and targets are kept on {self.place} ({_mib(free[self.place])} free): "
+        line += f"at most {_mib(need.captured)}, and {_mib(need.working)} to work with, in block {name}"
+        return line + ", too little" * (taken > free[self.place])
 
-    def _most(self, needs: Mapping[str, MemoryEstimate], place: CacheLocation) -> float:
-        """Bytes that the largest block takes of a place."""
+    def _largest(self, needs: Mapping[str, MemoryEstimate], place: CacheLocation) -> tuple[str, float]:
+        """The block that takes most of a place, and the bytes: captured ones, and working ones where it shares them."""
         shared = place is CacheLocation.DEVICE or (self.device.type == "cpu" and place is not CacheLocation.DISK)
         share = 0.5 if place is CacheLocation.HALF else 1.0
-        return max(share * need.captured + shared * need.working for need in needs.values())
+        taken = {name: share * need.captured + shared * need.working for name, need in needs.items()}
+        return max(taken.items(), key=lambda item: item[1])
 
     def fall_back(self) -> CacheLocation | None:
         """Leave the GPU that ran out of memory; None where nothing of its memory is captured tensors.
@@ -151,10 +153,6 @@ class Cache:
             CacheLocation.HALF: host,
             CacheLocation.DISK: disk,
         }
-
-
-def _order() -> list[CacheLocation]:
-    return [CacheLocation.DEVICE, CacheLocation.CPU, CacheLocation.DISK]
 
 
 def _mib(count: float) -> str:

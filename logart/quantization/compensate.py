@@ -11,6 +11,7 @@ T is the real weight that would undo the error made so far. `column_rounding` ro
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
 from logart.quantization.cache import Captured
 from logart.quantization.column_rounding import quadratic_error, round_compensated
-from logart.quantization.config import QuantConfig
 from logart.quantization.dbs import layer_moments, per_codebook
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.surgery import Block
+
+if TYPE_CHECKING:
+    from logart.quantization.config import QuantConfig
 
 DAMPING = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂
 RIDGE_FLOOR = 1e-12  # λ per row where inputs are dead, and per row and squared mean: float32 knows no input any better

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from enum import Enum
 from typing import Any
 
 from logart.grids.grid import MAX_BITS, MIN_BITS, Grid, GridOptions, ScaleSearch
 from logart.grids.registry import grid_named
 from logart.grids.root2 import ROOT2_TEXT, root2
+from logart.quantization.block_loss import ReconMetric
+from logart.quantization.dbs import SearchMethod
+from logart.quantization.reconstruct import ReconInput
+from logart.quantization.rounding_methods import METHODS, RoundingMethod
 
-
-class SearchMethod(str, Enum):
-    """Which error DBS minimises per channel: of the weight, the layer's output or the block's output."""
-
-    TENSOR_WISE = "tensor_wise"
-    LAYER_WISE = "layer_wise"
-    BLOCK_WISE = "block_wise"
-
-
-class Rounding(str, Enum):
-    """How codes are found once the grid is: to nearest, in closed form, by LLR, or by LLR from the closed form on."""
-
-    NEAREST = "nearest"
-    COMPENSATED = "compensated"
-    LEARNED = "learned"
-    BOTH = "both"
-
-
-class ReconInput(str, Enum):
-    """Whose prefix a block's input comes from while its rounding is learned; mixed draws per element (QDrop)."""
-
-    QUANTIZED = "quantized"
-    FLOAT = "float"
-    MIXED = "mixed"
-
-
-class ReconMetric(str, Enum):
-    """What LLR minimises between a block's output and the float one's."""
-
-    MSE = "mse"
-    MAE = "mae"
-    HESSIAN_PERTURB = "hessian_perturb"
+__all__ = ["PRESETS", "QuantConfig", "ReconInput", "ReconMetric", "SearchMethod", "describe", "preset"]
 
 
 PRESETS = ("fast", "paper", "best")
@@ -50,10 +22,10 @@ PRESETS = ("fast", "paper", "best")
 def preset(name: str, n_bits: int) -> dict[str, Any]:
     """The defaults that a preset of `PRESETS` stands for at a bit width; what each is good for is in EXPERIMENTS.md."""
     if name == "paper":
-        return {"rounding": Rounding.LEARNED, "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
+        return {"rounding": "learned", "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
     if name == "fast":
-        return {"rounding": Rounding.COMPENSATED, "calib_samples": 256}
-    best = {"rounding": Rounding.COMPENSATED, "calib_samples": 1024}
+        return {"rounding": "compensated", "calib_samples": 256}
+    best = {"rounding": "compensated", "calib_samples": 1024}
     best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
     # With more bits there is nothing left for these to gain, and thousands of candidates to search.
     best |= {"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {}
@@ -74,7 +46,7 @@ class QuantConfig:
         search_batch_size: images at a time in DBS.
         scale_search: which factors of the levels are tried, per channel.
         asymmetric, zero_code: how codes are spent, see `grids.reassigned_codes`.
-        rounding: how codes are found.
+        rounding: how codes are found, a name in `rounding_methods.METHODS`.
         calib_samples: images for LLR and compensated rounding.
         batch_size: images per LLR step, and at a time elsewhere in these stages.
         iters: LLR steps per block; 0 learns nothing.
@@ -101,7 +73,7 @@ class QuantConfig:
     scale_search: ScaleSearch = ScaleSearch.NONE
     asymmetric: bool = False
     zero_code: bool = False
-    rounding: Rounding = Rounding.LEARNED
+    rounding: str = "learned"
     calib_samples: int = 1024
     batch_size: int = 32
     iters: int = 1000
@@ -123,7 +95,6 @@ class QuantConfig:
         grid_named(self.scale_method)
         object.__setattr__(self, "search_method", SearchMethod(self.search_method))
         object.__setattr__(self, "scale_search", ScaleSearch(self.scale_search))
-        object.__setattr__(self, "rounding", Rounding(self.rounding))
         object.__setattr__(self, "recon_input", ReconInput(self.recon_input))
         object.__setattr__(self, "recon_metric", ReconMetric(self.recon_metric))
         for name in ("n_bits", "first_last_bits"):
@@ -144,12 +115,9 @@ class QuantConfig:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.rounding not in METHODS:
+            raise ValueError(f"rounding must be one of {', '.join(METHODS)}, got {self.rounding!r}")
         root2(self.hardware_terms)
-
-    @property
-    def searches_data(self) -> bool:
-        """Whether DBS looks at images: more than one candidate, by layer or block output."""
-        return self.searches and self.search_method is not SearchMethod.TENSOR_WISE and not self.compensates
 
     @property
     def searches(self) -> bool:
@@ -158,20 +126,20 @@ class QuantConfig:
         return several and self.grid.own_error is None
 
     @property
-    def compensates(self) -> bool:
-        """Whether rounding is compensated, by itself or before LLR."""
-        return self.rounding in (Rounding.COMPENSATED, Rounding.BOTH)
+    def searches_data(self) -> bool:
+        """Whether DBS looks at images: more than one candidate, by layer or block output."""
+        return self.method.uses_dbs and self.searches and self.search_method is not SearchMethod.TENSOR_WISE
+
+    @property
+    def method(self) -> RoundingMethod:
+        """What `rounding` comes to: without steps nothing is learned."""
+        asked = METHODS[self.rounding]
+        return asked if self.iters else METHODS[asked.without_steps]
 
     @property
     def learns(self) -> bool:
         """Whether LLR runs."""
-        return self.rounding in (Rounding.LEARNED, Rounding.BOTH) and self.iters > 0
-
-    @property
-    def acting_rounding(self) -> Rounding:
-        """What `rounding` comes to: without steps nothing is learned."""
-        without = {Rounding.LEARNED: Rounding.NEAREST, Rounding.BOTH: Rounding.COMPENSATED}
-        return self.rounding if self.learns else without.get(self.rounding, self.rounding)
+        return self.method.learns
 
     @property
     def grid(self) -> Grid:
@@ -187,7 +155,7 @@ class QuantConfig:
     @property
     def images_needed(self) -> int:
         """How many calibration images the stages that run look at."""
-        return max(self.search_samples * self.searches_data, self.calib_samples * (self.learns or self.compensates))
+        return max(stage.images(self)[0] if stage.needs(self) else 0 for stage in self.method.stages)
 
     def as_dict(self) -> dict[str, Any]:
         """All settings by name, as JSON can say them."""
@@ -204,21 +172,14 @@ class QuantConfig:
 def describe(config: QuantConfig) -> str:
     """The settings in a line, those that act."""
     grid = f"{config.n_bits} bits, {config.scale_method}"
-    if config.searches and not config.compensates:
+    if config.searches and config.method.uses_dbs:
         grid += f" ({config.search_method.value} DBS)"
     words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]
     options = config.grid_options
     if options.scale_search is not ScaleSearch.NONE:
         words.append(f"{options.scale_search.value} scale search")
     words += [name for name in ("asymmetric", "zero_code") if getattr(options, name)]
-    if config.compensates:
-        words.append(f"compensated rounding, {config.calib_samples} images")
-    if config.learns:
-        mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
-        how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
-        words.append(f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})")
-    if not (config.compensates or config.learns):
-        words.append("plain rounding")
+    words.append(config.method.describe(config))
     if options.terms:
         words.append(f"√2 ≈ {ROOT2_TEXT[options.terms]}")
     return ", ".join([*words, f"seed {config.seed}"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import TYPE_CHECKING
+
 import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
@@ -12,12 +15,22 @@ from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidua
 from logart.grids.search import choose_codebook, squared_error
 from logart.quantization.cache import Captured
 from logart.quantization.capture import run_to
-from logart.quantization.config import QuantConfig, SearchMethod
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.surgery import Block
 
+if TYPE_CHECKING:
+    from logart.quantization.config import QuantConfig
+
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
 _PATCH_ELEMENTS = 1 << 26  # elements of unfolded patches held at once: 256 MB in float32
+
+
+class SearchMethod(str, Enum):
+    """Which error DBS minimises per channel: of the weight, the layer's output or the block's output."""
+
+    TENSOR_WISE = "tensor_wise"
+    LAYER_WISE = "layer_wise"
+    BLOCK_WISE = "block_wise"
 
 
 def search_block(

@@ -55,7 +55,7 @@ class Report:
         n_weights: elements of all the network's weights, quantized or not; see `survey.Survey`.
         folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
         blocks: one entry per learned block.
-        search_seconds, reconstruction_seconds: time in DBS and in compensation and LLR.
+        seconds: time in each stage of the rounding method, by its event.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -64,8 +64,17 @@ class Report:
     folded: list[str] = field(default_factory=list)
     unfolded: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
-    search_seconds: float = 0.0
-    reconstruction_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def search_seconds(self) -> float:
+        """Time in DBS."""
+        return self.seconds.get("searched", 0.0)
+
+    @property
+    def reconstruction_seconds(self) -> float:
+        """Time in compensation and LLR."""
+        return self.seconds.get("rounded", 0.0)
 
     @property
     def quantized_share(self) -> float:

@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError, one_line
-from logart.grids.losses import absolute_error, kl_divergence, squared_error
 from logart.quantization import capture, surgery
+from logart.quantization.block_loss import BlockLosses, Loss
 from logart.quantization.cache import Cache, Captured
 from logart.quantization.clone import clone_sharing
-from logart.quantization.compensate import compensate_block
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric
-from logart.quantization.dbs import search_block
+from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
-from logart.quantization.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.quantization.layer_report import Report, layer_reports
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.memory import estimate_memory
-from logart.quantization.reconstruct import BlockReport, Loss, learn_rounding
+from logart.quantization.reconstruct import BlockReport
+from logart.quantization.rounding_methods import BlockTask, Capture, Stage
 from logart.quantization.state import StageResult, StageStore
 from logart.quantization.surgery import Block
 from logart.quantization.survey import survey
@@ -56,9 +54,8 @@ def quantize_model(
             where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
         device: where to compute, and where the result is.
         quiet: no progress bars.
-        on_stage_end: called with ("float", folded float model), ("searched", …) after DBS, unless rounding is
-            compensated,
-            and ("rounded", …) after compensation and LLR; the time it takes is not counted.
+        on_stage_end: called with ("float", folded float model), then with the event of each stage of the rounding
+            method: ("searched", …) after DBS, ("rounded", …) after compensation and LLR; its time is not counted.
         cache: where the inputs and targets of a block are held; without it, on the device.
         stage_store: keeps what each block has come to, and gives it back in a later call with equal arguments, whose
             codes are then the same bit for bit; without it, nothing is kept.
@@ -89,15 +86,11 @@ def quantize_model(
     cache = Cache(device) if cache is None else cache
     work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
     work.choose_cache(example)
-    if not config.compensates:  # which searches each layer's grid itself
-        report.search_seconds = sum(done.seconds for done in work.each("DBS", work.search))
-        on_stage_end("searched", quantized)
-    if config.learns or config.compensates:
-        title, step = ("LLR", work.learn) if config.learns else ("compensate", work.compensate)
-        results = work.each(title, step)
-        report.reconstruction_seconds = sum(done.seconds for done in results)
-        report.blocks = [done.report for done in results if done.report is not None]
-        on_stage_end("rounded", quantized)
+    for stage in config.method.stages:
+        results = work.each(stage)
+        report.seconds[stage.event] = sum(done.seconds for done in results)
+        report.blocks += [done.report for done in results if done.report is not None]
+        on_stage_end(stage.event, quantized)
     report.layers = layer_reports(quantized, blocks)
     quantized.packed_info = {"settings": config.as_dict(), "layers": report.as_dict()}  # type: ignore[assignment]
     return quantized, report
@@ -136,38 +129,59 @@ class _Work:
     stage_store: StageStore
 
     def choose_cache(self, example: Tensor) -> None:
-        """Foresee what each block needs, and decide where captured tensors live."""
+        """Estimate what each block needs, and decide where captured tensors live."""
         if self.config.images_needed == 0:
             return
         message = self.cache.choose(estimate_memory(self.reference, self.blocks, example, self.config))
         if not self.quiet:
             print(message, flush=True)
 
-    def each(
-        self, stage: str, step: Callable[[Block, Callable[[int, float], None]], BlockReport | None]
-    ) -> list[StageResult]:
-        """One stage of all units: what was kept is taken over, the rest is worked out and kept."""
-        layers = surgery.quantized_layers(self.quantized)
-        steps = self.config.iters if stage == "LLR" else 1
+    def each(self, stage: Stage) -> list[StageResult]:
+        """One stage of all blocks: what was kept is taken over, the rest is worked out and kept."""
+        steps = stage.steps(self.config)
         results: list[StageResult] = []
-        with progress_bar(len(self.blocks) * steps, stage, self.quiet) as bar:
+        with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:
             for index, block in enumerate(self.blocks):
-                bar.set_description(f"{stage} {block.name}")
+                bar.set_description(f"{stage.title} {block.name}")
 
                 def show(done: int, loss: float, before: int = index * steps) -> None:
                     bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
                     bar.update(before + done - bar.n)
 
-                own = {name: layers[name] for name in block.layers}
-                done = self.stage_store.restore(stage, index, own)
+                own = {name: self._layers[name] for name in block.layers}
+                done = self.stage_store.restore(stage.title, index, own)
                 if done is None:
                     start = time.perf_counter()
-                    report = self._with_room(own.values(), partial(step, block, show))
+                    report = self._with_room(own.values(), partial(self._run, stage, block, show))
                     done = StageResult(time.perf_counter() - start, report)
-                    self.stage_store.save(stage, index, own, done)
+                    self.stage_store.save(stage.title, index, own, done)
                 results.append(done)
                 bar.update((index + 1) * steps - bar.n)
         return results
+
+    def _run(self, stage: Stage, block: Block, show: Callable[[int, float], None]) -> BlockReport | None:
+        start = time.perf_counter()
+        captured = self._capture(stage, block)
+        seconds = time.perf_counter() - start
+        loss = partial(self._loss, block)
+        report = stage.run(BlockTask(block, self.reference, self.quantized, captured, self.config, loss, show))
+        return report and replace(report, capture_seconds=report.capture_seconds + seconds)
+
+    def _capture(self, stage: Stage, block: Block) -> dict[Capture, Captured]:
+        """What a stage looks at of a block; of a network whose block's inputs and outputs it wants, in one pass."""
+        count, batch_size = stage.images(self.config)
+        how, needs = (block.name, self.images[:count], batch_size, self.cache), stage.needs(self.config)
+        captured: dict[Capture, Captured] = {}
+        if {Capture.FLOAT_INPUTS, Capture.TARGETS} <= needs:
+            both = capture.inputs_and_outputs(self.reference, *how)
+            captured[Capture.FLOAT_INPUTS], captured[Capture.TARGETS] = both
+        elif Capture.FLOAT_INPUTS in needs:
+            captured[Capture.FLOAT_INPUTS] = capture.inputs(self.reference, *how)
+        elif Capture.TARGETS in needs:
+            captured[Capture.TARGETS] = capture.outputs(self.reference, *how)
+        if Capture.INPUTS in needs:
+            captured[Capture.INPUTS] = capture.inputs(self.quantized, *how)
+        return captured
 
     def _with_room(
         self, layers: Iterable[QuantizedLayer], step: Callable[[], BlockReport | None]
@@ -187,89 +201,14 @@ class _Work:
                 restore()
             torch.cuda.empty_cache()
 
-    def search(self, block: Block, show: Callable[[int, float], None]) -> None:
-        """DBS of a block; every layer then holds its codebook and codes of plain rounding."""
-        data = None
-        if self.config.searches_data:
-            how = (self.images[: self.config.search_samples], self.config.search_batch_size, self.cache)
-            data = tuple(capture.inputs(net, block.name, *how) for net in (self.reference, self.quantized))
-        search_block(self.reference, self.quantized, block, data, self.config)
+    @cached_property
+    def _layers(self) -> dict[str, QuantizedLayer]:
+        return surgery.quantized_layers(self.quantized)
 
-    def compensate(self, block: Block, show: Callable[[int, float], None]) -> None:
-        """Compensated rounding of a block, with the search for each layer's grid."""
-        self._compensate(block)
-
-    def _compensate(self, block: Block) -> list[Tensor]:
-        """The targets of the block's layers, from which LLR may go on."""
-        data = capture.inputs(self.reference, *self._how(block)), capture.inputs(self.quantized, *self._how(block))
-        return compensate_block(self.reference, self.quantized, block, data, self.config)
-
-    def learn(self, block: Block, show: Callable[[int, float], None]) -> BlockReport:
-        """LLR of a block: quantized, float or mixed prefix in, float target out."""
-        start = time.perf_counter()
-        starts = self._compensate(block) if self.config.compensates else None
-        inputs, float_inputs, targets = self._capture(block)
-        loss = self._losses.of(block, targets)
-        captured = time.perf_counter()
-        module = self.quantized.get_submodule(block.name)
-        layers = [surgery.quantized_layers(self.quantized)[name] for name in block.layers]
-        report = learn_rounding(
-            block.name, module, layers, inputs, targets, self.config, loss, show, float_inputs, starts
-        )
-        learning = time.perf_counter() - captured
-        return replace(report, capture_seconds=captured - start, learning_seconds=learning)
-
-    def _capture(self, block: Block) -> tuple[Captured, Captured | None, Captured]:
-        """What the block is fed, what the float one is if inputs are mixed, and what it gives: two passes at most."""
-        how = self._how(block)
-        if self.config.recon_input is ReconInput.QUANTIZED:
-            return capture.inputs(self.quantized, *how), None, capture.outputs(self.reference, *how)
-        float_inputs, targets = capture.inputs_and_outputs(self.reference, *how)
-        if self.config.recon_input is ReconInput.FLOAT:
-            return float_inputs, None, targets
-        return capture.inputs(self.quantized, *how), float_inputs, targets
-
-    def _how(self, block: Block) -> tuple[str, Tensor, int, Cache]:
-        return block.name, self.images[: self.config.calib_samples], self.config.batch_size, self.cache
+    def _loss(self, block: Block, shape: torch.Size) -> Loss:
+        return self._losses.of(block, shape)
 
     @cached_property
-    def _losses(self) -> _Losses:
+    def _losses(self) -> BlockLosses:
         images = self.images[: self.config.calib_samples]
-        return _Losses(self.reference, self.quantized, self.blocks, images, self.config, self.device)
-
-
-class _Losses:
-    """The reconstruction loss of each block."""
-
-    def __init__(
-        self,
-        reference: nn.Module,
-        quantized: nn.Module,
-        blocks: list[Block],
-        images: Tensor,
-        config: QuantConfig,
-        device: torch.device,
-    ) -> None:
-        self._config, self._head = config, blocks[-1].name
-        layers = surgery.quantized_layers(quantized)
-        self._channels = {block.name: layers[block.layers[-1]].shape[0] for block in blocks}
-        if config.recon_metric is ReconMetric.HESSIAN_PERTURB:
-            self._importance = PerturbationImportance(
-                reference, images[:IMPORTANCE_IMAGES], config.temperature, config.batch_size, device, config.seed
-            )
-
-    def of(self, block: Block, targets: Captured) -> Loss:
-        """The loss of one block, whose float outputs are `targets`."""
-        if self._config.head_kl and block.name == self._head:
-            return kl_divergence
-        dim = channel_dim(targets.shape, self._channels[block.name])
-        if self._config.recon_metric is ReconMetric.MAE:
-            return partial(absolute_error, channel_dim=dim)
-        if self._config.recon_metric is ReconMetric.MSE:
-            return partial(squared_error, channel_dim=dim)
-        return partial(squared_error, channel_dim=dim, importance=self._importance.of(block.name))
-
-
-def channel_dim(shape: torch.Size, channels: int) -> int:
-    """Where an output has its channels: dimension 1, unless only the last has as many as the block's last layer."""
-    return -1 if shape[-1] == channels != shape[1] else 1
+        return BlockLosses(self.reference, self.blocks, images, self.config, self.device)

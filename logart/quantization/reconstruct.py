@@ -10,17 +10,29 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NonFiniteError
+from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
-from logart.quantization.config import QuantConfig
 from logart.quantization.layers import QuantizedLayer
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from logart.quantization.config import QuantConfig
+
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
+
+
+class ReconInput(str, Enum):
+    """Whose prefix a block's input comes from while its rounding is learned; mixed draws per element (QDrop)."""
+
+    QUANTIZED = "quantized"
+    FLOAT = "float"
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from logart.quantization.config import Rounding
+from logart.quantization.rounding_methods import method_named
 from logart.runs.columns import Part, columns_of
 
 Row = dict[str, str]
@@ -40,7 +40,7 @@ class Measure:
     @property
     def method(self) -> tuple[str, ...]:
         """Which row of a table it is in: grid, search, what the search and a closed form saw."""
-        row, closed = self.row, self.row["rounding"] in (Rounding.COMPENSATED.value, Rounding.BOTH.value)
+        row, closed = self.row, not method_named(self.row["rounding"]).uses_dbs
         first = (row["scale_method"], row["search_method"], "compensated" if closed else "")
         saw = values(row, SEARCH) if row["search_samples"] else ("",) * len(SEARCH)
         return (*first, *saw, *(values(row, CALIBRATION) if closed else ("",) * len(CALIBRATION)))
@@ -143,13 +143,13 @@ def _measures(row: Row) -> Iterable[Measure]:
         at_test, row = row | {"hardware_approx": "at test"}, row | {"hardware_approx_terms": ""}
     else:
         at_test = row | {"approx_Acc@1": ""}
-    learned = row["rounding"] in (Rounding.LEARNED.value, Rounding.BOTH.value)
+    method = method_named(row["rounding"])
     total = None if search is None or rounding is None else search + rounding
-    if row["rounding"] == Rounding.LEARNED.value and row["search_Acc@1"]:
+    if len(method.stages) > 1 and row["search_Acc@1"]:
         yield Measure(row, False, float(row["search_Acc@1"]), search, False)
-    yield Measure(row, learned, float(row["Acc@1"]), total, True)
+    yield Measure(row, method.learns, float(row["Acc@1"]), total, True)
     if at_test["approx_Acc@1"]:
-        yield Measure(at_test, learned, float(at_test["approx_Acc@1"]), total, False)
+        yield Measure(at_test, method.learns, float(at_test["approx_Acc@1"]), total, False)
 
 
 def _newest(measures: Iterable[Measure]) -> tuple[list[Measure], list[str]]:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from logart.quantization.config import Rounding
+from logart.quantization.rounding_methods import method_named
 from logart.report.groups import Group, Row, signed
 from logart.report.page import Block, Heading, Paragraph
 
@@ -66,11 +66,11 @@ def paper_figures() -> list[Row]:
 def matching(group: Group, figures: Iterable[Row]) -> list[Row]:
     """The paper's figures of a group's network, bits and method; what a source does not state is not compared."""
     ours = dict(group.row)
-    if ours["rounding"] in (Rounding.COMPENSATED.value, Rounding.BOTH.value) or ours["network_options"]:
+    if not method_named(ours["rounding"]).uses_dbs or ours["network_options"]:
         return []
     if ours["zero_code"] == "True":
         return []
     if ours["scale_search"] != "none":
         ours["scale_search"] = "grid"
-    rounding = Rounding.LEARNED.value if group.llr else Rounding.NEAREST.value
+    rounding = "learned" if group.llr else "nearest"
     return [row for row in figures if row["rounding"] == rounding and all(row[k] == ours[k] for k in KEYS)]

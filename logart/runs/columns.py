@@ -52,10 +52,10 @@ class When(NamedTuple):
 
 ALWAYS = When("", lambda config: True)
 LOGARITHMIC = When("logarithmic grids", lambda config: "scale_search" in config.grid.options)
-SEARCHES = When("DBS or scale search", lambda config: config.searches and not config.compensates)
+SEARCHES = When("DBS or scale search", lambda config: config.searches and config.method.uses_dbs)
 SEARCHES_DATA = When("search by layer or block outputs", lambda config: config.searches_data)
 SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
-CALIBRATES = When("compensated rounding or LLR", lambda config: config.learns or config.compensates)
+CALIBRATES = When("compensated rounding or LLR", lambda config: config.method.calibrates)
 LEARNS = When("LLR", lambda config: config.learns)
 MIXES = When("LLR, input `mixed`", lambda config: config.learns and config.recon_input.value == "mixed")
 WEIGHTED = When(
@@ -173,7 +173,8 @@ COLUMNS = (
     _of_config("search_batch_size", Part.SEARCH, "calibration images at a time in DBS", unit="images",
                when=SEARCHES_DATA),
     Column("preset", Part.DEFAULTS, "the preset that gave the defaults"),
-    _of_config("rounding", Part.METHOD, "`nearest`, `compensated`, `learned` (LLR) or `both`", "acting_rounding"),
+    Column("rounding", Part.METHOD, "`nearest`, `compensated`, `learned` (LLR) or `both`",
+           lambda f: f.config.method.name),
     _of_config("calib_samples", Part.CALIBRATION, "calibration images seen by LLR and compensated rounding",
                unit="images", when=CALIBRATES),
     _of_config("batch_size", Part.CALIBRATION, "calibration images per LLR step", unit="images", when=CALIBRATES),
@@ -252,7 +253,7 @@ def utc_now() -> str:
 
 
 def package_version(package: str) -> str:
-    """"" where it is not installed."""
+    """ "" where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -13,7 +13,8 @@ from logart.grids.root2 import ROOT2_TEXT
 from logart.networks.data import DIGITS
 from logart.networks.network import INTERPOLATIONS
 from logart.quantization.cache import CacheLocation
-from logart.quantization.config import PRESETS, Rounding, SearchMethod
+from logart.quantization.config import PRESETS, SearchMethod
+from logart.quantization.rounding_methods import METHODS
 from logart.runs.results_file import RESULTS
 
 VAL_BATCH_SIZE, WORKERS = 128, 2
@@ -112,7 +113,7 @@ class TrackFlags:
         """How weights are rounded; `rounding` its default, `inputs` what the track calls LLR's and other names."""
         add, group = self.add, "rounding"
         add(group, "rounding", "to nearest, compensated in closed form, learned (LLR), or both in this order", rounding,
-            choices=[m.value for m in Rounding])  # fmt: skip
+            choices=list(METHODS))  # fmt: skip
         add(group, "calib_samples", "images for LLR and compensated rounding", type=int)
         add(group, "batch_size", "images per LLR step", type=int)
         add(group, "iters_w", "LLR steps per block; 0 learns nothing", type=int)

@@ -99,8 +99,8 @@ def refuse_idle_flags(
     for option in ("scale_search", "asymmetric", "zero_code"):
         refuse((option,), option in grid.options, f"it does not act on --scale_method {grid.name}")
     refuse(("search_method", *search), config.searches, f"--scale_method {grid.name} searches nothing")
-    closed = f"--rounding {config.rounding.value} searches in the metric of each layer's inputs"
-    refuse(("search_method", *search, "test_before_calibration"), not config.compensates, closed)
+    closed = f"--rounding {config.rounding} searches in the metric of each layer's inputs"
+    refuse(("search_method", *search, "test_before_calibration"), config.method.uses_dbs, closed)
     schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
     refuse((*learning, *schedule), config.learns, unlearned)
     refuse(("cache",), config.images_needed > 0, "no stage of this run captures anything")
@@ -126,8 +126,7 @@ def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -
     """The flag to name where there are fewer images than asked for: of the stage that looks at most of them."""
     if config.images_needed < 2:
         return data  # two are needed for tracing alone
-    rounds = config.learns or config.compensates
-    return rounding if rounds and config.images_needed == config.calib_samples else search
+    return rounding if config.method.calibrates and config.images_needed == config.calib_samples else search
 
 
 def run_options(
@@ -175,7 +174,7 @@ def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any)
     values |= {
         "first_last_bits": config.first_last_bits or "same",
         "hardware_approx_terms": config.hardware_terms,
-        "rounding": config.acting_rounding,
+        "rounding": config.method.name,
         "seed": config.seed,
     }
     values |= others

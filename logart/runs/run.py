@@ -129,11 +129,8 @@ def run(
         print(layer_table(report))
         if left.sizes is not None:
             print(f"{left.sizes}\nsaved as {options.save}")
-        rounding = "LLR" if config.learns and not config.compensates else "rounding"
-        print(
-            f"DBS {report.search_seconds:.1f} s, {rounding} {report.reconstruction_seconds:.1f} s, "
-            f"total {facts.total_seconds:.1f} s" + f"; {left.row}" * (not left.problems)
-        )
+        seconds = [f"{stage.title} {report.seconds[stage.event]:.1f} s" for stage in config.method.stages]
+        print(", ".join([*seconds, f"total {facts.total_seconds:.1f} s"]) + f"; {left.row}" * (not left.problems))
     if left.problems:
         raise UserError("; ".join(left.problems))
     return report
@@ -212,16 +209,16 @@ class _Stages:
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
 
     def on_stage_end(self, stage: str, network: nn.Module) -> None:
-        """What `quantize_model` calls: measures, unless learning goes on from here and nobody asked."""
-        if stage != "searched" or self.options.test_before_calibration or not self.config.learns:
+        """What `quantize_model` calls: measures, unless another stage goes on from here and nobody asked."""
+        final = stage == self.config.method.stages[-1].event
+        if stage == "float" or final or self.options.test_before_calibration:
             self.measure(stage, network)
 
     def measure(self, stage: str, network: nn.Module) -> None:
         title = {
             "float": "float",
-            "searched": "after DBS" if self.config.searches else "after rounding",
-            "rounded": "after LLR" if self.config.learns else "after compensated rounding",
             "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
+            **{step.event: step.result(self.config) for step in self.config.method.stages},
         }[stage]
         value = None if self.folder is None else self.folder.accuracies.get(stage)
         if value is None:

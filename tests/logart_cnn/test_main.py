@@ -15,13 +15,13 @@ import torchvision
 from small_runs import SURROUNDINGS, Files, Outcome, printed, seeded
 from torch import Tensor, nn
 
-import logart.quantization.pipeline
+import logart.quantization.rounding_methods
 import logart.runs.job
 import logart.runs.run
 import logart_cnn.command
 from logart.grids.grid import ScaleSearch
 from logart.networks.weights import file_sha256
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
 from logart.runs.run import RunOptions
 from logart_cnn import models
 from logart_cnn.command import build_config, build_parser, main
@@ -76,7 +76,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "search_method": SearchMethod.TENSOR_WISE, "search_samples": 32, "calib_samples": 1024, "batch_size": 32,
         "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": ReconInput.QUANTIZED, "hardware_terms": 0,
         "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
-        "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": Rounding.LEARNED,
+        "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": "learned",
         "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
@@ -112,9 +112,9 @@ def test_alias_weight_is_rrweight() -> None:
 
 # Presets
 
-FAST = QuantConfig(rounding=Rounding.COMPENSATED, calib_samples=256)
+FAST = QuantConfig(rounding="compensated", calib_samples=256)
 MOST = {  # of preset best
-    "rounding": Rounding.COMPENSATED, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
+    "rounding": "compensated", "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
     "iters": 500, "lr": 0.03,
 }  # fmt: skip
 PLAIN = {"scale_search": ScaleSearch.NONE, "zero_code": False}  # from 5 bits on
@@ -125,14 +125,14 @@ RESOLVED = {
     "best --n_bits_w 6": (QuantConfig(**MOST | PLAIN, n_bits=6), "zero_code=False rounding=compensated "),
     "best --n_bits_w 5": (QuantConfig(**MOST | {"zero_code": False}, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --n_bits_w 8 --zero_code": (QuantConfig(**MOST | PLAIN | {"zero_code": True}, n_bits=8), "zero_code=True "),
-    "best --rounding both": (QuantConfig(**MOST | {"rounding": Rounding.BOTH}), "iters_w=500 "),
+    "best --rounding both": (QuantConfig(**MOST | {"rounding": "both"}), "iters_w=500 "),
     "fast --n_bits_w 2 --scale_search half_step --asymmetric --zero_code --calib_samples 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
         "scale_search=half_step asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",
     ),
-    "fast --rounding both --iters_w 7": (replace(FAST, rounding=Rounding.BOTH, iters=7), "iters_w=7 "),
+    "fast --rounding both --iters_w 7": (replace(FAST, rounding="both", iters=7), "iters_w=7 "),
     "paper --rounding compensated": (
-        QuantConfig(rounding=Rounding.COMPENSATED, iters=20000, rrweight=10000.0), "rounding=compensated "
+        QuantConfig(rounding="compensated", iters=20000, rrweight=10000.0), "rounding=compensated "
     ),
     "best --scale_search none": (QuantConfig(**MOST | {"scale_search": ScaleSearch.NONE}), "scale_search=none "),
     "best --rounding learned --calib_lr 0.5": (
@@ -299,7 +299,7 @@ def test_an_interrupt_ends_with_130_and_no_row(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", interrupt)
+    monkeypatch.setattr(logart.quantization.rounding_methods, "learn_rounding", interrupt)
     argv = [*files.on_images(), "--quiet", "--results", str(tmp_path / "results.csv")]
     assert main(argv) == 130
     out, err = capfd.readouterr()

@@ -17,7 +17,8 @@ from small_runs import SURROUNDINGS, SWIN, SWIN_KWARGS, Outcome, VitFiles, kept_
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-import logart.quantization.pipeline
+import logart.quantization.block_loss
+import logart.quantization.rounding_methods
 import logart.runs.job
 import logart.runs.run
 import logart_vit.command
@@ -25,8 +26,9 @@ from logart.cli import key_values
 from logart.grids.grid import ScaleSearch
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
 from logart.networks.weights import file_sha256
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
 from logart.quantization.layers import QUANTIZED_TYPES
+from logart.quantization.rounding_methods import METHODS
 from logart.quantization.surgery import quantized_layers
 from logart.runs.run import RunOptions
 from logart_vit.command import build_parser, build_settings, main
@@ -41,7 +43,7 @@ BEST = QuantConfig(
     search_samples=128, recon_input=ReconInput.MIXED, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True, iters=300,
     lr=0.1,
 )  # fmt: skip
-NEAREST = replace(BEST, rounding=Rounding.NEAREST)
+NEAREST = replace(BEST, rounding="nearest")
 
 
 def settings(*argv: str) -> tuple[QuantConfig, dict[str, Any]]:
@@ -81,7 +83,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
     network, source, images, config, options, columns, _ = called["run"]
     assert source.name == "digits" and images.shape == (1024, 1, 8, 8)
     assert network.block_types == ("PatchEmbed", "Block") and network.row_groups == {"qkv": 3}
-    assert config == replace(BEST, rounding=Rounding.LEARNED, rrweight=0.1)
+    assert config == replace(BEST, rounding="learned", rrweight=0.1)
     cuda, flags = torch.device("cuda"), "--model, --checkpoint"
     assert options == RunOptions(cuda, "results.csv", 128, 2, test_before_calibration=True, network_flags=flags)
     assert (columns["checkpoint_sha256"], columns["config"]) == (file_sha256(files.digits), None)
@@ -137,7 +139,7 @@ FLAGS_WIN = {
     "--scale_search": {"scale_search": ScaleSearch.GRID},
     "--scale_search none": {"scale_search": ScaleSearch.NONE},
     "--rounding learned": {},
-    "--rounding both": {"rounding": Rounding.BOTH},
+    "--rounding both": {"rounding": "both"},
     "--seed 9": {"seed": 9},
 }  # the values 0 and None too, which a mere "if given" would miss
 
@@ -191,9 +193,9 @@ def test_the_paper_s_command_is_understood_and_runs_as_it_stands(
 
 # Presets
 
-FAST = replace(BEST, rounding=Rounding.COMPENSATED, calib_samples=256)
+FAST = replace(BEST, rounding="compensated", calib_samples=256)
 MOST = {  # of preset best
-    "rounding": Rounding.COMPENSATED, "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
+    "rounding": "compensated", "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
     "iters": 500, "lr": 0.03,
 }  # fmt: skip
 PLAIN = {"scale_search": ScaleSearch.NONE, "zero_code": False}  # from 5 bits on
@@ -203,19 +205,19 @@ RESOLVED = {
     "best": (replace(BEST, **MOST), "rounding=compensated "),
     "best --w_bit 6": (replace(BEST, **MOST | PLAIN, n_bits=6), "zero_code=False "),
     "best --w_bit 5": (replace(BEST, **MOST | {"zero_code": False}, n_bits=5), "scale_search=grid asymmetric=False "),
-    "best --optimize": (replace(BEST, **MOST | {"rounding": Rounding.BOTH}), "iters_w=500 lr=0.03 "),
+    "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=500 lr=0.03 "),
     "fast --w_bit 2 --scale_search half_step --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
         "scale_search=half_step asymmetric=True zero_code=True optim_size=32 ",
     ),
-    "fast --optimize --iters_w 7": (replace(FAST, rounding=Rounding.BOTH, iters=7), "rounding=both "),
+    "fast --optimize --iters_w 7": (replace(FAST, rounding="both", iters=7), "rounding=both "),
     "paper --iters_w 5 --lr 0.5": (replace(BEST, iters=5, rrweight=10000.0, lr=0.5), "iters_w=5 lr=0.5 "),
     "paper --rounding compensated": (
-        replace(BEST, rounding=Rounding.COMPENSATED, iters=20000, rrweight=10000.0), "rounding=compensated "
+        replace(BEST, rounding="compensated", iters=20000, rrweight=10000.0), "rounding=compensated "
     ),
     "best --scale_search none": (replace(BEST, **MOST | {"scale_search": ScaleSearch.NONE}), "scale_search=none "),
     "best --optimize --rounding learned": (
-        replace(BEST, **MOST | {"rounding": Rounding.LEARNED}),
+        replace(BEST, **MOST | {"rounding": "learned"}),
         "rounding=learned ",
     ),
 }  # fmt: skip
@@ -239,13 +241,13 @@ def test_a_preset_s_settings_are_printed_and_any_flag_wins(
 @pytest.mark.parametrize(
     ("flags", "rounding"),
     [
-        ("", Rounding.NEAREST),
-        ("--optimize", Rounding.LEARNED),
-        *((f"--rounding {how.value}", how) for how in Rounding),
-        *((f"--optimize --rounding {how.value}", how) for how in (Rounding.LEARNED, Rounding.BOTH)),
+        ("", "nearest"),
+        ("--optimize", "learned"),
+        *((f"--rounding {how}", how) for how in METHODS),
+        *((f"--optimize --rounding {how}", how) for how in ("learned", "both")),
     ],
 )
-def test_rounding_says_whether_to_learn_and_optimize_is_short_for_it(flags: str, rounding: Rounding) -> None:
+def test_rounding_says_whether_to_learn_and_optimize_is_short_for_it(flags: str, rounding: str) -> None:
     assert settings(*flags.split())[0] == replace(BEST, rounding=rounding)
 
 
@@ -371,13 +373,13 @@ def test_the_head_is_compared_by_kl_and_the_blocks_by_the_metric(
     metric: str, function: Callable[..., Tensor], files: VitFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: dict[str, Any] = {}
-    original = logart.quantization.pipeline.learn_rounding
+    original = logart.quantization.rounding_methods.learn_rounding
 
     def learn(*args: Any) -> Any:
         losses[args[0]] = args[6]
         return original(*args)
 
-    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", learn)
+    monkeypatch.setattr(logart.quantization.rounding_methods, "learn_rounding", learn)
     flags = ["--optim_metric", metric, "--results", str(tmp_path / "results.csv")]
     assert main([*files.on_images(), *flags]) == 0
     assert losses.pop("head") is kl_divergence
@@ -414,9 +416,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str
         note(name)
         return originals[1](name, *args)
 
-    originals = logart.runs.run.quantize_model, logart.quantization.pipeline.learn_rounding
+    originals = logart.runs.run.quantize_model, logart.quantization.rounding_methods.learn_rounding
     monkeypatch.setattr(logart.runs.run, "quantize_model", quantize)
-    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", learn)
+    monkeypatch.setattr(logart.quantization.rounding_methods, "learn_rounding", learn)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     yield log
     handle.remove()
@@ -445,7 +447,7 @@ def test_passes_over_the_calibration_images(
     Two images go through both networks to show that all layers run and how much memory is needed.
     The importance takes one in float64 in all and two a block, over its first images.
     """
-    monkeypatch.setattr(logart.quantization.pipeline, "IMPORTANCE_IMAGES", 5)
+    monkeypatch.setattr(logart.quantization.block_loss, "IMPORTANCE_IMAGES", 5)
     argv = [*files.on_images(), "--optim_size", "7", "--results", str(tmp_path / "results.csv"), *flags.split()]
     assert main(argv) == 0
 
@@ -481,7 +483,7 @@ def test_blocks_are_timms_own_and_attention_stays_fused(model: str, files: VitFi
     inner = {"vit": ["blocks.0", "blocks.1", "head"],
              "swin": ["layers.0.blocks.0", "layers.1.downsample", "layers.1.blocks.0", "head.fc"]}  # fmt: skip
     assert [block.name for block in report.blocks] == ["patch_embed", *inner[model]]
-    assert sum(layer.moved for layer in report.layers) > 0 and report.folded == []
+    assert sum(layer.n_changed_codes for layer in report.layers) > 0 and report.folded == []
 
 
 # What ends a run early
@@ -531,7 +533,7 @@ def test_neither_our_own_mistakes_nor_an_interrupt_leave_a_row(
     def fail(*args: Any) -> None:
         raise error("ours")
 
-    monkeypatch.setattr(logart.quantization.pipeline, "learn_rounding", fail)
+    monkeypatch.setattr(logart.quantization.rounding_methods, "learn_rounding", fail)
     argv = [*files.on_images(), "--quiet", "--results", str(tmp_path / "results.csv")]
     if error is KeyboardInterrupt:
         assert main(argv) == 130

@@ -21,7 +21,7 @@ from logart.quantization.column_rounding import (
     round_compensated,
 )
 from logart.quantization.compensate import compensate_block, metric, target
-from logart.quantization.config import QuantConfig, Rounding
+from logart.quantization.config import QuantConfig
 from logart.quantization.dbs import layer_moments
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.pipeline import quantize_model
@@ -141,7 +141,7 @@ def test_hard_inputs_leave_a_definite_metric_and_sane_weights(name: str, build: 
     x_hat = 1.01 * x + 0.1 * (x != 0)
     moments = layer_moments(layer, quantized, layer, quantized, x, x_hat, batch_size=16, shifted=True).centred()
     assert float(torch.linalg.eigvalsh(metric(moments)).amin()) > 0
-    config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, batch_size=16)
+    config = QuantConfig(n_bits=3, rounding="compensated", batch_size=16)
     (t,) = compensate_block(nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (x, x_hat), config)
     w = layer.weight
     assert isinstance(w, Tensor) and isinstance(quantized.bias, Tensor)
@@ -190,7 +190,7 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
     layer, quantized, x, x_hat = double_case(name, n_codebooks=n_codebooks)
     channels, w, wanted = len(layer.weight), quantized.rows.clone(), layer(x)  # type: ignore[arg-type]
     float_bias = layer.bias
-    config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, batch_size=4, **OPTIONS[options])  # type: ignore[arg-type]
+    config = QuantConfig(n_bits=3, rounding="compensated", batch_size=4, **OPTIONS[options])  # type: ignore[arg-type]
     block, models = Block("0", ("0",)), (nn.Sequential(layer), nn.Sequential(quantized))
     (t,) = compensate_block(*models, block, (x, x_hat), config)
     a, plain_t = plain_metric_and_target(layer, x, x_hat)
@@ -223,7 +223,7 @@ def test_the_mean_output_is_kept_in_float32_at_large_means(bias: bool) -> None:
     layer, quantized = twins(lambda: nn.Conv2d(4, 6, 3, bias=bias))
     x = hard_inputs("mean 1e4")
     x_hat = x + 0.2 * torch.randn_like(x) + 3
-    config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, batch_size=8)
+    config = QuantConfig(n_bits=3, rounding="compensated", batch_size=8)
     compensate_block(nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (x, x_hat), config)
     assert isinstance(quantized.bias, nn.Parameter)
     assert quantized.bias.dtype == torch.float32 and not quantized.bias.requires_grad
@@ -242,7 +242,7 @@ def test_later_layers_make_up_for_the_earlier_ones() -> None:
     x_hat = x + 0.1 * torch.randn_like(x)
     quantized = clone_sharing(model)
     replace_layers(quantized, {"0": 2, "2": 2}, channel_wise=True)
-    config = QuantConfig(n_bits=2, rounding=Rounding.COMPENSATED, batch_size=4)
+    config = QuantConfig(n_bits=2, rounding="compensated", batch_size=4)
     first, second = compensate_block(model, quantized, Block("", ("0", "2")), (x, x_hat), config)
     _, t = plain_metric_and_target(model[0], x, x_hat)
     torch.testing.assert_close(first, t.reshape(first.shape), rtol=1e-9, atol=1e-10)
@@ -262,7 +262,7 @@ def test_a_trained_network_gains_in_every_channel(monkeypatch: pytest.MonkeyPatc
         return round_compensated(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(compensate, "round_compensated", watched)
-    config = QuantConfig(n_bits=3, rounding=Rounding.COMPENSATED, calib_samples=32)
+    config = QuantConfig(n_bits=3, rounding="compensated", calib_samples=32)
     _, report = quantize_model(network.model, config, images, block_types=network.block_types)
     assert len(seen) == len(report.layers) > 4
     feedback_wins = descent_wins = 0.0

@@ -62,6 +62,25 @@ def test_folding_keeps_the_function(name: str) -> None:
     assert not any(type(folded.get_submodule(norm)) is type(model.get_submodule(norm)) for norm in norms)
 
 
+def test_folded_weights_are_rounded_once() -> None:
+    """Of a float32 network: the float32 numbers nearest to the exact ones, which float32 arithmetic misses."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16))
+    conv, norm = model
+    for tensor, low, high in ((norm.weight, 0.5, 2), (norm.running_var, 0.1, 3), (norm.bias, -1, 1),
+                              (norm.running_mean, -1, 1)):  # fmt: skip
+        nn.init.uniform_(tensor, low, high)  # type: ignore[arg-type]
+    folded = clone_sharing(model.eval().requires_grad_(False))
+    fold_batch_norms(folded, IMAGES[:2].float())
+    weight, gamma, beta, mean, var = (
+        t.detach().numpy().astype("longdouble")
+        for t in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)  # type: ignore[union-attr]
+    )
+    scale = gamma / (var + norm.eps) ** 0.5  # type: ignore[operator]
+    found = folded.get_submodule("0")
+    assert (found.weight.numpy() == (weight * scale[:, None, None, None]).astype("float32")).all()  # type: ignore[operator, union-attr]
+    assert (found.bias.numpy() == (beta - mean * scale).astype("float32")).all()  # type: ignore[operator, union-attr]
+
+
 def test_folding_a_norm_without_shift() -> None:
     """Newer releases of torch know affine norms without a bias; with older ones this makes one."""
     norm = nn.BatchNorm2d(5)

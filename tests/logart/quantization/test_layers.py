@@ -218,6 +218,16 @@ def test_the_penalty_alone_and_the_soft_weight_alone_have_gradients() -> None:
         assert soft_rounding.alpha.grad is not None and bool((soft_rounding.alpha.grad != 0).any())
 
 
+def test_halfway_between_two_levels_learning_ends_on_the_upper_one() -> None:
+    quantized = quantize(nn.Conv2d(4, 6, 3))
+    soft_rounding = quantized.start_learning()
+    lower = lower_neighbour(quantized.rows, quantized.codebook)
+    torch.nn.init.zeros_(soft_rounding.alpha)  # h = 1/2
+    assert torch.equal(soft_rounding.codes(), lower + 1)
+    torch.nn.init.constant_(soft_rounding.alpha, -1e-6)
+    assert torch.equal(soft_rounding.codes(), lower)
+
+
 def test_learning_ends_on_a_neighbour_of_every_weight() -> None:
     torch.manual_seed(0)
     quantized = quantize(nn.Conv2d(4, 6, 3))

@@ -14,7 +14,7 @@ import pytest
 
 from logart.grids.grid import ScaleSearch
 from logart.networks.evaluate import Accuracy
-from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Rounding, SearchMethod
+from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
 from logart.runs.columns import (
     COLUMNS,
     NAMES,
@@ -93,7 +93,7 @@ def test_the_settings_say_what_acted() -> None:
     assert decided(tensor_wise) == always | {"search_method": "tensor_wise"} | learning
     plain = always | searching | {"iters_w": 0, "rounding": "nearest"}
     assert decided(replace(config, iters=0)) == plain
-    assert decided(replace(config, rounding=Rounding.NEAREST)) == plain
+    assert decided(replace(config, rounding="nearest")) == plain
     mixed = replace(
         config, recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, head_kl=True
     )
@@ -118,12 +118,12 @@ def test_the_settings_of_compensated_rounding() -> None:
         "seed": 0, "calib_samples": 9, "batch_size": 5,
     }  # fmt: skip
     alone = always | {"rounding": "compensated", "iters_w": 0}
-    assert decided(replace(config, rounding=Rounding.COMPENSATED)) == alone
+    assert decided(replace(config, rounding="compensated")) == alone
     learning = {
         "lr": 0.01, "rrweight": 0.1, "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": "quantized",
         "recon_metric": "mse",
     }  # fmt: skip
-    both = replace(config, rounding=Rounding.BOTH)
+    both = replace(config, rounding="both")
     assert decided(both) == always | learning | {"rounding": "both", "iters_w": 11}
 
 

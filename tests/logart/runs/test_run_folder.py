@@ -21,7 +21,7 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from small_runs import SURROUNDINGS, Files, VitFiles, assert_refused, quiet_main, rows
 
-import logart.quantization.pipeline
+import logart.quantization.rounding_methods
 import logart.runs.resume
 import logart.runs.run
 import logart.runs.run_folder
@@ -77,7 +77,7 @@ def test_what_a_folder_holds(track: str, whole: dict[str, Path]) -> None:
     listed = (folder / "calibration.txt").read_text().splitlines()
     assert len(set(listed)) == 64 and all(name.startswith("digits/train/") for name in listed)
     log = (folder / "log.txt").read_text()
-    assert "captured and working memory, foreseen" in log and f"Acc@1 {float(row['Acc@1']):6.2f}" in log
+    assert "captured inputs and targets are kept on" in log and f"Acc@1 {float(row['Acc@1']):6.2f}" in log
     settings = json.loads((folder / "run.json").read_text())["fingerprint"]
     assert (settings["iters"], settings["calib_samples"]) == (20, 64)
 
@@ -199,7 +199,9 @@ def test_a_changed_checkpoint_config_or_data_set_is_refused(tmp_path: Path, capf
     argv = [*VIT.split(), "--config", str(config), "--checkpoint", str(weights), "--quiet", "--run_dir", str(run)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            logart.quantization.pipeline, "learn_rounding", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+            logart.quantization.rounding_methods,
+            "learn_rounding",
+            lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         assert logart_vit.main.main(argv) == 130
     assert f"interrupted; go on with --resume {run}" in capfd.readouterr().err

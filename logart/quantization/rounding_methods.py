@@ -1,0 +1,302 @@
+"""The rounding methods: how the codes of a block are found. A new one is a class here and a line in `METHODS`.
+
+A method is one or two stages, each of which goes through the whole network block by block. A `Stage` says what it looks
+at, how much memory it works in and what it is called, and does one block at a time. The pipeline runs the stages, the
+flags and the results ask the method what acts; none of them knows which one it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from logart.quantization.block_loss import Loss
+from logart.quantization.cache import Captured
+from logart.quantization.compensate import compensate_block
+from logart.quantization.dbs import PROBES, SearchMethod, search_block
+from logart.quantization.layers import QuantizedLayer
+from logart.quantization.reconstruct import BlockReport, ReconInput, learn_rounding
+from logart.quantization.surgery import Block
+
+if TYPE_CHECKING:
+    from logart.quantization.config import QuantConfig
+
+
+class Capture(str, Enum):
+    """A block's tensors that a stage may ask for, each [n, ...] of the stage's images."""
+
+    FLOAT_INPUTS = "float_inputs"  # what the block is fed in the float network
+    INPUTS = "inputs"  # what it is fed behind the quantized prefix
+    TARGETS = "targets"  # what the float block gives
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block on its way through a stage.
+
+    Attributes:
+        block: which it is.
+        reference, quantized: the float network and the one being quantized.
+        captured: what the stage asked for.
+        config: the settings.
+        loss: of the block's outputs, by their shape.
+        show: to be called after each step with the steps done and the loss.
+    """
+
+    block: Block
+    reference: nn.Module
+    quantized: nn.Module
+    captured: Mapping[Capture, Captured]
+    config: QuantConfig
+    loss: Callable[[torch.Size], Loss]
+    show: Callable[[int, float], None] = lambda done, loss: None
+
+    @property
+    def both_inputs(self) -> tuple[Captured, Captured]:
+        """What the block is fed in the float network and behind the quantized prefix."""
+        return self.captured[Capture.FLOAT_INPUTS], self.captured[Capture.INPUTS]
+
+    @property
+    def layers(self) -> list[QuantizedLayer]:
+        """The block's quantized layers, in the order they run."""
+        layers = [self.quantized.get_submodule(name) for name in self.block.layers]
+        assert all(isinstance(layer, QuantizedLayer) for layer in layers)
+        return layers  # type: ignore[return-value]
+
+
+class BlockSize(NamedTuple):
+    """Bytes of a float block: per image what it is given, what it gives, the sum and the largest of all tensors made
+    inside; its weights; and, of the layer where it is most, one float64 matrix [groups, K, K].
+    """
+
+    inputs: int
+    outputs: int
+    activations: int
+    largest: int
+    weights: int
+    gram: int
+
+
+class Stage:
+    """One way through the network, block by block.
+
+    Attributes:
+        title: in the progress bar and in the names of kept states.
+        event: what `on_stage_end` is told behind it, "searched" or "rounded".
+        learns: the settings of LLR act.
+    """
+
+    title = ""
+    event = "rounded"
+    learns = False
+
+    def result(self, config: QuantConfig) -> str:
+        """What a network is called behind this stage: "after LLR"."""
+        raise NotImplementedError
+
+    def describe(self, config: QuantConfig) -> str:
+        """What the stage does with these settings, in a few words; empty where the grid says it all."""
+        return ""
+
+    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+        """Which tensors of a block it looks at."""
+        raise NotImplementedError
+
+    def images(self, config: QuantConfig) -> tuple[int, int]:
+        """How many calibration images it looks at, and how many at a time."""
+        return config.calib_samples, config.batch_size
+
+    def steps(self, config: QuantConfig) -> int:
+        """Steps of the progress bar per block."""
+        return 1
+
+    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+        """A bound of what it holds on the computing device beside a block's captured tensors."""
+        raise NotImplementedError
+
+    def run(self, task: BlockTask) -> BlockReport | None:
+        """Give the block's layers their codes, and codebooks and biases where it decides them."""
+        raise NotImplementedError
+
+
+class Search(Stage):
+    """DBS: every layer gets its codebook and is rounded to nearest."""
+
+    title, event = "DBS", "searched"
+
+    def result(self, config: QuantConfig) -> str:
+        return "after DBS" if config.searches else "after rounding"
+
+    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+        return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS} if config.searches_data else ())
+
+    def images(self, config: QuantConfig) -> tuple[int, int]:
+        return config.search_samples, config.search_batch_size
+
+    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+        """Of a layer, its inputs of all search images twice, and 4 times its outputs (LW: residual, a candidate's
+        outputs, their difference, its square) or 2·probes + 4 times (BW: vjps of residual and probes, twice while
+        batches are joined, a candidate's outputs and products).
+        """
+        if not self.needs(config):
+            return 0
+        copies = 2 * PROBES + 4 if config.search_method is SearchMethod.BLOCK_WISE else 4
+        return config.search_samples * (2 + copies) * size.largest
+
+    def run(self, task: BlockTask) -> None:
+        search_block(
+            task.reference, task.quantized, task.block, task.both_inputs if task.captured else None, task.config
+        )
+
+
+class Compensate(Stage):
+    """GPTQ-style compensated rounding, which searches each layer's grid in the metric of the layer's inputs."""
+
+    title = "compensate"
+
+    def result(self, config: QuantConfig) -> str:
+        return "after compensated rounding"
+
+    def describe(self, config: QuantConfig) -> str:
+        return f"compensated rounding, {config.calib_samples} images"
+
+    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+        return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS})
+
+    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+        """7 matrices [groups, K, K]: moments, centred moments, A, its inverse and their factors; a batch's tensors."""
+        return 7 * size.gram + 2 * config.batch_size * size.activations
+
+    def run(self, task: BlockTask) -> None:
+        self.compensate(task)
+
+    def compensate(self, task: BlockTask) -> list[Tensor]:
+        """The real weights that the layers' codes were found for, from which LLR may go on."""
+        return compensate_block(task.reference, task.quantized, task.block, task.both_inputs, task.config)
+
+
+class Learn(Stage):
+    """LLR: quantized, float or mixed prefix in, float target out."""
+
+    title, learns = "LLR", True
+
+    def result(self, config: QuantConfig) -> str:
+        return "after LLR"
+
+    def describe(self, config: QuantConfig) -> str:
+        mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
+        how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
+        return f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})"
+
+    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+        fed = {
+            ReconInput.QUANTIZED: {Capture.INPUTS},
+            ReconInput.FLOAT: {Capture.FLOAT_INPUTS},
+            ReconInput.MIXED: {Capture.INPUTS, Capture.FLOAT_INPUTS},
+        }
+        return frozenset({*fed[config.recon_input], Capture.TARGETS})
+
+    def steps(self, config: QuantConfig) -> int:
+        return config.iters
+
+    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+        """A batch's activations and their gradients, and 26 times the weights: α and Adam's moments, the levels on
+        either side, the soft weight, the gradients, and what was float64 at the start.
+        """
+        return 2 * config.batch_size * size.activations + 26 * size.weights
+
+    def run(self, task: BlockTask) -> BlockReport:
+        return self.learn(task, None)
+
+    def learn(self, task: BlockTask, starts: list[Tensor] | None) -> BlockReport:
+        """LLR from the soft weights that equal the float ones, or from the layers' codes towards `starts`."""
+        config, captured = task.config, task.captured
+        float_inputs, inputs = captured.get(Capture.FLOAT_INPUTS), captured.get(Capture.INPUTS)
+        if config.recon_input is not ReconInput.MIXED:  # the other was captured for another stage, or not at all
+            inputs = inputs if config.recon_input is ReconInput.QUANTIZED else float_inputs
+            float_inputs = None
+        assert inputs is not None
+        began = time.perf_counter()
+        loss = task.loss(captured[Capture.TARGETS].shape)
+        ready = time.perf_counter()
+        module = task.quantized.get_submodule(task.block.name)
+        arguments = (task.block.name, module, task.layers, inputs, captured[Capture.TARGETS], config, loss, task.show)
+        report = learn_rounding(*arguments, float_inputs, starts)
+        return replace(report, capture_seconds=ready - began, learning_seconds=time.perf_counter() - ready)
+
+
+class CompensateAndLearn(Learn):
+    """Compensated rounding of a block, then LLR from there."""
+
+    _closed = Compensate()
+
+    def describe(self, config: QuantConfig) -> str:
+        return f"{self._closed.describe(config)}, {super().describe(config)}"
+
+    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+        return self._closed.needs(config) | super().needs(config)
+
+    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+        return max(self._closed.working_bytes(size, config), super().working_bytes(size, config))
+
+    def run(self, task: BlockTask) -> BlockReport:
+        return self.learn(task, self._closed.compensate(task))
+
+
+@dataclass(frozen=True)
+class RoundingMethod:
+    """How codes are found once the grid is.
+
+    Attributes:
+        name: the value of `--rounding` and of the results column.
+        stages: what runs, in this order.
+        without_steps: the name of the method that it comes to where LLR has no steps.
+        with_steps: the name of the method that is this one and LLR.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    without_steps: str
+    with_steps: str
+
+    @property
+    def uses_dbs(self) -> bool:
+        """Whether DBS finds each layer's codebook, so that its settings act; otherwise the method does it itself."""
+        return isinstance(self.stages[0], Search)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the settings of LLR act."""
+        return any(stage.learns for stage in self.stages)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calib_samples` and `batch_size` act."""
+        return any(stage.event == "rounded" for stage in self.stages)
+
+    def describe(self, config: QuantConfig) -> str:
+        """What rounds, in a few words."""
+        return ", ".join(filter(None, (stage.describe(config) for stage in self.stages))) or "plain rounding"
+
+
+METHODS: Mapping[str, RoundingMethod] = MappingProxyType({
+    method.name: method
+    for method in (
+        RoundingMethod("nearest", (Search(),), without_steps="nearest", with_steps="learned"),
+        RoundingMethod("compensated", (Compensate(),), without_steps="compensated", with_steps="both"),
+        RoundingMethod("learned", (Search(), Learn()), without_steps="nearest", with_steps="learned"),
+        RoundingMethod("both", (CompensateAndLearn(),), without_steps="compensated", with_steps="both"),
+    )
+})  # fmt: skip
+
+
+def method_named(name: str) -> RoundingMethod:
+    """The method of a results row; one that this version does not know counts as rounding to nearest."""
+    return METHODS.get(name, METHODS["nearest"])
