@@ -12,6 +12,8 @@ with leaving_at_once("demo"):
     import sys
 
     from logart.runs.process import run_in_subprocess
+    from logart.runs.results_file import read_table
+    from logart.text import table
 
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COMMANDS = ("logart_cnn.command", "logart_vit.command")  # what takes seconds to import, for all runs at once
@@ -46,11 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             return interrupted("demo", f"the rows of finished runs are in {args.results}")
         if code:
             return code
-    import pandas as pd  # here, since each run's process imports this file too
-
-    rows = pd.read_csv(args.results).tail(len(runs))[list(COLUMNS)].rename(columns=COLUMNS)
+    header, rows = read_table(args.results)
+    shown = [[dict(zip(header, cells, strict=True))[name] or "-" for name in COLUMNS] for _, cells in rows[-len(runs) :]]
     print(f"\nside by side ({args.iters_w} steps a block in `paper`, none in `fast`):")
-    print(rows.to_string(index=False, na_rep="-"))
+    print(table(list(COLUMNS.values()), shown, text=("network", "preset")))
     return 0
 
 
