@@ -50,7 +50,7 @@ def capture_in_this_process(way: str, images: int, width: int, size: int) -> Non
 
 
 def shared_weights() -> None:
-    """Print how much of a ResNet-18 and its quantized twin is held twice."""
+    """Print how much of a ResNet-18 and its quantized counterpart is held twice."""
     from torchvision.models import resnet18
 
     reference = clone_sharing(resnet18().eval().requires_grad_(False))

@@ -1,4 +1,4 @@
-"""What both command lines share: flags in two spellings, one-line errors, flags that cannot act.
+"""What both command lines share: flags in two spellings, one-line errors, flags without effect.
 
 Only the entry points import this; the core never reads a command line.
 """
@@ -184,7 +184,7 @@ def default_if_none(value: Any, default: Any) -> Any:
 
 
 def refuse_without_effect(args: argparse.Namespace, flags: Mapping[str, str], acts: bool, why: str) -> None:
-    """Raise UserError when a flag was given that cannot act.
+    """Raise UserError when a flag was given that has no effect.
 
     Args:
         flags: destination -> the flag as written in messages.

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one line that names the flag, what was seen and what was expected.
+    """A mistake the user can fix: one line that names the flag, what was seen and what was expected.
 
     The command lines print it on stderr without a traceback and exit with code 2.
     """

@@ -1,4 +1,4 @@
-"""Where a file lies, and how it is written whole; without torch, for what shall start at once."""
+"""Where a file lies, and how it is written atomically; without torch, for what shall start at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def real_place(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, in place of any that is there or that a link there leads to.
+    """Write a file atomically, in place of any that is there or that a link there leads to.
 
     Raises:
         OSError: that failed.

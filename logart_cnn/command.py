@@ -53,7 +53,7 @@ LIST_FLAGS = ("calib_list", "save_calib_list")
 
 
 def build_parser() -> FlagParser:
-    """The command line; every flag is None unless given, so that an idle one can be told from a default."""
+    """The command line; every flag is None unless given, so that one without effect can be told from a default."""
     parser = FlagParser(
         GROUPS,
         prog="logart-cnn",
@@ -87,7 +87,7 @@ def build_parser() -> FlagParser:
 
 
 def build_config(args: argparse.Namespace) -> QuantConfig:
-    """The settings that the flags ask for; UserError for a value out of range or a flag that cannot act."""
+    """The settings that the flags ask for; UserError for a value out of range or a flag without effect."""
     chosen = {} if args.preset is None else preset(args.preset, default_if_none(args.n_bits_w, QuantConfig.n_bits))
     chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)

@@ -109,7 +109,7 @@ class DigitsResNet(nn.Module):
 def build_mnasnet(state: Mapping[str, Tensor], num_classes: int) -> nn.Module:
     """torchvision's MNASNet, as wide as a checkpoint: BRECQ's has twice the channels of mnasnet1_0.
 
-    torchvision's first version scaled all but the stem; its checkpoints are told by the stem's shape.
+    torchvision's first version scaled all but the stem; its checkpoints are recognised by the stem's shape.
 
     Args:
         state: The checkpoint by torchvision's keys; without its layers, twice as wide.

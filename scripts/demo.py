@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             return code
     header, rows = read_table(args.results)
-    shown = [[dict(zip(header, cells, strict=True))[name] or "-" for name in COLUMNS] for _, cells in rows[-len(runs) :]]
+    at = [header.index(name) for name in COLUMNS]
+    shown = [[cells[index] or "-" for index in at] for _, cells in rows[-len(runs) :]]
     print(f"\nside by side ({args.iters_w} steps a block in `paper`, none in `fast`):")
     print(table(list(COLUMNS.values()), shown, text=("network", "preset")))
     return 0

@@ -142,7 +142,7 @@ class HardwareLevels:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts for one input of a layer, and bits at rest; nothing about silicon.
+    """Counts for one input of a layer, and bits stored; nothing about silicon.
 
     Attributes:
         multiplications: what a linear grid multiplies, one a weight and output position; here all are replaced.

@@ -66,7 +66,7 @@ def export_hardware(
     images: Tensor | None = None,
     model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Write the hardware export of a packed file, a folder, whole or not at all.
+    """Write the hardware export of a packed file, a folder, atomically.
 
     Args:
         path: the packed file.
@@ -79,7 +79,7 @@ def export_hardware(
         The manifest.
 
     Raises:
-        UserError: a linear grid, an exact √2 without `terms`, `terms` that cannot act, images the network does not
+        UserError: a linear grid, an exact √2 without `terms`, `terms` without effect, images the network does not
             take, a file that cannot be read, or a folder that cannot be written.
     """
     file = PackedFile.read(path)

@@ -151,7 +151,7 @@ def _value(step: Step, network: IntegerNetwork) -> dict[str, Any]:
 
 
 def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
-    """What `integer_reference` is told of a step; every bit follows from it and the arrays of its folder."""
+    """What `integer_reference` reads of a step; every bit follows from it and the arrays of its folder."""
     to = network.formats[step.name]
     given = [network.formats[name] for name in step.inputs]
     low, high = limits(step, to)

@@ -54,7 +54,7 @@ _LARGEST = torch.finfo(torch.float32).max
 def export_onnx(source: str | Path, out: str | Path, *, model: nn.Module | None = None) -> SizeTable:
     """Write a packed network as ONNX: input `images` [batch, C, H, W] float32, output `logits`; any batch size.
 
-    The file is run by onnxruntime and compared with torch before it is kept; it is written whole or not at all.
+    The file is run by onnxruntime and compared with torch before it is kept; it is written atomically.
 
     Args:
         source: the packed file.
@@ -151,7 +151,7 @@ def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
 
 
 def _with_expansion(traced: Any, layers: Mapping[str, PackedLayer]) -> Any:
-    """The traced model with its weights made from packed codes in place of given."""
+    """The traced model with its weights made from packed codes in place of stored."""
     tables, channels = Tables(), {}
     for name, layer in layers.items():
         units, factor = layer.spec.grid.units(layer.spec, layer.n_bits, torch.float32)

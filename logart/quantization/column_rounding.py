@@ -25,7 +25,7 @@ from logart.quantization import loops_plain
 
 SWEEPS = 200  # far more than descent was ever seen to need: 3 to 8 from error feedback, 52 from random codes
 BLOCK = 64  # columns worked on before the others hear of it
-# What a step of descent must gain to be told from rounding, as a share of the terms it is the sum of; without it two
+# What a step of descent must gain to stand out from rounding, as a share of the terms it is the sum of; without it two
 # choices that are equally good can alternate for ever.
 LEAST_GAIN = 1e-12
 
@@ -117,7 +117,7 @@ def _descend_once(codes: Tensor, t: Tensor, a: Tensor, grid: LinearLevels) -> Te
         )
         return steps  # type: ignore[no-any-return]
 
-    # The slope afresh in each sweep: no error piles up.
+    # The slope recomputed in each sweep: no error piles up.
     _blocked_update((grid.levels.gather(2, codes.long()) - t) @ a, a, descend_block)
     return chosen
 

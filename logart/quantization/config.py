@@ -54,7 +54,7 @@ class QuantConfig:
         lr: start learning rate of α.
         b_start, b_end: the penalty's exponent β goes linearly from one to the other.
         warmup: share of the steps without the penalty, 0 to 1.
-        recon_input: what blocks are fed during LLR.
+        recon_input: the inputs of blocks during LLR.
         drop_prob: with a mixed input, the probability that an element is the quantized prefix's.
         recon_metric: the loss of LLR.
         temperature: of the KL divergence that `hessian_perturb` looks at.

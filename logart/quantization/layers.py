@@ -88,7 +88,7 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def from_float(cls, module: nn.Module, n_bits: int, n_codebooks: int) -> QuantizedLayer:
-        """A quantized twin of `module` that shares its parameters, still holding float weights."""
+        """The quantized counterpart of `module` that shares its parameters, still holding float weights."""
         layer = copy.copy(module)
         for name, member in vars(module).items():
             if isinstance(member, dict):  # of tensors, and of hooks, which must not run on the float layer

@@ -42,7 +42,7 @@ class BlockReport:
     Attributes:
         name: the block's name in the network.
         error_before, error_learned: reconstruction error over all captured images, before and after LLR.
-        kept: "learned", or "before" where learning ended worse and was undone.
+        kept: "learned", or "before" where learning brought no improvement and was reverted.
         losses: reconstruction loss of some steps, evenly spaced, without the penalty.
         capture_seconds: time to capture inputs and targets, importance included.
         learning_seconds: time to learn from them.
@@ -101,11 +101,11 @@ def learn_rounding(
         name: the block's name, for messages.
         block: runs on a batch of `inputs`; its parameters need no gradient.
         layers: the quantized layers inside, with codebooks and codes.
-        inputs: [n, ...] what the block is fed, and what its error is measured on.
+        inputs: [n, ...] the block's inputs, on which its error is measured too.
         targets: [n, ...] what the float block gave.
         loss: from (output, target) to a scalar.
         progress: called after each step with the step's number and its reconstruction loss.
-        float_inputs: [n, ...] what the float block is fed. If given, each element of a step's input is drawn: from
+        float_inputs: [n, ...] the float block's inputs. If given, each element of a step's input is drawn: from
             `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
         starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
 
@@ -136,7 +136,7 @@ class _Batches:
         self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """The images drawn, [B] int64 on the inputs' device, and what the block is fed of them."""
+        """The images drawn, [B] int64 on the inputs' device, and the block's inputs for them."""
         size = (self._config.batch_size,)
         chosen = torch.randint(len(self._inputs), size, generator=self._order).to(self._inputs.device)
         batch = self._inputs[chosen]
@@ -167,7 +167,7 @@ def _learn(
             penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
             reconstruction = loss(block(batch), targets[chosen])
             value = reconstruction.item()
-            if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
+            if not math.isfinite(value):  # found before it spoils α, while the one image can be found
                 raise _non_finite(name, step, value, lambda i: loss(block(batch[i]), targets[chosen[i]]), chosen)  # noqa: B023
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What a run keeps of a block that is finished, so that a later run can go on behind it.
+"""What a run keeps of a block that is finished, so that a later run can resume after it.
 
 A block's state is a packed file of its own: codes, codebooks and biases of its layers, which is all that the stages
 after it see of it.

@@ -121,7 +121,7 @@ def run_blocks(run: Run, prefix: str) -> list[Block]:
             (
                 Cell(block.name),
                 *(Cell(f"{error:.4g}", (), error) for error in (block.error_before, block.error_learned)),
-                Cell("kept" if block.kept == "learned" else "undone: it ended worse"),
+                Cell("kept" if block.kept == "learned" else "reverted: no improvement"),
             )
             for block in run.blocks
         )
@@ -165,7 +165,7 @@ def report_files(blocks: Sequence[Block]) -> dict[str, bytes]:
 
 
 def write_report(files: Mapping[str, bytes], out: str) -> None:
-    """Write the files into a folder, made where it is missing; each whole or not at all.
+    """Write the files into a folder, made where it is missing; each atomically.
 
     Of an older report there, the plots that its Markdown shows and this one has not are deleted, and nothing else.
 

@@ -101,8 +101,8 @@ def _losses(run: Run, blocks: Sequence[RunBlock], name: str) -> Figure:
             if min(block.losses) > 0:
                 axis.set_yscale("log")
                 plain_numbers(axis.yaxis)
-            undone = " (undone)" if block.kept != "learned" else ""
-            axis.set_title(named(f"{block.name}{undone}", PANEL), fontsize=8)
+            reverted = " (reverted)" if block.kept != "learned" else ""
+            axis.set_title(named(f"{block.name}{reverted}", PANEL), fontsize=8)
             axis.tick_params(labelsize=7, which="both")
         canvas.supxlabel("LLR steps done [%]", fontsize=9)
         canvas.supylabel("loss", fontsize=9)

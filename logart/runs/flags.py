@@ -85,7 +85,7 @@ def _first_last_bits(text: str) -> int | None:
 def refuse_idle_flags(
     args: argparse.Namespace, config: QuantConfig, *, search: Sequence[str], learning: Sequence[str], unlearned: str
 ) -> None:
-    """Raise UserError for a flag that was given and cannot act.
+    """Raise UserError for a flag that was given and has no effect.
 
     Args:
         search, learning: the track's own flags that act in DBS and in LLR.

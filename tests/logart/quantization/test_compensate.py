@@ -42,7 +42,7 @@ DAMPING, FLOOR = 0.01, 1e-12
 
 
 def twins(build: Callable[[], nn.Module], n_bits: int = 3, n_codebooks: int = 0) -> tuple[nn.Module, QuantizedLayer]:
-    """A layer and its quantized twin, still float; a codebook per channel unless told."""
+    """A layer and its quantized counterpart, still float; a codebook per channel by default."""
     layer = build().requires_grad_(False)
     return layer, QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks or len(layer.weight))  # type: ignore[arg-type]
 

@@ -28,7 +28,7 @@ CONVS: dict[str, Callable[[], nn.Conv2d]] = {
 
 
 def quantize(layer: nn.Module, n_bits: int = 4, k: int = 3, n_codebooks: int | None = None) -> QuantizedLayer:
-    """A quantized twin, rounded to nearest on the mix k."""
+    """A quantized layer, rounded to nearest on the mix k."""
     layer.requires_grad_(False)
     quantized: QuantizedLayer = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks or len(layer.weight))  # type: ignore[arg-type]
     rows = quantized.rows

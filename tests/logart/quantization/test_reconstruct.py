@@ -24,7 +24,7 @@ def config(**settings: Any) -> QuantConfig:
 
 
 def block(seed: int = 0, **settings: Any) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """A folded float32 block, its twin rounded to nearest, the twin's inputs and the float targets."""
+    """A folded float32 block, its quantized counterpart rounded to nearest, that one's inputs and the float targets."""
     torch.manual_seed(seed)
     x = smooth_images(48, 6, 6, seed).relu()
     model = settle(ResidualBlock(6, 6), x, seed).float().requires_grad_(False)

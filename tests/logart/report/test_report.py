@@ -389,7 +389,7 @@ def test_a_packed_file_and_a_run_folder_are_shown(
         assert shown[5:] == [f"{info[name]['error_nearest']:.4g}", f"{info[name]['error']:.4g}", "0", "0.0"]
     assert [cell[0] for cell in second[1]][5:] == ["0.25", "0.5", "9", "25.0"]  # 9 of 36 weights
     assert [[cell[0] for cell in line] for line in blocks[1:]] == [
-        ["good", "1.5", "1.25", "kept"], ["bad", "1.5", "2.5", "undone: it ended worse"]
+        ["good", "1.5", "1.25", "kept"], ["bad", "1.5", "2.5", "reverted: no improvement"]
     ]  # fmt: skip
     assert [cell[0] for cell in skipped[1]] == ["odd", "its type"]
     assert "holds no float weights" in page.text and len(page.images) == 2 + 3
