@@ -216,7 +216,7 @@ def test_later_layers_of_a_block_see_the_earlier_ones_quantized() -> None:
 def quantized_block(
     seed: int, n_bits: int, channels: int = 16, inputs: int = 16, stride: int = 1
 ) -> tuple[tuple[nn.Module, nn.Module], tuple[Tensor, Tensor]]:
-    """A folded float64 block and its counterpart with quantized layers of their own memory; X and X̂ of 32 smooth images."""
+    """A folded float64 block and a copy with quantized layers; X and X̂ of 32 smooth images."""
     torch.manual_seed(seed)
     x = smooth_images(32, inputs, 8, seed).relu()
     model = settle(ResidualBlock(inputs, channels, stride), x, seed).requires_grad_(False)

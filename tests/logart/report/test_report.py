@@ -469,7 +469,7 @@ def test_wrong_calls_take_one_line_and_write_nothing(
         (
             [tmp_path / "cut.csv"],
             f"{none} of '{tmp_path / 'cut.csv'}' can be shown; the first, "
-            f"at line 2, has {len(NAMES) - 4} cells; expected {len(NAMES)}",
+            f"at line 2, has {len(NAMES) - 5} cells; expected {len(NAMES)}",
         ),
         ([tmp_path / "empty.csv"], "results: the file holds no rows"),
         ([bare], "results: the file holds no rows"),
