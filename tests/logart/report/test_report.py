@@ -459,7 +459,7 @@ def test_wrong_calls_take_one_line_and_write_nothing(
     bad_json = run_folder(tmp_path / "bad", packed)
     (bad_json / "report.json").write_text("[NaN]")
     short = run_folder(tmp_path / "short", packed, layers=[{"name": "0"}])
-    other = run_folder(tmp_path / "other", packed, format=2)
+    other = run_folder(tmp_path / "other", packed, format=1)
     out, none, shown = tmp_path / "out", "results: none of the 1 rows", "can be shown; the first, at line 2, has"
     for argv, line in (
         ([], "nothing to report: expected a results file, or --run PATH"),
@@ -481,11 +481,11 @@ def test_wrong_calls_take_one_line_and_write_nothing(
             ["--run", tmp_path / "absent"],
             f"--run: {tmp_path / 'absent'}: does not exist; expected a packed file or a run folder",
         ),
-        (["--run", good], f"--run: {good}: is no safetensors file"),
+        (["--run", good], f"--run: {good}: is not a valid safetensors file"),
         (["--run", tmp_path / "folder"], f"--run: {tmp_path / 'folder'} has no readable report.json"),
         (["--run", bad_json], f"--run: {bad_json / 'report.json'} is not a run's report"),
         (["--run", short], f"--run: {short / 'report.json'} is not a run's report"),
-        (["--run", other], f"--run: {other / 'report.json'} is not a run's report (expected format 1)"),
+        (["--run", other], f"--run: {other / 'report.json'} is not a run's report (expected format 2)"),
         ([good, "--run", tmp_path / "absent"], "--run:"),
     ):
         assert_refused(main, [*map(str, argv), "--out", str(out)], f"logart-report: {line}", capfd)
