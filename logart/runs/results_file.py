@@ -125,12 +125,12 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> bool:
         False where the file has a row of this `run_id` already, and is left as it is.
 
     Raises:
-        ValueError: the row has a column that `columns.COLUMNS` lacks.
+        KeyError: the row has a column that `columns.COLUMNS` lacks.
         UserError: the file cannot be written, is no results file or holds a cut row; nothing is written then.
     """
     unknown = sorted(set(row) - set(NAMES))
     if unknown:
-        raise ValueError(f"results row has unknown columns {unknown}; the list of columns is logart.runs.columns")
+        raise KeyError(f"results row has unknown columns {unknown}; the list of columns is logart.runs.columns")
     path = real_place(path)
     with _named_errors(path):
         _refuse_place(path)
