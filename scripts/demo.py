@@ -12,8 +12,6 @@ with leaving_at_once("demo"):
     import sys
 
     from logart.runs.process import run_in_subprocess
-    from logart.runs.results_file import read_table
-    from logart.text import table
 
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COMMANDS = ("logart_cnn.command", "logart_vit.command")  # what takes seconds to import, for all runs at once
@@ -48,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
             return interrupted("demo", f"the rows of finished runs are in {args.results}")
         if code:
             return code
+    from logart.runs.results_file import read_table  # here, for --help needs Python's own library alone
+    from logart.text import table
+
     header, rows = read_table(args.results)
     at = [header.index(name) for name in COLUMNS]
     shown = [[cells[index] or "-" for index in at] for _, cells in rows[-len(runs) :]]
