@@ -51,7 +51,6 @@ class When(NamedTuple):
 
 
 ALWAYS = When("", lambda config: True)
-LOGARITHMIC = When("logarithmic grids", lambda config: "scale_search" in config.grid.options)
 SEARCHES = When("DBS or scale search", lambda config: config.searches and config.method.uses_dbs)
 SEARCHES_DATA = When("search by layer or block outputs", lambda config: config.searches_data)
 SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
@@ -61,6 +60,11 @@ MIXES = When("LLR, input `mixed`", lambda config: config.learns and config.recon
 WEIGHTED = When(
     "LLR, loss `hessian_perturb`", lambda config: config.learns and config.recon_metric.value == "hessian_perturb"
 )
+
+
+def grid_option(name: str) -> When:
+    """Where a grid has this option (`Grid.options`)."""
+    return When("grids that have this option", lambda config: name in config.grid.options)
 
 
 @dataclass(frozen=True)
@@ -163,10 +167,10 @@ COLUMNS = (
     _of_config("scale_method", Part.METHOD, "the grid, by the name that `--scale_method` has for it"),
     _of_config("scale_search", Part.GRID,
                "`grid`, `half_step` or `none`: which factors of the levels were tried, per channel",
-               when=LOGARITHMIC, idle="none"),
+               when=grid_option("scale_search"), idle="none"),
     _of_config("asymmetric", Part.GRID, "`True`: codes that a channel's shorter sign never reaches are small levels",
-               when=LOGARITHMIC, idle="False"),
-    _of_config("zero_code", Part.GRID, "`True`: one code is zero", when=LOGARITHMIC, idle="False"),
+               when=grid_option("asymmetric"), idle="False"),
+    _of_config("zero_code", Part.GRID, "`True`: one code is zero", when=grid_option("zero_code"), idle="False"),
     _of_config("search_method", Part.METHOD,
                "the error that DBS and scale search minimise; compensated rounding has its own", when=SEARCHES),
     _of_config("search_samples", Part.SEARCH, "calibration images seen by DBS", unit="images", when=SEARCHES_DATA),
