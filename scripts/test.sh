@@ -3,10 +3,10 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
-explain
-use_venv test,report
+use_venv test,report,docs
 cd "$PROJECT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
 "$PYTHON" -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
+NO_MKDOCS_2_WARNING=1 "$PYTHON" -m mkdocs build --strict --quiet --site-dir build/site
 "$PYTHON" -m pytest -q -n 2 --dist worksteal "$@"

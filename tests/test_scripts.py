@@ -119,7 +119,7 @@ def test_demo_on_an_empty_machine_makes_installs_and_runs(project: Project) -> N
     [
         ("demo.sh", "", "demo.py --quiet"),
         ("ablation_vit.sh", "", "ablation.py vit --quiet"),
-        ("test.sh", "test,report", "-m pytest -q -n 2 --dist worksteal --quiet"),
+        ("test.sh", "test,report,docs", "-m pytest -q -n 2 --dist worksteal --quiet"),
     ],
 )
 def test_an_active_environment_that_has_all_is_used(project: Project, script: str, extras: str, last: str) -> None:
@@ -133,7 +133,7 @@ def test_an_active_environment_that_has_all_is_used(project: Project, script: st
     assert len(installs(project.calls())) == 1
 
 
-@pytest.mark.parametrize("extras", ["", "report", "test,report"])
+@pytest.mark.parametrize("extras", ["", "report", "test,report,docs"])
 def test_an_environment_is_enough_if_the_project_is_there_with_its_extras(
     extras: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +197,7 @@ def test_a_changed_pyproject_and_a_moved_project_are_installed_anew(project: Pro
 def test_demo_and_test_by_turns_install_once_each(project: Project) -> None:
     project.run("scripts/demo.sh")
     project.run("scripts/test.sh")
-    assert installs(project.calls()) == [".", ".[test,report]"]
+    assert installs(project.calls()) == [".", ".[test,report,docs]"]
     project.run("scripts/demo.sh")
     project.run("scripts/test.sh")
     assert installs(project.calls()) == []
@@ -288,13 +288,14 @@ def test_the_failure_of_a_command_ends_the_demo_and_is_its_own(
 IMPORT_RULES = "-c from importlinter.cli import lint_imports_command; lint_imports_command() --no-logo"
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2, 3, None])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3, 4, None])
 def test_lint_types_imports_and_tests_run_in_order_until_one_fails(project: Project, failing: int | None) -> None:
-    steps = ["-m ruff check .", "-m mypy", IMPORT_RULES, "-m pytest -q -n 2 --dist worksteal -k two words"]
+    site = "-m mkdocs build --strict --quiet --site-dir build/site"
+    steps = ["-m ruff check .", "-m mypy", IMPORT_RULES, site, "-m pytest -q -n 2 --dist worksteal -k two words"]
     project.run("scripts/demo.sh")
     fail = "" if failing is None else steps[failing]
     done = project.run("scripts/test.sh", "-k", "two words", fail=fail)
-    ran = [call for call in project.calls() if call.split()[1] in ("ruff", "mypy", "from", "pytest")]
+    ran = [call for call in project.calls() if call.split()[1] in ("ruff", "mypy", "from", "mkdocs", "pytest")]
     assert ran == (steps if failing is None else steps[: failing + 1])
     assert (done.returncode == 0) == (failing is None)
 

@@ -16,7 +16,7 @@ _STRETCH, _SHIFT = 1.2, 0.1
 # Where a weight below the smallest magnitude starts: on its own side of zero, inside the clip, so that it can move.
 _STRADDLE_H = 0.9
 # The furthest that a weight starts from the code it had, where learning goes on from codes. Nearer to the middle the
-# soft weights would have forgotten what the codes were good for (measured in EXPERIMENTS.md).
+# soft weights would have forgotten what the codes were good for (measured in docs/experiments.md).
 _AWAY = 0.1
 
 
@@ -80,7 +80,7 @@ def soft_neighbours(
 
     A weight below the smallest magnitude of a grid without zero is past the end of the grid. It starts close to the
     level of its own sign and may change sign; were it to start at its value, the layer would first learn with a zero
-    that it does not have (measured in EXPERIMENTS.md).
+    that it does not have (measured in docs/experiments.md).
 
     Args:
         w: [C, K], the float weights.

@@ -20,7 +20,7 @@ PRESETS = ("fast", "paper", "best")
 
 
 def preset(name: str, n_bits: int) -> dict[str, Any]:
-    """The defaults that a preset of `PRESETS` stands for at a bit width; what each is good for is in EXPERIMENTS.md."""
+    """The defaults that a preset of `PRESETS` stands for at a bit width: see docs/experiments.md."""
     if name == "paper":
         return {"rounding": "learned", "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
     if name == "fast":

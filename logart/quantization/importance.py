@@ -20,7 +20,7 @@ from logart.quantization import capture
 from logart.quantization.clone import clone_sharing
 
 PERTURBATION = 1e-6
-IMPORTANCE_IMAGES = 256  # an average over images settles long before LLR's 1,024 (EXPERIMENTS.md)
+IMPORTANCE_IMAGES = 256  # an average over images settles long before LLR's 1,024 (docs/experiments.md)
 
 
 class PerturbationImportance:
