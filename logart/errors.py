@@ -28,6 +28,14 @@ class NetworkError(ValueError):
     """
 
 
+class SettingError(NetworkError):
+    """A setting that does not fit the network; the message begins with the setting's name."""
+
+
+class PartlyQuantized(UserWarning):
+    """Much of the network stays float."""
+
+
 class NoRoomError(NetworkError):
     """The device, host memory or the disk is too small for the run; the message says which and for what."""
 

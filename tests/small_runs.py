@@ -137,7 +137,7 @@ class Outcome(NamedTuple):
 
     def settings(self) -> dict[str, str]:
         """The row without what is measured."""
-        return {k: v for k, v in self.row.items() if "Acc@" not in k and k not in SURROUNDINGS}
+        return {k: v for k, v in self.row.items() if k in SETTINGS}
 
 
 @contextmanager

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
+from logart.errors import SettingError
 from logart.grids.grid import MAX_BITS, MIN_BITS, Grid, GridOptions, ScaleSearch
 from logart.grids.registry import grid_named
 from logart.grids.root2 import ROOT2_TEXT, root2
@@ -37,8 +42,8 @@ class QuantConfig:
     """Everything that decides the codes, apart from the network and the images.
 
     Attributes:
-        n_bits: 2 to 8, for every layer but the first and last if `first_last_bits` says otherwise.
-        first_last_bits: bits of the first and last layer; None is the same as `n_bits`.
+        n_bits: 2 to 8, for every layer of which `first_last_bits` and `layer_bits` say nothing else.
+        first_last_bits: bits of every input layer and every head of the network; None is the same as `n_bits`.
         channel_wise: one codebook per output channel, or one per layer.
         scale_method: the grid, by its name in `grids.registry`.
         search_method: the measure of DBS and scale search; compensated rounding has its own.
@@ -61,6 +66,8 @@ class QuantConfig:
         head_kl: compare the last block's logits by their KL divergence, whatever the metric.
         hardware_terms: 0 for the exact √2, else the number of powers of two that stand for it.
         seed: of the order of images during LLR and of the probes of BW.
+        layer_bits: bits by pattern (`fnmatch`) on the layers' names; of several that match, the last counts.
+        skip: patterns of the names of layers that stay float.
     """
 
     n_bits: int = 4
@@ -89,9 +96,13 @@ class QuantConfig:
     head_kl: bool = False
     hardware_terms: int = 0
     seed: int = 0
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+    skip: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value out of its range, naming the field."""
+        """Raise ValueError for a value of another type or out of its range, naming the field."""
+        for one in fields(self):
+            object.__setattr__(self, one.name, _checked_type(one.name, str(one.type), getattr(self, one.name)))
         grid_named(self.scale_method)
         object.__setattr__(self, "search_method", SearchMethod(self.search_method))
         object.__setattr__(self, "scale_search", ScaleSearch(self.scale_search))
@@ -101,6 +112,8 @@ class QuantConfig:
             bits = getattr(self, name)
             if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
                 raise ValueError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {bits}")
+        if not all(MIN_BITS <= bits <= MAX_BITS for bits in self.layer_bits.values()):
+            raise ValueError(f"layer_bits must be {MIN_BITS} to {MAX_BITS}, got {self.layer_bits}")
         for name in ("search_samples", "search_batch_size", "calib_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -159,14 +172,64 @@ class QuantConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """All settings by name, as JSON can say them."""
-        return {name: getattr(value, "value", value) for name, value in asdict(self).items()}
+        values = {name: getattr(value, "value", value) for name, value in asdict(self).items()}
+        return values | {"skip": list(self.skip)}
 
-    def bits_of(self, layers: list[str]) -> dict[str, int]:
-        """The bit width of each layer, given in the order they run."""
+    def skipped(self, layers: Sequence[str]) -> dict[str, str]:
+        """The layers that `skip` names, each with its pattern.
+
+        Raises:
+            SettingError: a pattern matches none of them.
+        """
+        return {name: pattern for pattern in self.skip for name in _matching("skip", pattern, layers)}
+
+    def bits_of(self, layers: Sequence[str], ends: Sequence[str]) -> dict[str, int]:
+        """The bit width of each layer.
+
+        Args:
+            layers: that are quantized, in the order they run.
+            ends: the input layers and the heads among them.
+
+        Raises:
+            SettingError: a pattern of `layer_bits` matches none of them.
+        """
         bits = dict.fromkeys(layers, self.n_bits)
-        if self.first_last_bits is not None and layers:
-            bits[layers[0]] = bits[layers[-1]] = self.first_last_bits
+        if self.first_last_bits is not None:
+            bits |= {name: self.first_last_bits for name in ends if name in bits}
+        for pattern, width in self.layer_bits.items():
+            bits |= dict.fromkeys(_matching("layer_bits", pattern, layers), width)
         return bits
+
+
+def _matching(setting: str, pattern: str, layers: Sequence[str]) -> list[str]:
+    found = [name for name in layers if fnmatchcase(name, pattern)]
+    if not found:
+        shown = ", ".join(layers[:4]) + f", … {layers[-1]}" * (len(layers) > 4)
+        raise SettingError(f"{setting}: {pattern!r} matches no layer that is quantized; they are {shown}")
+    return found
+
+
+def _checked_type(name: str, kind: str, value: Any) -> Any:
+    """A field's value, which must be of the type that its annotation says, as that type."""
+    if kind.startswith("Mapping"):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be bits by pattern, got {value!r}")
+        return {str(pattern): _checked_type(name, "int", bits) for pattern, bits in value.items()}
+    if kind.startswith("Sequence"):
+        if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+            raise ValueError(f"{name} must be a list of patterns, got {value!r}")
+        return tuple(value)
+    if kind == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    if kind == "float":
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        return float(value)
+    if kind == "int" or (kind == "int | None" and value is not None):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        return operator.index(value)
+    return value
 
 
 def describe(config: QuantConfig) -> str:
@@ -180,6 +243,8 @@ def describe(config: QuantConfig) -> str:
         words.append(f"{options.scale_search.value} scale search")
     words += [name for name in ("asymmetric", "zero_code") if getattr(options, name)]
     words.append(config.method.describe(config))
+    words += [f"{pattern} {bits} bits" for pattern, bits in config.layer_bits.items()]
+    words += [f"{pattern} float" for pattern in config.skip]
     if options.terms:
         words.append(f"√2 ≈ {ROOT2_TEXT[options.terms]}")
     return ", ".join([*words, f"seed {config.seed}"])

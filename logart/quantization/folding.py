@@ -84,7 +84,7 @@ class Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def fold_batch_norms(model: nn.Module, example: Tensor) -> Folding:
+def fold_batch_norms(model: nn.Module, example: Tensor, keep: Callable[[str], bool] = lambda name: False) -> Folding:
     """Fold every batch norm that directly follows a convolution or linear layer into it, in place.
 
     A norm is folded where its class is exactly known, nothing hooks into it or the layer, and one forward of `example`
@@ -95,7 +95,9 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> Folding:
     Args:
         model: in eval mode; its parameters are not written to, folded layers get new ones.
         example: a batch the model can run on.
+        keep: whether the layer of this name is to stay as it is.
     """
+    kept = {module for name, module in model.named_modules(remove_duplicate=False) if keep(name)}
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (*BATCH_NORMS, nn.modules.batchnorm._BatchNorm)):
@@ -106,6 +108,8 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> Folding:
     for norm, (name, *_) in names.items():
         pair = seen.pairs.get(norm)
         reason = _why_not(norm, pair, seen)
+        if reason is None and pair is not None and pair.layer in kept:
+            reason = "the layer before it stays as it is"
         if reason is None:
             assert pair is not None
             folds.append(_Fold(model, names[norm], norm, pair.layer))

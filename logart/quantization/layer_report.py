@@ -81,6 +81,24 @@ class Report:
         """The share of the network's weights that was quantized, 0 to 1."""
         return sum(torch.Size(layer.shape).numel() for layer in self.layers) / max(self.n_weights, 1)
 
+    @property
+    def bits(self) -> dict[int, int]:
+        """How many layers have each bit width."""
+        return dict(sorted(Counter(layer.n_bits for layer in self.layers).items()))
+
+    def share_line(self) -> str:
+        """What was quantized, and below 99 % what was not, in a line."""
+        line = f"{100 * self.quantized_share:.2f} % of the weights are quantized"
+        if self.quantized_share >= 0.99:
+            return line
+        names = [f"{name} ({reason})" for name, reason in self.skipped[:3]]
+        more = len(self.skipped) - len(names)
+        return f"{line}; float: {', '.join(names)}" + f" and {more} more" * (more > 0)
+
+    def info(self) -> dict[str, Any]:
+        """What a packed file says of the whole network, as JSON can say it."""
+        return {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
+
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """What became of each layer, by name, as JSON can say it."""
         return {

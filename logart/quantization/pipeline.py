@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from logart.errors import NetworkError, NoRoomError, one_line
+from logart.errors import NetworkError, NoRoomError, PartlyQuantized, one_line
 from logart.quantization import capture, surgery
 from logart.quantization.block_loss import BlockLosses, Loss
 from logart.quantization.cache import Cache, Captured
@@ -72,16 +74,22 @@ def quantize_model(
     report = Report()
     reference = clone_sharing(model).eval().requires_grad_(False).to(device)
     example = images[:2].to(device, copy=True)  # some networks normalise in place
-    report.folded, report.unfolded = fold_batch_norms(reference, example)
+    keep = partial(_any_matches, config.skip)
+    report.folded, report.unfolded = fold_batch_norms(reference, example, keep)
     seen = survey(reference, example)
-    report.skipped, report.n_weights = seen.skipped, seen.n_weights
-    if not seen.layers:
+    skipped = config.skipped(seen.layers)
+    report.skipped = [*seen.skipped, *((name, f"skipped by {pattern!r}") for name, pattern in skipped.items())]
+    report.n_weights = seen.n_weights
+    names = [name for name in seen.layers if name not in skipped]
+    if not names:
         raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-    blocks = surgery.find_blocks(reference, seen.layers, block_types)
+    blocks = surgery.find_blocks(reference, names, block_types)
     on_stage_end("float", reference)
 
     quantized = clone_sharing(reference)
-    surgery.replace_layers(quantized, config.bits_of(seen.layers), config.channel_wise, row_groups)
+    surgery.replace_layers(
+        quantized, config.bits_of(names, [*seen.inputs, *seen.heads]), config.channel_wise, row_groups
+    )
     surgery.check_replaced(quantized, example, seen)
     cache = Cache(device) if cache is None else cache
     work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
@@ -92,8 +100,14 @@ def quantize_model(
         report.blocks += [done.report for done in results if done.report is not None]
         on_stage_end(stage.event, quantized)
     report.layers = layer_reports(quantized, blocks)
-    quantized.packed_info = {"settings": config.as_dict(), "layers": report.as_dict()}  # type: ignore[assignment]
+    quantized.packed_info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}  # type: ignore[assignment]
+    if report.quantized_share < 0.99:
+        warnings.warn(report.share_line(), PartlyQuantized, stacklevel=2)
     return quantized, report
+
+
+def _any_matches(patterns: Sequence[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def gather_images(images: Tensor | Iterable[Tensor], count: int) -> Tensor:

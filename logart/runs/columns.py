@@ -76,6 +76,8 @@ class Facts:
         said: cells that only the command line can say, by column.
         terms_at_test: powers of two that stand for √2 at test only; 0 where none do.
         accuracies: by stage: float, searched, rounded, approximated.
+        quantized_share: of the network's weights, 0 to 1.
+        layers_by_bits: how many layers have each width.
         search_seconds, reconstruction_seconds, total_seconds: what took how long.
         memory_mb: the run's peak.
         device: as `device_name` gives it.
@@ -85,6 +87,8 @@ class Facts:
     said: Mapping[str, Cell] = field(default_factory=dict)
     terms_at_test: int = 0
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
+    quantized_share: float = 0.0
+    layers_by_bits: Mapping[int, int] = field(default_factory=dict)
     search_seconds: float = 0.0
     reconstruction_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -161,8 +165,12 @@ COLUMNS = (
            "overrides of the network's own settings: model kwargs, input size, mean, …"),
     Column("data", Part.NETWORK, "the data set: `digits`, or the name of its folder"),
     _of_config("bits", Part.METHOD, "width of a weight's code", "n_bits", unit="bits"),
-    Column("first_last_bits", Part.GRID, "width in the first and last layer, or `same`",
+    Column("first_last_bits", Part.GRID, "width in the input layers and the heads, or `same`",
            lambda f: f.config.first_last_bits or "same", unit="bits"),
+    Column("layer_bits", Part.GRID, "widths of layers by name, `PATTERN=BITS`", unit="bits",
+           value=lambda f: " ".join(f"{pattern}={bits}" for pattern, bits in f.config.layer_bits.items()) or None),
+    Column("skip", Part.GRID, "patterns of the names of layers that were to stay float",
+           lambda f: " ".join(f.config.skip) or None),
     _of_config("channel_wise", Part.GRID, "`True`: a codebook per output channel; `False`: one per layer"),
     _of_config("scale_method", Part.METHOD, "the grid, by the name that `--scale_method` has for it"),
     _of_config("scale_search", Part.GRID,
@@ -219,6 +227,10 @@ COLUMNS = (
     _accuracy("search_Acc@5", "searched", 5, "after DBS, before LLR"),
     _accuracy("approx_Acc@1", "approximated", 1, "with the hardware approximation at test only"),
     _accuracy("approx_Acc@5", "approximated", 5, "with the hardware approximation at test only"),
+    Column("quantized_weights", Part.COST, "share of the network's weights that was quantized",
+           lambda f: round(100 * f.quantized_share, 3), unit="%"),
+    Column("layers_by_bits", Part.COST, "how many layers have each width, `WIDTH:LAYERS`",
+           lambda f: " ".join(f"{bits}:{count}" for bits, count in f.layers_by_bits.items())),
     Column("search_seconds", Part.COST, "time of DBS", lambda f: round(f.search_seconds, 3), unit="s"),
     Column("reconstruction_seconds", Part.COST, "time of compensated rounding and LLR",
            lambda f: round(f.reconstruction_seconds, 3), unit="s"),

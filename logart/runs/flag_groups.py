@@ -85,7 +85,10 @@ class TrackFlags:
         """The levels that weights may take."""
         add, group = self.add, "grid"
         add(group, "n_bits_w", "bits per weight, 2 to 8", type=int)
-        add(group, "first_last_bits", "bits of the first and last layer", "same", metavar="{2..8,same}")
+        add(group, "first_last_bits", "bits of every input layer and every head", "same", metavar="{2..8,same}")
+        add(group, "layer_bits", "bits of layers by name (* and ? as in file names); the last that matches counts",
+            "none", nargs="+", metavar="PATTERN=BITS")  # fmt: skip
+        add(group, "skip", "layers that stay float, by name", "none", nargs="+", metavar="PATTERN")
         add(group, "channel_wise", "one codebook per output channel, or one per layer", "per channel",
             action=argparse.BooleanOptionalAction)  # fmt: skip
         add(group, "scale_method", "the grid", type=_other_names({"log_dynamic": "dynamic"}),

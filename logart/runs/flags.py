@@ -53,6 +53,7 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
     settings = dict(settings)
     if args.first_last_bits is not None:
         settings["first_last_bits"] = _first_last_bits(args.first_last_bits)
+    settings |= {"layer_bits": _layer_bits(args.layer_bits or ()), "skip": args.skip or ()}
     settings["hardware_terms"] = default_if_none(args.hardware_approx_terms, 2) if args.hardware_approx else 0
     try:
         config = QuantConfig(**settings)
@@ -65,7 +66,9 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
 
 def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> str:
     """The message with the user's names: of the flags, or of the config file where no flag that it names was given."""
-    names = {field: flag for flag, field in flags.items()} | {"first_last_bits": "first_last_bits"}
+    names = {field: flag for flag, field in flags.items()} | {
+        name: name for name in ("first_last_bits", "layer_bits", "skip")
+    }
     words = error.split()
     message = [names[word] for word in words if word in names]
     of_file = getattr(args, "config", None) is not None and not given(args, message)
@@ -80,6 +83,16 @@ def _first_last_bits(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise UserError(f"--first_last_bits: {text!r} is neither a number of bits nor 'same'") from None
+
+
+def _layer_bits(words: Sequence[str]) -> dict[str, int]:
+    bits = {}
+    for word in words:
+        pattern, equals, width = word.rpartition("=")
+        if not (pattern and equals and width.isdecimal()):
+            raise UserError(f"--layer_bits: {word!r} is not of the form PATTERN=BITS")
+        bits[pattern] = int(width)
+    return bits
 
 
 def refuse_idle_flags(
@@ -177,5 +190,7 @@ def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any)
         "rounding": config.method.name,
         "seed": config.seed,
     }
+    if config.layer_bits or config.skip:
+        values |= {"layer_bits": config.layer_bits, "skip": ",".join(config.skip)}
     values |= others
     return " ".join(f"{flag}={getattr(value, 'value', value)}" for flag, value in values.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logart.errors import NetworkError, NonFiniteError, NoRoomError, UserError, one_line
+from logart.errors import NetworkError, NonFiniteError, NoRoomError, PartlyQuantized, SettingError, UserError, one_line
 from logart.grids.root2 import ROOT2_TEXT
 from logart.networks.data import ImageSource, validation_batches
 from logart.networks.evaluate import Accuracy, accuracy
@@ -43,7 +44,7 @@ class RunOptions:
         test_before_calibration: evaluate after DBS too.
         test_with_terms: if not 0, evaluate a second time with √2 as a sum of so many powers of two, in a network
             calibrated without it.
-        quiet: print no progress and no table, only the accuracies.
+        quiet: print no progress and no table, only the accuracies and the share of the weights that was quantized.
         network_flags: the flags that choose the network, for errors about it.
         save: the packed file that gets the network; None saves none.
         run_dir: the new folder that gets the run; None keeps none.
@@ -97,7 +98,8 @@ def run(
         UserError: the network cannot be quantized, an image cannot be read or the row cannot be written.
     """
     stages = _Stages(source, config, options, folder)
-    with _naming(options.network_flags, names):
+    with _naming(options.network_flags, names), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartlyQuantized)  # printed below
         quantized, report = quantize_model(
             network.model,
             config,
@@ -110,12 +112,15 @@ def run(
             cache=Cache(options.device, options.cache, folder.path if folder else None),
             stage_store=folder,
         )
+    print(report.share_line(), flush=True)
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
     facts = Facts(
         config,
         accuracies=stages.accuracies,
+        quantized_share=report.quantized_share,
+        layers_by_bits=report.bits,
         search_seconds=report.search_seconds,
         reconstruction_seconds=report.reconstruction_seconds,
         total_seconds=time.perf_counter() - started if folder is None else folder.seconds,
@@ -241,6 +246,8 @@ def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
         raise UserError(f"{flags}: {one_line(error)}{name}") from error
     except NoRoomError as error:
         raise UserError(f"--device, --cache: {one_line(error)}") from error
+    except SettingError as error:
+        raise UserError(f"--{one_line(error)}") from error
     except NetworkError as error:
         raise UserError(f"{flags}: {one_line(error)}") from error
 

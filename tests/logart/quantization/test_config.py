@@ -1,10 +1,15 @@
 """Settings: the values in and out of range, and what follows from them."""
 
 import dataclasses
+import json
+import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from logart.errors import SettingError
 from logart.grids.grid import ScaleSearch
 from logart.grids.logarithmic import LOG_2
 from logart.grids.registry import GRIDS
@@ -16,6 +21,8 @@ from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMe
     [
         ("n_bits", [1, 9, 0, -4]),
         ("first_last_bits", [1, 9]),
+        ("layer_bits", [{"a": 1}, {"a": 9}, "a=4"]),
+        ("skip", ["head", [3]]),
         ("search_samples", [0, -1]),
         ("search_batch_size", [0]),
         ("calib_samples", [0]),
@@ -43,6 +50,59 @@ def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
             QuantConfig(**{field: value})
         assert "\n" not in str(caught.value)
         assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "expected"),
+    [
+        ("n_bits", [4.0, "4", True, None], "a whole number"),
+        ("iters", [float("nan"), 10.0, "10"], "a whole number"),
+        ("seed", [0.0, None], "a whole number"),
+        ("first_last_bits", [8.0, True], "a whole number"),
+        ("asymmetric", ["False", 0, None], "True or False"),
+        ("channel_wise", ["True", 1], "True or False"),
+        ("lr", ["0.1", True, None], "a number"),
+        ("layer_bits", [{"a": 4.0}, {"a": True}], "a whole number"),
+        ("layer_bits", ["a=4", [("a", 4)]], "bits by pattern"),
+        ("skip", ["head", [1]], "a list of patterns"),
+    ],
+)
+def test_values_of_another_type_are_refused(field: str, values: list[Any], expected: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{field} must be {expected}, got "):
+            QuantConfig(**{field: value})
+
+
+def test_numbers_of_numpy_are_taken_as_their_own_kind() -> None:
+    config = QuantConfig(n_bits=np.int64(3), lr=np.float32(0.5), iters=torch.tensor(7))  # type: ignore[arg-type]
+    assert (type(config.n_bits), type(config.lr), config.iters) == (int, float, 7)
+    json.dumps(config.as_dict())
+
+
+LAYERS = ["stem", "blocks.0.conv", "blocks.1.conv", "head"]
+
+
+def test_bits_are_resolved_by_pattern_and_the_last_match_counts() -> None:
+    config = QuantConfig(n_bits=3, first_last_bits=8, layer_bits={"blocks.*": 2, "*.1.*": 5, "head": 6})
+    assert config.bits_of(LAYERS, ["stem", "head"]) == dict(zip(LAYERS, (8, 2, 5, 6), strict=True))
+    assert QuantConfig(n_bits=3).bits_of(LAYERS, ["stem", "head"]) == dict.fromkeys(LAYERS, 3)
+
+
+def test_layers_are_skipped_by_pattern() -> None:
+    assert QuantConfig(skip=["blocks.*", "s?em"]).skipped(LAYERS) == {
+        "blocks.0.conv": "blocks.*",
+        "blocks.1.conv": "blocks.*",
+        "stem": "s?em",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["block", "Head", "blocks.2*"])
+def test_a_pattern_that_matches_nothing_is_named(pattern: str) -> None:
+    wrong = re.escape(repr(pattern)) + " matches no layer that is quantized; they are stem, .*head"
+    with pytest.raises(SettingError, match=f"^layer_bits: {wrong}"):
+        QuantConfig(layer_bits={"stem": 4, pattern: 4}).bits_of(LAYERS, [])
+    with pytest.raises(SettingError, match=f"^skip: {wrong}"):
+        QuantConfig(skip=["stem", pattern]).skipped(LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +218,7 @@ def test_presets_are_settings() -> None:
 
 
 def test_first_and_last_layer_may_have_bits_of_their_own() -> None:
-    assert QuantConfig(n_bits=3).bits_of(["b", "a", "c"]) == {"b": 3, "a": 3, "c": 3}
-    assert QuantConfig(n_bits=3, first_last_bits=8).bits_of(["b", "a", "c"]) == {"b": 8, "a": 3, "c": 8}
-    assert QuantConfig(n_bits=3, first_last_bits=8).bits_of(["a"]) == {"a": 8}
-    assert QuantConfig(n_bits=3, first_last_bits=8).bits_of([]) == {}
+    assert QuantConfig(n_bits=3).bits_of(["b", "a", "c"], ["b", "c"]) == {"b": 3, "a": 3, "c": 3}
+    config = QuantConfig(n_bits=3, first_last_bits=8)
+    assert config.bits_of(["b", "a", "c"], ["b", "c", "skipped"]) == {"b": 8, "a": 3, "c": 8}
+    assert config.bits_of([], []) == {}

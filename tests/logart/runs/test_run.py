@@ -234,14 +234,15 @@ def test_what_is_printed(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None
     ):
         top1, top5 = (float(row[f"{prefix}Acc@{k}"]) for k in (1, 5))
         assert line == f"{title:<28} Acc@1 {top1:6.2f} %  Acc@5 {top5:6.2f} %"
-    assert out[3].startswith("layer ") and [line.split()[0] for line in out[4:7]] == ["0", "3", "5"]
+    assert out[3] == "100.00 % of the weights are quantized"
+    assert out[4].startswith("layer ") and [line.split()[0] for line in out[5:8]] == ["0", "3", "5"]
     assert out[-1].startswith("DBS ") and out[-1].endswith(f"row appended to {runs.results}")
 
 
-def test_quiet_prints_only_the_accuracies(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_the_accuracies_and_the_share(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs(quiet=True)
     out, err = capsys.readouterr()
-    assert err == "" and [line.split()[0] for line in out.splitlines()] == ["float", "after"]
+    assert err == "" and [line.split()[0] for line in out.splitlines()] == ["float", "after", "100.00"]
     assert len(runs.rows()) == 1
 
 
