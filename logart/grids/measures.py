@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+_LEAST_HALF = 256  # of the rows of a product that is worth taking in parts
+
+
 @dataclass
 class OutputMoments:
     """What LW and compensated rounding need to know of the images: moments of a layer's input and its output's error.
@@ -63,7 +66,7 @@ class OutputMoments:
             patches, residual = patches.float(), residual.float()
         if self.shift is not None:
             patches = patches - self.shift[:, None]
-        self.gram += patches.mT @ patches
+        _add_symmetric_product(self.gram, patches.mT)
         self.cross += (residual.mT @ patches).flatten(0, 1)
         self.energy += residual.double().square().sum(1).flatten()
         self.input_sum += patches.sum(1, dtype=torch.float64)
@@ -99,6 +102,19 @@ class OutputMoments:
             self._working_gram = self.gram.to(self._precision)
         quadratic = ((grouped.to(self._precision) @ self._working_gram) * grouped).sum(-1).flatten()
         return self.energy - 2 * (delta * self.cross).sum(1) + quadratic
+
+
+def _add_symmetric_product(total: Tensor, x: Tensor) -> None:
+    """total += x @ x.mT, total [G, K, K] and x [G, K, n]; what is above the diagonal is taken from below it."""
+    half = x.shape[1] // 2
+    if half < _LEAST_HALF:
+        total += x @ x.mT
+        return
+    _add_symmetric_product(total[:, :half, :half], x[:, :half])
+    _add_symmetric_product(total[:, half:, half:], x[:, half:])
+    below = x[:, half:] @ x[:, :half].mT
+    total[:, half:, :half] += below
+    total[:, :half, half:] += below.mT
 
 
 @dataclass

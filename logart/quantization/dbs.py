@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from logart.quantization.config import QuantConfig
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
-_PATCH_ELEMENTS = 1 << 26  # elements of unfolded patches held at once: 256 MB in float32
+# Of unfolded patches held at once, 8 MB in float32: they stay in a processor's cache. Twice K rows at least, so that
+# adding a product of theirs to the others costs little beside it.
+_PATCH_ELEMENTS = 1 << 21
 
 
 class SearchMethod(str, Enum):
@@ -138,25 +141,22 @@ def layer_moments(
     """
     groups, weight = getattr(layer, "groups", 1), layer.weight
     assert isinstance(weight, Tensor)
-    moments = OutputMoments.zeros(groups, weight.shape[0], weight[0].numel(), weight.device)
+    elements = weight[0].numel()
+    moments = OutputMoments.zeros(groups, weight.shape[0], elements, weight.device)
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
         _, wanted = run_to(float_block, float_layer, float_inputs[batch], through=True)
         x, given = run_to(block, layer, inputs[batch], through=True)
         assert wanted is not None and given is not None
-        for part in range(len(x)) if _too_large(layer, x) else [slice(None)]:
-            rows = slice(part, part + 1) if isinstance(part, int) else part
-            patches = unfold(layer, x[rows])
+        residual = _positions_last(layer, wanted - given)
+        step = max(1, max(_PATCH_ELEMENTS // (groups * elements), 2 * elements) // residual.shape[2])
+        for first in range(0, len(x), step):
+            patches = unfold(layer, x[first : first + step])
             if shifted and moments.shift is None:
                 moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
-            residual = _positions_last(layer, (wanted - given)[rows])
-            moments.add(patches, residual.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2))
+            part = residual[first : first + step].unflatten(1, (groups, -1))
+            moments.add(patches, part.permute(1, 2, 0, 3).flatten(2).mT)
     return moments
-
-
-def _too_large(layer: nn.Module, x: Tensor) -> bool:
-    kernel = getattr(layer, "kernel_size", (1, 1))
-    return x.numel() * kernel[0] * kernel[1] > _PATCH_ELEMENTS
 
 
 def unfold(layer: nn.Module, x: Tensor) -> Tensor:
@@ -171,9 +171,18 @@ def unfold(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1])
-    x = _padded(layer, x)
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # type: ignore[arg-type]
-    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    x = _padded(layer, x).contiguous()
+    images, channels, *size = x.shape
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    positions = [(n - r - 1) // s + 1 for n, r, s in zip(size, reach, layer.stride, strict=True)]
+    *strides, row, column = x.stride()
+    windows = x.as_strided(
+        (channels, *layer.kernel_size, images, *positions),
+        (strides[1], layer.dilation[0] * row, layer.dilation[1] * column, strides[0])
+        + (layer.stride[0] * row, layer.stride[1] * column),
+        x.storage_offset(),
+    )
+    return windows.reshape(layer.groups, channels // layer.groups * prod(layer.kernel_size), -1).mT
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
