@@ -41,7 +41,7 @@ def run_in_subprocess(words: Sequence[str], *also: str) -> int:
         process.join()
     except BaseException:  # Ctrl-C and SIGTERM
         if process.ident is not None:
-            process.terminate()  # it releases its claim
+            process.terminate()  # the system frees the lock on its row
             process.join()
         raise
     code: int = process.exitcode

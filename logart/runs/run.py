@@ -258,7 +258,7 @@ def device_name(device: torch.device) -> str:
 
 
 def layer_table(report: Report) -> str:
-    """The report per layer as text: shape, bits, base mix, relative error before and after LLR, roundings moved."""
+    """The report per layer as text: shape, bits, base mix, relative weight error of plain rounding and in the end, changed codes."""
     rows = [
         (
             layer.name,
@@ -271,7 +271,7 @@ def layer_table(report: Report) -> str:
         )
         for layer in report.layers
     ]
-    head = ("layer", "shape", "bits", "error: RTN", "final", "moved", "channels per n_base2")
+    head = ("layer", "shape", "bits", "weight error: RTN", "final", "changed", "channels per n_base2")
     lines = [table(head, rows, text=("layer", "shape", "channels per n_base2"))]
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
     lines += [f"block {b.name}: LLR reverted: no improvement" for b in report.blocks if b.kept == "before"]
