@@ -149,11 +149,11 @@ def append_row(path: str | Path, row: Mapping[str, Cell]) -> bool:
 
 
 def recorded(path: str | Path, run_id: str) -> str | None:
-    """When a run of the same settings was appended, its `utc_time`; None where the file has none.
+    """When another run of the same settings was appended, its `utc_time`; None where the file has none.
 
     Args:
         path: the CSV file, or where it will be; to be called with `locked_results`.
-        run_id: of a run of these settings, this one or another.
+        run_id: of the run that asks; a row of its own, before it was interrupted, is no reason not to end it.
 
     Raises:
         UserError: the file is no results file or holds a cut row.
@@ -161,7 +161,8 @@ def recorded(path: str | Path, run_id: str) -> str | None:
     settings = run_id.partition("-")[0]
     for row in _named(_whole(real_place(path))):
         # A row of a version without `run_id` is known by its cells.
-        if (row.get("run_id", "").partition("-")[0] or settings_id(row)) == settings:
+        there = row.get("run_id") or settings_id(row)
+        if there.partition("-")[0] == settings and there != run_id:
             return row["utc_time"]
     return None
 

@@ -258,7 +258,7 @@ def device_name(device: torch.device) -> str:
 
 
 def layer_table(report: Report) -> str:
-    """The report per layer as text: shape, bits, base mix, relative weight error of plain rounding and in the end, changed codes."""
+    """The report per layer as text: shape, bits, weight error of plain rounding and final, changed codes, mix."""
     rows = [
         (
             layer.name,

@@ -57,7 +57,7 @@ def test_a_run_killed_around_its_row_has_it_once(
     moment: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, results, saved = tmp_path / "run", tmp_path / "results.csv", tmp_path / "net.safetensors"
-    kill(moment, [*ARGV, "--run_dir", str(run), "--results", str(results), "--save", str(saved)])
+    kill(moment, [*ARGV, "--once", "--run_dir", str(run), "--results", str(results), "--save", str(saved)])
     written = [(row["utc_time"], row["total_seconds"]) for row in rows(results)] if results.exists() else []
     assert len(written) == (moment in ("the row is appended", "the run is finished"))
     if moment == "the run is finished":
