@@ -72,13 +72,6 @@ def try_to_hold(results: Path) -> str | tuple[str, int]:
         return str(end), end.code
 
 
-def test_the_settings_are_the_columns_known_before_a_run() -> None:
-    after = """val_images Acc@1 Acc@5 float_Acc@1 float_Acc@5 search_Acc@1 search_Acc@5 approx_Acc@1 approx_Acc@5
-        search_seconds reconstruction_seconds total_seconds peak_memory_mb device torch_version timm_version
-        project_version run_id""".split()
-    assert list(NAMES) == ["utc_time", *SETTINGS, *after]
-
-
 def test_a_row_is_found_by_its_settings_alone(results: Path) -> None:
     awkward = ROW | {"network_options": 'a="b, c"\n', "checkpoint": "\udc80.pth"}
     with locked_results(results):
