@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import logart.export.integer_layer
 from logart.export.hardware import (
     Cost,
-    ExactRoot2Error,
     FixedPoint,
     HardwareLevels,
     signed_powers,
@@ -28,7 +27,7 @@ from logart.grids.grid import Grid, ScaleSearch
 from logart.grids.linear import linear_codebook
 from logart.grids.logarithmic import DYNAMIC, LOG_2, LOG_SQRT2, log_codebook
 from logart.grids.plain import stored_spec
-from logart.grids.root2 import ROOT2_TEXT
+from logart.grids.root2 import ROOT2_TEXT, ExactRoot2Error
 
 LOG_METHODS = (LOG_2, LOG_SQRT2, DYNAMIC)
 
