@@ -386,7 +386,7 @@ def test_wrong_calls_take_one_line_and_leave_nothing(exact: Path, tmp_path: Path
         ([str(exact), "--out", new], "--terms: an exact √2"),
         ([str(exact), "--out", new, "--terms", "5"], "--terms: invalid choice"),
         ([str(approximated), "--out", new, "--terms", "3"], "--terms: 3, but the file was made with √2 ≈ 1 + 1/2"),
-        ([str(linear), "--out", new], "layer 'conv1': a linear grid"),
+        ([str(linear), "--out", new], "layer 'conv1': levels of the grid linear_minmax have no shifts"),
         ([str(exact), "--out", str(full), "--terms", "2"], f"--out: {full} is there already"),
         ([str(exact), "--out", str(exact), "--terms", "2"], f"--out: {exact} is there already"),
         ([str(exact), "--out", str(tmp_path / "no" / "where"), "--terms", "2"], "--out: no folder"),
