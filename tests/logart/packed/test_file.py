@@ -3,7 +3,8 @@
 import copy
 import json
 import math
-from math import inf, isfinite, nan
+from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logart import QuantConfig, load_packed, quantize_model
+from logart.grids.grid import Spacing
+from logart.grids.plain import plain_codebook
 from logart.networks.network import network_recipe
 from logart.packed.checkpoint import to_packed
 from logart.packed.file import PackedFile, PackedFileError
@@ -158,12 +161,31 @@ def test_the_file_itself_is_fine(whole: bytes, place: Path) -> None:
 
 
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64, torch.bool)
+WIDE = {dtype: dtype if dtype.is_floating_point else torch.int64 for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def of_each_grid(whole: bytes, place: Path) -> dict[str, bytes]:
+    """The same network on several grids, and with levels of no grid."""
+    place.write_bytes(whole)
+    file, files = PackedFile.read(place), {"dynamic": whole}
+    for method in ("apot", "linear_minmax"):
+        config = QuantConfig(n_bits=3, rounding="nearest", scale_method=method)  # type: ignore[arg-type]
+        quantized, _ = quantize_model(build_network("digits_resnet", shapes={}).eval(), config, torch.randn(2, 1, 8, 8))
+        files[method] = to_packed(quantized, file.info).to_bytes()
+    plain = {
+        name: replace(layer, spec=plain_codebook(layer.spec.codebook(3).levels, Spacing.LOG).spec)
+        for name, layer in file.layers.items()
+    }
+    files["plain"] = replace(file, layers=plain).to_bytes()
+    return files
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_mutated_tensors(data: st.DataObject, whole: bytes, place: Path) -> None:
+def test_mutated_tensors(data: st.DataObject, of_each_grid: dict[str, bytes], place: Path) -> None:
     """Valid safetensors whose tensors are others: of other types, shapes and values, missing, or under other names."""
+    whole = of_each_grid[data.draw(st.sampled_from(sorted(of_each_grid)))]
     tensors = safetensors.torch.load(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(sorted(tensors)))
@@ -174,17 +196,14 @@ def test_mutated_tensors(data: st.DataObject, whole: bytes, place: Path) -> None
         elif how == "reshape":
             tensors[name] = data.draw(st.sampled_from((tensor[None], tensor[:1], tensor[:0], torch.cat([tensor] * 2))))
         elif how == "value":
-            number = data.draw(st.sampled_from((0, 1, 2, 9, 33, 127, 255, -1, -128, 2**15, 2**62, inf, nan)))
-            tensors[name] = torch.full_like(tensor.double() if number != int_of(number) else tensor.long(), number)
+            numbers = (0.5, 1e300, inf, nan) if tensor.is_floating_point() else (2, 9, 33, 255, -99, 2.0**62)
+            number = data.draw(st.sampled_from((0.0, 1.0, -1.0, *numbers)))
+            tensors[name] = torch.full(tensor.shape, number, dtype=torch.float64).to(WIDE[tensor.dtype])
         elif how == "rename":
             tensors[data.draw(st.sampled_from(("x", "conv1.x", "conv1.scale", "conv1.step", "linear.bias")))] = tensor
         if not tensors:
             break
     survives(place, safetensors.torch.save(tensors, parts(whole)[0]["__metadata__"]))
-
-
-def int_of(number: float) -> int | None:
-    return int(number) if isfinite(number) else None
 
 
 def edited(whole: bytes, **changes: Any) -> bytes:
