@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _LEAST_HALF = 256  # of the rows of a product that is worth taking in parts
 
 

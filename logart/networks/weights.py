@@ -118,12 +118,17 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's elements in row-major order, as hashes take them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """The SHA-256 of keys and tensors' bytes, ordered by key: for weights that come without a file."""
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode())
-        digest.update(state[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(state[key]))
     return digest.hexdigest()
 
 

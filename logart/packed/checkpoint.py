@@ -71,7 +71,7 @@ def save_packed(model: nn.Module, path: str | Path, info: Mapping[str, Any] | No
     size = file.write(path)
     weights = sum(layer.shape.numel() for layer in file.layers.values())
     codes, books = (sum(layer.n_bytes()[i] for layer in file.layers.values()) for i in (0, 1))
-    rest = sum(t.numel() * t.element_size() for t in file.rest.values())
+    rest = sum(t.nbytes for t in file.rest.values())
     parts = (
         ("quantized weights", 4 * weights, codes),
         ("codebooks", 0, books),

@@ -72,7 +72,7 @@ def describe(file: PackedFile) -> dict[str, Any]:
     message = file.info.get("layers")
     message = message if isinstance(message, dict) else {}
     layers = {name: describe_layer(layer, message.get(name)) for name, layer in file.layers.items()}
-    rest = {name: {"shape": list(t.shape), "bytes": t.numel() * t.element_size()} for name, t in file.rest.items()}
+    rest = {name: {"shape": list(t.shape), "bytes": t.nbytes} for name, t in file.rest.items()}
     info = {name: value for name, value in file.info.items() if name != "layers"}
     return {"info": info, "layers": layers, "rest": rest}
 

@@ -53,7 +53,7 @@ class PackedLayer:
 
     def n_bytes(self) -> tuple[int, int]:
         """Of the codes and of the codebooks."""
-        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in self.tensors().items()}
+        sizes = {name: tensor.nbytes for name, tensor in self.tensors().items()}
         return sizes.pop(CODES), sum(sizes.values())
 
     def tensors(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from logart.errors import Interrupted, UserError
 from logart.files import write_atomically
 from logart.networks.data import DIGITS
 from logart.networks.evaluate import Accuracy
+from logart.networks.weights import tensor_bytes
 from logart.quantization.config import QuantConfig
 from logart.runs.columns import SETTINGS, Cell, versions
 from logart.runs.results_file import RESULTS
@@ -40,12 +41,12 @@ def fingerprint(
     """What decides the codes and the accuracies, by the name that a user knows it by; `row` has the settings' cells."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        weights.update(name.encode("utf-8", "surrogatepass") + _bytes(tensor))
+        weights.update(name.encode("utf-8", "surrogatepass") + tensor_bytes(tensor))
     return {
         **{name: row[name] for name in SETTINGS if name not in NAMED_FILES},
         **config.as_dict(),
         "float weights": weights.hexdigest(),
-        "calibration images": hashlib.sha256(_bytes(images)).hexdigest(),
+        "calibration images": hashlib.sha256(tensor_bytes(images)).hexdigest(),
         "validation images": hashlib.sha256("\n".join(val_names).encode("utf-8", "surrogateescape")).hexdigest(),
         "device": device.type,
         **versions(),
@@ -167,7 +168,3 @@ def _difference(name: str, before: str, now: str) -> str:
     if len(now) == 64:
         return f"set of {name}: SHA-256 {before[:12]}…, now {now[:12]}…"
     return f"{name}: {before}, now {now}"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
