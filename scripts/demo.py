@@ -9,6 +9,7 @@ from logart.interrupt import guarded, interrupted, leaving_at_once
 
 with leaving_at_once("demo"):
     import argparse
+    import csv
     import sys
 
     from logart.runs.process import run_in_subprocess
@@ -16,15 +17,6 @@ with leaving_at_once("demo"):
 TRACKS = ("logart_cnn.main", "logart_vit.main")
 COMMANDS = ("logart_cnn.command", "logart_vit.command")  # what takes seconds to import, for all runs at once
 RESULTS = "demo.csv"
-COLUMNS = {
-    "arch": "network",
-    "preset": "preset",
-    "bits": "bits",
-    "float_Acc@1": "float %",
-    "search_Acc@1": "after DBS %",
-    "Acc@1": "final %",
-    "reconstruction_seconds": "seconds",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,14 +38,12 @@ def main(argv: list[str] | None = None) -> int:
             return interrupted("demo", f"the rows of finished runs are in {args.results}")
         if code:
             return code
-    from logart.runs.results_file import read_table  # here, for --help needs Python's own library alone
-    from logart.text import table
+    from logart.runs.headline import headline  # here, since each run's process imports this file too
 
-    header, rows = read_table(args.results)
-    at = [header.index(name) for name in COLUMNS]
-    shown = [[cells[index] or "-" for index in at] for _, cells in rows[-len(runs) :]]
+    with open(args.results, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))[-len(runs) :]
     print(f"\nside by side ({args.iters_w} steps a block in `paper`, none in `fast`):")
-    print(table(list(COLUMNS.values()), shown, text=("network", "preset")))
+    print(headline(rows))
     return 0
 
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from logart.files import write_atomically
 from logart.grids.logarithmic import DYNAMIC, LOG_2, LOG_SQRT2
 from logart.grids.search import choose_codebook
-from logart.report.plots import COLOURS, INK, drawing, finished
+from logart.report.charts import Chart, data, quantity
+from logart.report.styles import COLOURS
 from logart_cnn.models import load_network
 
 PICTURE = Path(__file__).parents[1] / "docs" / "grids.svg"
 BITS = 4
 LAYER, CHANNEL = "blocks.0.conv1", 7
-GRIDS = (LOG_2, LOG_SQRT2, DYNAMIC)
+GRIDS = {grid.label: grid for grid in (LOG_2, LOG_SQRT2, DYNAMIC)}
+HEIGHT, RUG = 70, 22  # of a histogram and of the levels below it, in pixels
 
 
 def weights() -> Tensor:
@@ -31,29 +35,42 @@ def weights() -> Tensor:
     return layer.get_parameter("weight").detach().flatten(1)[CHANNEL : CHANNEL + 1]
 
 
+def levels() -> dict[str, list[float]]:
+    """The levels of the channel on each grid, ascending."""
+    return {name: choose_codebook(weights(), grid, BITS).levels[0].tolist() for name, grid in GRIDS.items()}
+
+
 def picture() -> bytes:
     """The SVG."""
-    w = weights()
-    reach = 1.15 * float(w.abs().max())
-    with drawing(7.5, 3.6, len(GRIDS)) as (canvas, axes):
-        for axis, grid, colour in zip(axes[:, 0], GRIDS, COLOURS, strict=False):
-            codebook = choose_codebook(w, grid, BITS)
-            axis.hist(w[0].numpy(), bins=60, range=(-reach, reach), color="#c3cad2")
-            levels = codebook.levels[0].tolist()
-            axis.vlines(levels, 0, 1, color=colour, linewidth=1.1, transform=axis.get_xaxis_transform())
-            axis.set(xlim=(-reach, reach), yticks=[], ylabel=grid.label)
-            axis.yaxis.label.set(rotation=0, ha="right", va="center", color=colour, size=11)
-            axis.grid(False)
-            axis.spines["left"].set_visible(False)
-            if axis is not axes[-1, 0]:
-                axis.tick_params(labelbottom=False)
-        k = int(codebook.spec.columns["n_base2"][0])
-        axes[-1, 0].set_xlabel(
-            f"weight; of a sign's {2 ** (BITS - 1)} dynamic levels, the inner {k} are powers of 2, the others of √2",
-            color=INK,
-        )
-        title = f"One channel's weights (grey: histogram) and its {2**BITS} levels on {BITS}-bit grids"
-        return finished(canvas, "grids", title, title).svg
+    w = weights()[0].numpy()
+    reach = 1.15 * float(np.abs(w).max())
+    counts, edges = np.histogram(w, 60, (-reach, reach))
+    bars = [
+        {"from": float(edges[i]), "to": float(edges[i + 1]), "n": int(n)} for i, n in enumerate(counts) if n
+    ]
+    found = levels()
+    panels = tuple(
+        _panel(name, bars, found[name], colour, reach) for name, colour in zip(GRIDS, COLOURS, strict=False)
+    )
+    k = choose_codebook(weights(), DYNAMIC, BITS).spec.columns["n_base2"]
+    title = f"One channel's weights (grey) and its {2**BITS} levels on {BITS}-bit grids"
+    below = f"of a sign's {2 ** (BITS - 1)} dynamic levels, the inner {int(k[0])} are powers of 2, the others of √2"
+    chart = Chart("grids", f"{title}; {below}", title, panels, height=HEIGHT, columns=1)
+    return chart.files["svg"]
+
+
+def _panel(name: str, bars: list[dict[str, Any]], found: list[float], colour: str, reach: float) -> dict[str, Any]:
+    y = quantity("n", None) | {"axis": None}
+    x = quantity("from", None, domain=[-reach, reach], axis={"grid": False, "offset": RUG + 4, "tickCount": 9})
+    return {
+        "title": {"text": name, "color": colour},
+        "layer": [
+            {"data": data(bars), "mark": {"type": "rect", "color": "#a9b2bc"},
+             "encoding": {"x": x, "x2": {"field": "to"}, "y": y, "y2": {"datum": 0}}},
+            {"data": data([{"level": level} for level in found]), "mark": {"type": "rule", "color": colour},
+             "encoding": {"x": {**x, "field": "level"}, "y": {"value": HEIGHT + 3}, "y2": {"value": HEIGHT + RUG}}},
+        ],
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

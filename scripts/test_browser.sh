@@ -8,4 +8,4 @@ explain
 use_venv test,report .venv-browser playwright
 "$PYTHON" -m playwright install chromium || echo "no Chromium of playwright's; trying an installed one" >&2
 cd "$PROJECT"
-"$PYTHON" -m pytest -q -m browser tests/test_report_browser.py "$@"
+"$PYTHON" -m pytest -q -m browser tests/logart/report/test_report_browser.py "$@"

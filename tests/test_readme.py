@@ -28,6 +28,7 @@ from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main
 from logart.report.__main__ import build_parser as build_report_parser
 from logart.report.__main__ import main as report_main
+from logart.report.compare import main as compare_main
 from logart_cnn import models
 from logart_cnn.command import build_config, build_parser, main
 from logart_vit.command import build_parser as build_vit_parser
@@ -49,6 +50,7 @@ TOOLS: dict[str, Callable[[list[str]], int]] = {
     "logart.inspect": inspect_main,
     "logart.export": export_main,
     "logart.report": report_main,
+    "logart.compare": compare_main,
 }
 CLASSES = 4
 ABLATION = re.compile(r"scripts/ablation(?:_(cnn|vit))?\.(?:sh|py|slurm)")

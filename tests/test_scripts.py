@@ -320,7 +320,7 @@ def test_the_browser_is_tested_in_an_environment_of_its_own(project: Project) ->
     assert venv == f"-m venv --clear {project.root}/.venv-browser"
     assert install.endswith(" -e .[test,report] playwright")
     assert browser == "-m playwright install chromium" and "trying an installed one" in done.stderr
-    assert tests == "-m pytest -q -m browser tests/test_report_browser.py -k two words"
+    assert tests == "-m pytest -q -m browser tests/logart/report/test_report_browser.py -k two words"
     assert project.run("scripts/test_browser.sh", fail="pytest").returncode == 3
 
 

@@ -85,7 +85,7 @@ def power_error(delta: Tensor) -> Tensor:
 
 
 _COLUMNS: dict[str, int | None] = {"step": None, "zero_point": None}
-LINEAR_MINMAX = LinearGrid("linear_minmax", "linear_minmax", Spacing.LINEAR, _COLUMNS, ("step",))
+LINEAR_MINMAX = LinearGrid("linear_minmax", "linear min-max", Spacing.LINEAR, _COLUMNS, ("step",))
 LINEAR_MSE = LinearGrid(
-    "linear_mse", "linear_mse", Spacing.LINEAR, _COLUMNS, ("step",), own_error=power_error, shares=tuple(SHRUNK)
+    "linear_mse", "linear MSE", Spacing.LINEAR, _COLUMNS, ("step",), own_error=power_error, shares=tuple(SHRUNK)
 )

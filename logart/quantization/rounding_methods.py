@@ -256,12 +256,14 @@ class RoundingMethod:
 
     Attributes:
         name: the value of `--rounding` and of the results column.
+        label: what a report calls it.
         stages: what runs, in this order.
         without_steps: the name of the method that it comes to where LLR has no steps.
         with_steps: the name of the method that is this one and LLR.
     """
 
     name: str
+    label: str
     stages: tuple[Stage, ...]
     without_steps: str
     with_steps: str
@@ -289,10 +291,11 @@ class RoundingMethod:
 METHODS: Mapping[str, RoundingMethod] = MappingProxyType({
     method.name: method
     for method in (
-        RoundingMethod("nearest", (Search(),), without_steps="nearest", with_steps="learned"),
-        RoundingMethod("compensated", (Compensate(),), without_steps="compensated", with_steps="both"),
-        RoundingMethod("learned", (Search(), Learn()), without_steps="nearest", with_steps="learned"),
-        RoundingMethod("both", (CompensateAndLearn(),), without_steps="compensated", with_steps="both"),
+        RoundingMethod("nearest", "RTN", (Search(),), without_steps="nearest", with_steps="learned"),
+        RoundingMethod("compensated", "compensated", (Compensate(),), without_steps="compensated", with_steps="both"),
+        RoundingMethod("learned", "LLR", (Search(), Learn()), without_steps="nearest", with_steps="learned"),
+        RoundingMethod("both", "compensated + LLR", (CompensateAndLearn(),), without_steps="compensated",
+                       with_steps="both"),
     )
 })  # fmt: skip
 

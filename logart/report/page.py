@@ -1,4 +1,4 @@
-"""A report as a document: blocks that become one self-contained HTML page, and Markdown.
+"""A report as a document: blocks that become one self-contained HTML page, and Markdown, by the templates beside this.
 
 Everything that a block holds is text, escaped where it is written: names come from files that others may have made.
 """
@@ -8,17 +8,35 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from logart.errors import printable
+from logart.report.charts import Chart, bundle
+from logart.report.styles import Style
+
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 @dataclass(frozen=True)
 class Heading:
+    """Of level 2, which the page's navigation lists, or 3."""
+
     level: int
     text: str
+
+    @property
+    def anchor(self) -> str:
+        """What the navigation links to."""
+        return "section-" + hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -28,36 +46,49 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: its main text, smaller lines below, and the number it is sorted by (None: by its text)."""
+    """A table's cell.
 
-    text: str
+    Attributes:
+        text: its main line.
+        notes: smaller lines below.
+        value: the number it is sorted by; None: its text.
+        style: the marker before it, where it names a method.
+        strong: whether it is the one to look at.
+    """
+
+    text: str = ""
     notes: tuple[str, ...] = ()
     value: float | None = None
+    style: Style | None = None
+    strong: bool = False
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table that can be sorted; the first column names the rows."""
+class Table:
+    """A table that can be sorted; the first column names the rows. `words`: the other columns that hold no numbers."""
 
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    words: tuple[int, ...] = ()
+
+    def without_empty_columns(self) -> Table:
+        """The table less the columns that say nothing in any row."""
+        kept = [i for i in range(len(self.head)) if i == 0 or any(row[i].text for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        words = tuple(place for place, i in enumerate(kept) if i in self.words)
+        return Table(self.caption, tuple(self.head[i] for i in kept), rows, words)
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A plot, as PNG and SVG.
+class Plot:
+    """A chart, and its files by ending."""
 
-    Attributes:
-        name: of its files, without the ending.
-        title, alt: what it is, and what it shows in words.
-    """
+    chart: Chart
 
-    name: str
-    title: str
-    alt: str
-    png: bytes
-    svg: bytes
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        return self.chart.files
 
 
 @dataclass(frozen=True)
@@ -65,133 +96,68 @@ class Details:
     """Blocks behind a line that opens them."""
 
     summary: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...] = field(default=())
 
 
-Block = Heading | Paragraph | Grid | Figure | Details
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#5b6470;--line:#d5dae0;--shade:#f3f5f7}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ed;--paper:#14171b;--soft:#a3adb8;--line:#363c44;--shade:#1e2329}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--paper);color:var(--ink);
- font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1,h2,h3,h4{line-height:1.25;margin:1.6em 0 .5em}h1{margin-top:.3em}
-h2{border-bottom:1px solid var(--line);padding-bottom:.2em}
-.scroll{overflow-x:auto;margin:.8em 0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-caption{caption-side:top;text-align:left;color:var(--soft);padding-bottom:.3em}
-th,td{border:1px solid var(--line);padding:.35em .6em;text-align:right;vertical-align:top;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
-thead th{background:var(--shade);padding:0}
-th button{all:unset;box-sizing:border-box;width:100%;padding:.35em .6em;cursor:pointer;font-weight:600}
-th button:focus-visible{outline:2px solid #0072b2}
-th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
-small{display:block;color:var(--soft);font-size:.8em}
-figure{margin:1em 0;padding:.5rem;overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:.4rem}
-figure img{display:block;max-width:100%;height:auto;margin:auto}
-details{margin:.8em 0}summary{cursor:pointer;color:var(--soft)}
-@media screen and (max-width:40rem){figure img{max-width:none;width:38rem}}
-@media print{caption span{display:none}
- body{max-width:none;padding:0;font-size:9pt}.scroll{overflow:visible}figure,tr{break-inside:avoid}
- details::details-content{content-visibility:visible;block-size:auto}
- th,td{padding:.15em .3em;white-space:normal}h2,h3{break-after:avoid}}
-"""
-SCRIPT = """
-for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
-  const th = button.parentElement, table = th.closest('table'), body = table.tBodies[0];
-  const up = th.getAttribute('aria-sort') !== 'ascending', column = th.cellIndex;
-  for (const other of table.querySelectorAll('th[aria-sort]')) other.removeAttribute('aria-sort');
-  th.setAttribute('aria-sort', up ? 'ascending' : 'descending');
-  const key = row => { const c = row.cells[column]; return c.dataset.value ? +c.dataset.value : c.textContent.trim(); };
-  const order = (a, b) => {
-    const x = key(a), y = key(b);
-    if (x === '' || y === '') return (x === '') - (y === '');
-    const d = typeof x === 'number' && typeof y === 'number' ? x - y : String(x).localeCompare(String(y));
-    return up ? d : -d;
-  };
-  body.append(...[...body.rows].sort(order));
-});
-"""
+Block = Heading | Paragraph | Table | Plot | Details
 
 
-def page(title: str, blocks: Sequence[Block]) -> bytes:
-    """The whole page. Nothing is fetched, and no script runs but its own, whatever the texts say."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = "\n".join(_html(block) for block in blocks)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{_text(title)}</h1>\n"
-        f"{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    ).encode()
+def page(title: str, blocks: Sequence[Block], facts: Mapping[str, str]) -> bytes:
+    """The whole page. Nothing is fetched, and no script runs but its own, whatever the texts say.
+
+    Args:
+        title: its heading.
+        blocks: what is in it, in order.
+        facts: what the page is of, in lines below the heading: a word and what is said of it.
+    """
+    found = plots(blocks)
+    charts = {plot.chart.name: plot.chart.live() for plot in found}
+    script = (TEMPLATES / "page.js").read_text("utf-8")
+    script = bundle(script) if found else script
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    made = _environment(True).get_template("report.html.j2").render(
+        title=title, blocks=blocks, facts=facts, digest=Markup(digest), script=Markup(script),
+        style=Markup((TEMPLATES / "style.css").read_text("utf-8")),
+        charts=Markup(json.dumps(charts, ensure_ascii=True).replace("<", "\\u003c")),
+    )  # fmt: skip
+    return made.encode("utf-8", "replace")
 
 
-def markdown(title: str, blocks: Sequence[Block]) -> bytes:
-    """The same in Markdown; figures are the SVG files beside it."""
-    return ("\n\n".join([f"# {_plain(title)}", *(_markdown(block) for block in blocks)]) + "\n").encode()
+def markdown(title: str, blocks: Sequence[Block], facts: Mapping[str, str]) -> bytes:
+    """The same in Markdown; plots are the SVG files beside it."""
+    text = _environment(False).get_template("report.md.j2").render(title=title, blocks=blocks, facts=facts)
+    return (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode("utf-8", "replace")
 
 
-def figures(blocks: Sequence[Block]) -> list[Figure]:
-    """Every figure, in order, those behind details as well."""
-    found: list[Figure] = []
+def plots(blocks: Sequence[Block]) -> list[Plot]:
+    """Every plot, in order, those behind details as well."""
+    found: list[Plot] = []
     for block in blocks:
-        found += [block] if isinstance(block, Figure) else figures(block.blocks) if isinstance(block, Details) else []
+        found += [block] if isinstance(block, Plot) else plots(block.blocks) if isinstance(block, Details) else []
     return found
 
 
-def figure_names(text: str) -> list[str]:
-    """The names of the figures that a Markdown page shows, as `markdown` wrote them: each on a line of its own."""
+def plot_names(text: str) -> list[str]:
+    """The names of the plots that a Markdown page shows, as `markdown` wrote them: each on a line of its own."""
     return re.findall(r"^!\[.*\]\((\w+)\.svg\)$", text, re.MULTILINE)
 
 
-def _html(block: Block) -> str:
-    match block:
-        case Heading(level, text):
-            return f"<h{level}>{_text(text)}</h{level}>"
-        case Paragraph(text):
-            return f"<p>{_text(text)}</p>"
-        case Details(summary, inner):
-            return f"<details><summary>{_text(summary)}</summary>\n" + "\n".join(map(_html, inner)) + "\n</details>"
-        case Figure():
-            data = base64.b64encode(block.svg).decode()
-            return f'<figure><img alt="{_text(block.alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
-        case Grid():
-            head = "".join(f'<th scope="col"><button type="button">{_text(name)}</button></th>' for name in block.head)
-            rows = "\n".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in block.rows)
-            caption = f"<caption>{_text(block.caption)}<span>; a click on a column's name sorts</span></caption>"
-            table = f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
-            return f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(block.caption)}">{table}</div>'
+def _environment(escaped: bool) -> Environment:
+    """Templates in which what is put in is text: printable, and escaped for HTML or, else, for Markdown."""
 
+    def shown(value: Any) -> Any:
+        if isinstance(value, Markup) or not isinstance(value, str):
+            return value
+        text = printable(value)
+        return text if escaped else re.sub(r"([\\`*_\[\]|#!])", r"\\\1", html.escape(text, False))
 
-def _cell(cell: Cell, first: bool) -> str:
-    value = "" if cell.value is None else f' data-value="{cell.value!r}"'
-    notes = "".join(f"<small>{_text(note)}</small>" for note in cell.notes)
-    tag, scope = ("th", ' scope="row"') if first else ("td", "")
-    return f"<{tag}{scope}{value}>{_text(cell.text)}{notes}</{tag}>"
+    def breaking(text: str) -> Markup:
+        """Long names may break where a reader would break them."""
+        return Markup(re.sub(r"([_:/×]|\.(?=[^\W\d]))", r"\1<wbr>", html.escape(printable(text), False)))
 
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Heading(level, text):
-            return f"{'#' * level} {_plain(text)}"
-        case Paragraph(text):
-            return _plain(text)
-        case Details(summary, inner):
-            return "\n\n".join([f"**{_plain(summary)}**", *map(_markdown, inner)])
-        case Figure():
-            return f"![{_plain(block.alt)}]({block.name}.svg)"
-        case Grid():
-            lines = [[_plain(name) for name in block.head], ["---"] * len(block.head)]
-            lines += [["<br>".join(map(_plain, (cell.text, *cell.notes))) for cell in row] for row in block.rows]
-            return f"{_plain(block.caption)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(text: object) -> str:
-    return html.escape(printable(text))
-
-
-def _plain(text: object) -> str:
-    return re.sub(r"([\\`*_\[\]|#!])", r"\\\1", html.escape(printable(text), quote=False))
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escaped, finalize=shown,
+                              trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters["base64"] = lambda data: Markup(base64.b64encode(data).decode())
+    environment.filters["breaking"] = breaking
+    environment.tests["kind"] = lambda block, name: type(block).__name__ == name
+    return environment

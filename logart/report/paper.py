@@ -1,4 +1,4 @@
-"""The paper's own figures, `paper_results.csv`, for the cells of a report that they belong beside."""
+"""The paper's own figures, `paper_results.csv`, beside a report's."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ class Sources:
         self.figures = figures
         self.shown: dict[str, int] = {}
 
-    def notes(self, group: Group) -> tuple[str, ...]:
-        """The lines of a cell that give the paper's figures for it, and their distance to the paper's float network."""
-        return tuple(map(self._note, matching(group, self.figures)))
+    def number(self, source: str) -> int:
+        """The number by which a source is cited; it is listed from now on."""
+        return self.shown.setdefault(source, len(self.shown) + 1)
 
-    def _note(self, row: Row) -> str:
-        away = ""
-        if row["float_Acc@1"]:
-            away = f" ({signed(float(row['Acc@1']) - float(row['float_Acc@1']))})"
-        return f"paper {row['Acc@1']}{away} [{self.shown.setdefault(row['source'], len(self.shown) + 1)}]"
+    def notes(self, group: Group) -> tuple[str, ...]:
+        """The lines of a cell that give the paper's figures for it, with their drop from the paper's float network."""
+        return tuple(f"paper {self.text(row)} [{self.number(row['source'])}]" for row in matching(group, self.figures))
+
+    def text(self, row: Row) -> str:
+        """One of the paper's figures, with its drop where the source gives the float network's accuracy."""
+        drop = f" (drop {signed(float(row['float_Acc@1']) - float(row['Acc@1']))})" if row["float_Acc@1"] else ""
+        return row["Acc@1"] + drop
 
     def blocks(self) -> list[Block]:
         """Where the figures come from."""
         if not self.shown:
             return []
-        said = "The paper's figures, by number, and their distance to its own float network where the source gives it. "
+        said = "The paper's figures, by number, with the drop from its own float network where the source gives it. "
         said += "They are top-1 accuracies on ImageNet's 50,000 validation images; settings that a source does not "
         said += "state, such as the bits of first and last layer, are not compared."
         lines = (Paragraph("; ".join([f"[{n}] {text}", *self._settings(text)])) for text, n in self.shown.items())
@@ -72,5 +75,4 @@ def matching(group: Group, figures: Iterable[Row]) -> list[Row]:
         return []
     if ours["scale_search"] != "none":
         ours["scale_search"] = "grid"
-    rounding = "learned" if group.llr else "nearest"
-    return [row for row in figures if row["rounding"] == rounding and all(row[k] == ours[k] for k in KEYS)]
+    return [row for row in figures if all(row[k] == ours[k] for k in (*KEYS, "rounding"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,40 @@ class RunLayer:
     histogram: list[int]
     reach: float
     levels: list[float]
+    more: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class RunBlock:
-    """What LLR did to a block."""
+    """What LLR did to a block; `more` are the other errors that the run has measured, by name."""
 
     name: str
     error_before: float
     error_learned: float
     kept: str
     losses: list[float]
+    more: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> str:
+        """Whether what LLR came to is in the network."""
+        return "kept" if self.kept == "learned" else "reverted: no improvement"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run to show; `floats`: whether the histograms are of the float weights, and not of their codes' levels."""
+    """A run to show.
+
+    Attributes:
+        floats: whether the histograms are of the float weights, and not of their codes' levels.
+        n_bytes: of the packed file.
+        rest: how many numbers in it are not quantized.
+    """
 
     name: str
     row: dict[str, Any]
@@ -62,6 +80,8 @@ class Run:
     blocks: list[RunBlock]
     skipped: list[tuple[str, str]]
     floats: bool
+    n_bytes: int
+    rest: int
 
 
 def read_run(path: str) -> Run:
@@ -76,13 +96,13 @@ def read_run(path: str) -> Run:
         raise UserError(f"--run: {place}: does not exist; expected a packed file or a run folder")
     try:
         if not place.is_dir():
-            return _packed_run(name, PackedFile.read(place))
+            return _packed_run(name, PackedFile.read(place), place.stat().st_size)
         text = _account_text(place)
         file = PackedFile.read(place / PACKED)
         account = json.loads(text, parse_constant=_refuse)
         if not isinstance(account, dict) or account.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
-        return _account_run(name, account, file)
+        return _account_run(name, account, file, (place / PACKED).stat().st_size)
     except UserError as error:
         raise UserError(f"--run: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -102,7 +122,7 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _packed_run(name: str, file: PackedFile) -> Run:
+def _packed_run(name: str, file: PackedFile, size: int) -> Run:
     message = file.info.get("layers")
     layers = []
     for layer_name, layer in file.layers.items():
@@ -123,10 +143,10 @@ def _packed_run(name: str, file: PackedFile) -> Run:
                 common_levels(layer),
             )
         )
-    return Run(name, {}, layers, [], [], False)
+    return Run(name, _measured(file.info), layers, [], [], False, size, _rest(file))
 
 
-def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run:
+def _account_run(name: str, account: Mapping[str, Any], file: PackedFile, size: int) -> Run:
     layers = [
         RunLayer(
             str(entry["name"]),
@@ -140,6 +160,7 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run
             _counts(entry["histogram"]),
             HISTOGRAM_RANGE,
             common_levels(file.layers[entry["name"]]),
+            _more(entry),
         )
         for entry in account["layers"]
     ]
@@ -150,11 +171,34 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile) -> Run
             _finite(entry["error_learned"]),
             str(entry["kept"]),
             [_finite(loss) for loss in entry["losses"]],
+            _more(entry),
         )
         for entry in account["blocks"]
     ]
     skipped = [(str(layer), str(reason)) for layer, reason in account["skipped"]]
-    return Run(name, dict(account["row"].items()), layers, blocks, skipped, True)
+    return Run(name, dict(account["row"].items()), layers, blocks, skipped, True, size, _rest(file))
+
+
+def _measured(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The results columns that a packed file's info has, as far as it has them."""
+    stages = info.get("accuracy")
+    stages = stages if isinstance(stages, dict) else {}
+    found = {stage: value for stage, value in stages.items() if isinstance(value, dict)}
+    final = found.get("rounded", found.get("searched", {}))
+    row = {"val_images": final.get("images"), "Acc@1": final.get("top1"),
+           "float_Acc@1": found.get("float", {}).get("top1")}  # fmt: skip
+    return {name: value for name, value in row.items() if _error(value) is not None}
+
+
+def _rest(file: PackedFile) -> int:
+    return sum(tensor.numel() for tensor in file.rest.values())
+
+
+def _more(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Errors that a run's report has beside those that every one has."""
+    known = ("error", "error_nearest", "error_before", "error_learned")
+    found = {name: _error(value) for name, value in entry.items() if "error" in name and name not in known}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _mix(values: Mapping[str, Any]) -> dict[int, int]:
