@@ -252,7 +252,8 @@ class Demo:
         if len(self.calls) == self.failing + 1:
             return 3
         results = words[words.index("--results") + 1]
-        append_row(results, {"arch": f"network {len(self.calls)}", "preset": words[2], "Acc@1": 90 + len(self.calls)})
+        row = {"arch": f"network {len(self.calls)}", "bits": 4, "scale_method": "dynamic", "preset": words[2]}
+        append_row(results, row | {"float_Acc@1": 100, "Acc@1": 90 + len(self.calls), "rounding": "learned"})
         return 0
 
 
@@ -271,9 +272,10 @@ def test_the_demo_runs_both_tracks_by_both_presets_and_shows_them_side_by_side(
     assert demo.main(["--iters_w", "5", "--results", results, "--seed", "3", "--quiet"]) == 0
     assert demo.calls == [[*run, "--results", results, "--seed", "3", "--quiet"] for run in RUNS]
     *_, head, first, second, third, last = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["network", "preset", "bits"]
+    assert head.split()[:3] == ["network", "bits", "method"]
     for number, line in enumerate((first, second, third, last)):
-        assert line.split() == ["network", str(number + 1), RUNS[number][2], "-", "-", "-", f"{91 + number}", "-"]
+        assert line.split()[:5] == ["network", str(number + 1), "4", "preset", RUNS[number][2]]
+        assert line.split()[-2:] == [f"{91 + number}.00", f"{9 - number}.00"]
 
 
 @pytest.mark.parametrize("failing", range(4))

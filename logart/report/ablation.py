@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from logart.grids.logarithmic import DYNAMIC, LOG_2, LOG_SQRT2
 from logart.quantization.config import SearchMethod
-from logart.report.groups import Group, Row, band, network, signed
+from logart.report.groups import Group, Row, network, signed
 from logart.report.page import Block, Cell, Heading, Paragraph, Table
 from logart.report.paper import Sources
 from logart.report.styles import Style
+from logart.runs.headline import band
 from logart.runs.methods import GRID_NAMES, ROUNDING_NAMES, SEARCH_NAMES
 
 _GRIDS = [(LOG_2.name, ""), (LOG_SQRT2.name, ""), *((DYNAMIC.name, search.value) for search in SearchMethod)]

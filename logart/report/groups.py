@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -206,11 +205,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def signed(value: float) -> str:
     """A number of points, with a true minus sign."""
     return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "−")
-
-
-def band(value: float) -> str:
-    """A standard error behind its figure; nothing where it is not known."""
-    return "" if math.isnan(value) else f" ± {value:.2f}"
 
 
 def network(row: Row) -> tuple[str, ...]:

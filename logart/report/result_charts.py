@@ -7,9 +7,9 @@ from typing import Any
 
 from logart.quantization.rounding_methods import method_named
 from logart.report.charts import Chart, Panel, by_method, data, quantity, tooltip
-from logart.report.groups import Group, Row, band, signed
+from logart.report.groups import Group, Row, signed
 from logart.report.styles import Style
-from logart.runs.headline import duration
+from logart.runs.headline import band, duration
 
 DROP = "drop from float [points]"
 TICKS = [-5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100]

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from logart.report.ablation import ablation
-from logart.report.groups import NETWORK, Group, Row, band, groups_of, network, signed
+from logart.report.groups import NETWORK, Group, Row, groups_of, network, signed
 from logart.report.page import Block, Cell, Details, Heading, Paragraph, Plot, Table
 from logart.report.paper import Sources
 from logart.report.result_charts import against_bits, against_time, settings
 from logart.report.styles import Style, order, styles
-from logart.runs.headline import duration, size_text
+from logart.runs.headline import band, duration, size_text
 
 HEADLINE = (
     "The most accurate method of each network and bit width. The drop is what the float network's accuracy is above, "

@@ -25,7 +25,7 @@ def headline(rows: Iterable[Mapping[str, Any]]) -> str:
         seconds = [float(row[name]) for name in ("search_seconds", "reconstruction_seconds") if row[name]]
         lines.append((
             row["arch"], row["bits"], method_name(row), f"{float(row['Acc@1']):.2f}",
-            None if drop is None else f"{drop:.2f} ± {drop_error(row):.2f}",
+            None if drop is None else f"{drop:.2f}{band(drop_error(row))}",
             size_text(row["packed_bytes"]), duration(sum(seconds)) if seconds else None,
         ))  # fmt: skip
     return table(HEAD, lines, text=("network", "method"))
@@ -50,6 +50,11 @@ def drop_error(row: Mapping[str, str]) -> float:
         return 100 * math.sqrt(lost + won - (won - lost) ** 2 / n) / n
     shares = [float(row[name]) / 100 for name in ("Acc@1", "float_Acc@1") if row[name]]
     return 100 * math.sqrt(sum(share * (1 - share) for share in shares) / n)
+
+
+def band(error: float) -> str:
+    """A standard error behind its figure; nothing where it is not known."""
+    return "" if math.isnan(error) else f" ± {error:.2f}"
 
 
 def size_text(n_bytes: str) -> str:
