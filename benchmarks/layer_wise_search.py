@@ -23,6 +23,8 @@ from logart.grids.grid import Codebook, ErrorFunction, GridOptions, ScaleSearch
 from logart.grids.logarithmic import DYNAMIC, log_candidates
 from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import choose_codebook
+from logart.quantization.cache import Captured
+from logart.quantization.capture import Call
 from logart.quantization.dbs import layer_error, layer_moments
 from logart.quantization.layers import QuantConv2d
 
@@ -46,6 +48,7 @@ def main() -> None:
     layer = QuantConv2d.from_float(conv, args.bits, c)
     x_float = torch.randn(args.images, c, args.size, args.size).relu_()
     x = x_float + 0.05 * torch.randn_like(x_float)
+    calls = Captured([Call((x_float,), {})]), Captured([Call((x,), {})])
     w = layer.rows
     every, search = range(2 ** (args.bits - 1) + 1), ScaleSearch(args.scale_search)
     every_columns = log_candidates(w.abs().amax(1), args.bits, every, scale_search=search)
@@ -56,10 +59,10 @@ def main() -> None:
         return choose_codebook(w, DYNAMIC, args.bits, error=error, options=GridOptions(scale_search=search))
 
     def by_moments() -> Codebook:
-        return choose(layer_moments(conv, layer, conv, layer, x_float, x).error)
+        return choose(layer_moments(conv, layer, conv, layer, *calls).error)
 
     def as_chosen() -> Codebook:
-        return choose(layer_error(conv, layer, conv, layer, x_float, x, candidates=searched))
+        return choose(layer_error(conv, layer, conv, layer, *calls, candidates=searched))
 
     def rounded(codebook: Codebook) -> Tensor:
         return dequantize(nearest(w, codebook), codebook.levels).to(w.dtype).reshape(conv.weight.shape)

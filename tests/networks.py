@@ -7,6 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart.quantization.cache import Captured
+from logart.quantization.capture import Call
 from logart.quantization.surgery import quantized_layers
 
 
@@ -94,6 +96,11 @@ def small_resnet(seed: int = 0, n_images: int = 16) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(seed)
     images = smooth_images(n_images, 3, 8, seed)
     return settle(SmallResNet(), images, seed).float(), images.float()
+
+
+def calls(x: Tensor) -> Captured:
+    """A block's calls with one tensor [n, ...]."""
+    return Captured([Call((x,), {})])
 
 
 def hooks_of(model: nn.Module) -> int:

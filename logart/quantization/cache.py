@@ -6,19 +6,19 @@ from host memory or disk with the same bits, from half precision rounded.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from logart.errors import NoRoomError
 
@@ -38,26 +38,83 @@ class CacheLocation(str, Enum):
 
 
 class OffloadedTensor:
-    """A tensor [n, ...] that lives elsewhere than where it is computed with.
+    """A tensor that lives elsewhere than where it is computed with, perhaps in half precision.
 
     Attributes:
-        shape, device: of what indexing by a slice or by indices [B] gives.
+        held: where and as it lives.
+        dtype, device: of what `load` gives.
+        shape: of both.
     """
 
-    def __init__(self, snapshot: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self._held, self._dtype = snapshot, dtype
-        self.device, self.shape = device, snapshot.shape
+    def __init__(self, held: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self.held, self.dtype, self.device = held, dtype, device
+        self.shape = held.shape
+
+    def load(self, rows: slice = slice(None)) -> Tensor:
+        """Its rows, a copy."""
+        return self.held[rows].to(self.device, self.dtype, copy=True)
+
+
+class Captured:
+    """What a block is called with, or gives, for n images: batches of trees of tensors that live where the cache says.
+
+    Indexing by a slice or by indices [B] gives such a tree of contiguous tensors, for these images.
+
+    Args:
+        batches: equal trees, each tensor with a row for every image of the batch.
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = list(batches)
+        leaves = [[leaf for leaf in tree_leaves(batch) if _is_stored(leaf)] for batch in batches]
+        self._columns = list(zip(*leaves, strict=True))  # of each tensor the batches
+        self._sizes = [batch[0].shape[0] for batch in leaves]
+        self._rows: list[list[Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self._held)
+        return sum(self._sizes)
 
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        if isinstance(index, Tensor):
-            index = index.to(self._held.device)
-        return self._held[index].to(self.device, self._dtype, copy=True)
+    @property
+    def shape(self) -> torch.Size:
+        """Of the first tensor, of all images."""
+        return torch.Size((len(self), *self._columns[0][0].shape[1:]))
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors that indexing gives."""
+        return self._columns[0][0].device
+
+    def __getitem__(self, index: slice | Tensor) -> Any:
+        if isinstance(index, slice):
+            return self._tree([self._slice(column, index) for column in self._columns])
+        if not self._rows:  # views
+            self._rows = [[row for held in column for row in _held(held).unbind()] for column in self._columns]
+        chosen = index.tolist()
+        stacked = (torch.stack([rows[i] for i in chosen]) for rows in self._rows)
+        like = (column[0] for column in self._columns)
+        return self._tree(tensor.to(to.device, to.dtype) for tensor, to in zip(stacked, like, strict=True))
+
+    def _slice(self, column: Sequence[Tensor | OffloadedTensor], index: slice) -> Tensor:
+        start, stop, _ = index.indices(len(self))
+        parts, first = [], 0
+        for held, size in zip(column, self._sizes, strict=True):
+            rows = slice(max(start - first, 0), min(stop - first, size))
+            if rows.start < rows.stop:
+                parts.append(held[rows] if isinstance(held, Tensor) else held.load(rows))
+            first += size
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+    def _tree(self, tensors: Iterable[Tensor]) -> Any:
+        each = iter(tensors)
+        return tree_map(lambda leaf: next(each) if _is_stored(leaf) else leaf, self._batches[0])
 
 
-Captured = Tensor | OffloadedTensor
+def _is_stored(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | OffloadedTensor)
+
+
+def _held(stored: Tensor | OffloadedTensor) -> Tensor:
+    return stored if isinstance(stored, Tensor) else stored.held
 
 
 class MemoryEstimate(NamedTuple):
@@ -86,18 +143,27 @@ class Cache:
     place: CacheLocation | None = CacheLocation.DEVICE
     folder: Path | None = None
 
-    def empty(self, count: int, batch: Tensor) -> tuple[Tensor, Captured]:
-        """Memory for `count` images like those of a batch: to write to, and to read from."""
-        shape, place = (count, *batch.shape[1:]), self.place
+    def store(self, tree: Any) -> Any:
+        """A tree with its tensors put where the cache says; on the computing device they are not copied."""
+        return tree_map_only(Tensor, self._store, tree)
+
+    def load(self, tree: Any) -> Any:
+        """A tree as it was before `store`."""
+        return tree_map_only(OffloadedTensor, OffloadedTensor.load, tree)
+
+    def _store(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+        tensor, place = tensor.detach(), self.place
         if place is CacheLocation.DEVICE or (place is CacheLocation.CPU and self.device.type == "cpu"):
-            tensor = torch.empty(shape, dtype=batch.dtype, device=self.device)
-            return tensor, tensor
-        halved = place is CacheLocation.HALF and batch.dtype.is_floating_point
-        dtype = torch.float16 if halved else batch.dtype
-        snapshot = (
-            _mapped(shape, dtype, self.folder) if place is CacheLocation.DISK else torch.empty(shape, dtype=dtype)
-        )
-        return snapshot, OffloadedTensor(snapshot, batch.dtype, self.device)
+            whole = tensor.untyped_storage().nbytes() <= tensor.nbytes
+            return tensor if whole else tensor.clone()  # a view would keep all of what it is a part of
+        dtype = torch.float16 if place is CacheLocation.HALF and tensor.dtype.is_floating_point else tensor.dtype
+        like = torch.empty_like(tensor, dtype=dtype, device="meta")  # the order of dimensions in memory is kept
+        if place is CacheLocation.DISK:
+            flat = _mapped(like.numel(), dtype, self.folder)
+        else:
+            flat = torch.empty(like.numel(), dtype=dtype)
+        held = flat.as_strided(like.shape, like.stride())
+        return OffloadedTensor(held.copy_(tensor), tensor.dtype, self.device)
 
     def choose(self, needs: Mapping[str, MemoryEstimate]) -> str:
         """Decide on a place where none was given: the first that has room for the block that takes most of it.
@@ -159,9 +225,8 @@ def _mib(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+def _mapped(elements: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
     """A tensor in a file that has no name any more: it goes with the tensor, or with the process."""
-    elements = math.prod(shape)
     try:
         descriptor, path = tempfile.mkstemp(".capture", ".", folder)
         try:
@@ -171,7 +236,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> 
                 os.posix_fallocate(descriptor, 0, size)
             else:
                 os.truncate(descriptor, size)
-            return torch.from_file(path, shared=True, size=elements, dtype=dtype).reshape(shape)
+            return torch.from_file(path, shared=True, size=elements, dtype=dtype)
         finally:
             os.close(descriptor)
             os.unlink(path)

@@ -15,7 +15,7 @@ from logart.grids.grid import ErrorFunction
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.grids.search import choose_codebook, squared_error
 from logart.quantization.cache import Captured
-from logart.quantization.capture import run_to
+from logart.quantization.capture import Call, run_to
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.surgery import Block
 
@@ -43,7 +43,7 @@ def search_block(
 
     Args:
         reference, quantized: the float network and the one being quantized; only the block inside is run.
-        data: the block's inputs [n, ...] in both networks, in this order; None when the measure needs none.
+        data: the block's calls in both networks, in this order; None when the measure needs none.
     """
     options = config.grid_options
     for name in block.layers:
@@ -88,8 +88,7 @@ def layer_error(
     """The LW measure of one layer, from δ [C, K] to [C], for so many candidates; other arguments as `layer_moments`."""
     arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
     groups, shape = getattr(layer, "groups", 1), layer.shape
-    x, given = run_to(block, layer, inputs[:1], through=True)
-    assert given is not None
+    _, given = run_to(block, layer, inputs[:1])
     rows = len(inputs) * given[0].numel() // shape[0]
     if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
         return layer_moments(*arguments, batch_size=batch_size).error
@@ -111,9 +110,8 @@ def layer_residual(
     fed, residual = [], []
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        _, wanted = run_to(float_block, float_layer, float_inputs[batch], through=True)
-        x, given = run_to(block, layer, inputs[batch], through=True)
-        assert wanted is not None and given is not None
+        _, wanted = run_to(float_block, float_layer, float_inputs[batch])
+        x, given = run_to(block, layer, inputs[batch])
         fed.append(x)
         residual.append(_positions_last(layer, wanted - given))
     x = torch.cat(fed)
@@ -136,7 +134,7 @@ def layer_moments(
 
     Args:
         float_block, block: what holds the layer in the float network and in the one being quantized.
-        float_inputs, inputs: [n, ...] the inputs of both.
+        float_inputs, inputs: the calls of both, for n images.
         shifted: take the first rows' mean away from all; for moments that are to be `centred`.
     """
     groups, weight = getattr(layer, "groups", 1), layer.weight
@@ -145,9 +143,8 @@ def layer_moments(
     moments = OutputMoments.zeros(groups, weight.shape[0], elements, weight.device)
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        _, wanted = run_to(float_block, float_layer, float_inputs[batch], through=True)
-        x, given = run_to(block, layer, inputs[batch], through=True)
-        assert wanted is not None and given is not None
+        _, wanted = run_to(float_block, float_layer, float_inputs[batch])
+        x, given = run_to(block, layer, inputs[batch])
         residual = _positions_last(layer, wanted - given)
         step = max(1, max(_PATCH_ELEMENTS // (groups * elements), 2 * elements) // residual.shape[2])
         for first in range(0, len(x), step):
@@ -227,8 +224,8 @@ def _vjps(
     float_block: nn.Module,
     block: nn.Module,
     layer: nn.Module,
-    float_inputs: Tensor,
-    inputs: Tensor,
+    float_inputs: Call,
+    inputs: Call,
     generator: torch.Generator,
 ) -> list[Tensor]:
     """One batch: the layer's input, then Jᵀr and each probe's Jᵀv as [B, C, positions]."""
@@ -241,11 +238,11 @@ def _vjps(
     handle = layer.register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            z = block(inputs.clone())  # an in-place operation at the start must not reach them
+            z = inputs.copy().on(block)
     finally:
         handle.remove()
     with torch.no_grad():
-        residual = float_block(float_inputs.clone()) - z
+        residual = float_inputs.copy().on(float_block) - z
     x, y = seen
     signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
     pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart.errors import NetworkError
-from logart.quantization import capture
 from logart.quantization.clone import clone_sharing
 
 PERTURBATION = 1e-6
@@ -43,7 +42,8 @@ class PerturbationImportance:
         self._model = clone_sharing(model).double()
         self._images, self._batch_size, self._device = images, batch_size, device
         self._temperature, self._seed = temperature, seed
-        logits = capture.collect(lambda x: self._model(x.double()), images, batch_size, device)
+        with torch.no_grad():
+            logits = torch.cat([self._model(x.to(device).double()) for x in images.split(batch_size)])
         self._decision = F.log_softmax(logits / temperature, dim=1)
 
     def of(self, name: str) -> Tensor:

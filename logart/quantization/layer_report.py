@@ -55,6 +55,7 @@ class Report:
         n_weights: elements of all the network's weights, quantized or not; see `survey.Survey`.
         folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
         blocks: one entry per learned block.
+        rerun: names of the blocks whose inputs were made from the images on, the blocks before run again for it.
         seconds: time in each stage of the rounding method, by its event.
     """
 
@@ -64,6 +65,7 @@ class Report:
     folded: list[str] = field(default_factory=list)
     unfolded: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    rerun: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -1,9 +1,11 @@
 """How much memory a block takes while it is worked on: an upper bound by formula, from two images.
 
-    captured = images × (2·inputs + outputs)
-    working  = the largest `Stage.working_bytes`, or 4 × batch × the network's largest tensor to run up to the block
+    captured = images × (inputs + outputs + the larger of both + 2·outputs held for later blocks)
+    working  = the largest `Stage.working_bytes`, or 4 × batch × the network's largest tensor to reach the block
 
-all in bytes per image and tensor as the float network makes them. What libraries take for themselves is not in it.
+all in bytes per image and tensor as the float network makes them: while the float network's inputs of a block become
+outputs there are the other's inputs and, where asked for, both of the float one; then those of the other network become
+outputs beside the float outputs. What libraries take for themselves is not in it.
 """
 
 from __future__ import annotations
@@ -17,32 +19,40 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from logart.quantization.activations import last_readers
 from logart.quantization.cache import MemoryEstimate
 from logart.quantization.config import QuantConfig
+from logart.quantization.dataflow import Sources
 from logart.quantization.rounding_methods import BlockSize
 from logart.quantization.surgery import Block
 
 
 def estimate_memory(
-    reference: nn.Module, blocks: Sequence[Block], example: Tensor, config: QuantConfig
+    reference: nn.Module,
+    blocks: Sequence[Block],
+    sources: Sequence[Sources | None],
+    example: Tensor,
+    config: QuantConfig,
 ) -> dict[str, MemoryEstimate]:
     """The most that each block of a float network will take, by name.
 
     Args:
         reference: the float network.
+        sources: of `trace_sources`.
         example: a few images [n, ...] on its device.
     """
-    sizes = {block.name: size for block, size in zip(blocks, block_sizes(reference, blocks, example), strict=True)}
+    sizes = block_sizes(reference, blocks, example)
     stages = [stage for stage in config.method.stages if stage.needs(config)]
-    largest = max(size.largest for size in sizes.values())
+    largest = max(size.largest for size in sizes)
     forward = 4 * largest * max((stage.images(config)[1] for stage in stages), default=0)
-    return {
-        name: MemoryEstimate(
-            captured=config.images_needed * (2 * size.inputs + size.outputs),
-            working=max(forward, *(stage.working_bytes(size, config) for stage in stages), 0),
-        )
-        for name, size in sizes.items()
-    }
+    readers = last_readers(sources)
+    needs = {}
+    for index, (block, size) in enumerate(zip(blocks, sizes, strict=True)):
+        held = sum(sizes[i].outputs for i in range(index) if readers[i] > index)
+        each = size.inputs + size.outputs + max(size.inputs, size.outputs) + 2 * held
+        working = max((forward, *(stage.working_bytes(size, config) for stage in stages)))
+        needs[block.name] = MemoryEstimate(config.images_needed * each, working)
+    return needs
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError, PartlyQuantized, one_line
-from logart.quantization import capture, surgery
+from logart.quantization import surgery
+from logart.quantization.activations import BothActivations
 from logart.quantization.block_loss import BlockLosses, Loss
-from logart.quantization.cache import Cache, Captured
+from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
+from logart.quantization.dataflow import Sources, trace_sources
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layer_report import Report, layer_reports
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.memory import estimate_memory
 from logart.quantization.reconstruct import BlockReport
-from logart.quantization.rounding_methods import BlockTask, Capture, Stage
+from logart.quantization.rounding_methods import BlockTask, Stage
 from logart.quantization.state import StageResult, StageStore
 from logart.quantization.surgery import Block
 from logart.quantization.survey import survey
@@ -93,7 +95,7 @@ def quantize_model(
     surgery.check_replaced(quantized, example, seen)
     cache = Cache(device) if cache is None else cache
     work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
-    work.choose_cache(example)
+    report.rerun = work.prepare(example)
     for stage in config.method.stages:
         results = work.each(stage)
         report.seconds[stage.event] = sum(done.seconds for done in results)
@@ -141,18 +143,29 @@ class _Work:
     quiet: bool
     cache: Cache
     stage_store: StageStore
+    _sources: list[Sources | None] = field(default_factory=list)
 
-    def choose_cache(self, example: Tensor) -> None:
-        """Estimate what each block needs, and decide where captured tensors live."""
+    def prepare(self, example: Tensor) -> list[str]:
+        """Find out what the inputs of each block are made of, estimate what it needs, decide where that is held.
+
+        Returns:
+            The names of the blocks that are reached from the images on.
+        """
         if self.config.images_needed == 0:
-            return
-        message = self.cache.choose(estimate_memory(self.reference, self.blocks, example, self.config))
+            return []
+        modules = [self.reference.get_submodule(block.name) for block in self.blocks]
+        self._sources = trace_sources(self.reference, modules, example)
+        needs = estimate_memory(self.reference, self.blocks, self._sources, example, self.config)
+        message = self.cache.choose(needs)
         if not self.quiet:
             print(message, flush=True)
+        return [block.name for block, sources in zip(self.blocks, self._sources, strict=True) if sources is None]
 
     def each(self, stage: Stage) -> list[StageResult]:
         """One stage of all blocks: what was kept is taken over, the rest is worked out and kept."""
-        steps = stage.steps(self.config)
+        steps, (count, batch_size) = stage.steps(self.config), stage.images(self.config)
+        networks = (self.reference, self.quantized, self.blocks)
+        activations = BothActivations(*networks, self._sources, self.images[:count], batch_size, self.cache)
         results: list[StageResult] = []
         with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:
             for index, block in enumerate(self.blocks):
@@ -166,39 +179,26 @@ class _Work:
                 done = self.stage_store.restore(stage.title, index, own)
                 if done is None:
                     start = time.perf_counter()
-                    report = self._with_room(own.values(), partial(self._run, stage, block, show))
+                    step = partial(self._run, stage, activations, index, show)
+                    report = self._with_room(own.values(), activations, step)
                     done = StageResult(time.perf_counter() - start, report)
                     self.stage_store.save(stage.title, index, own, done)
                 results.append(done)
                 bar.update((index + 1) * steps - bar.n)
         return results
 
-    def _run(self, stage: Stage, block: Block, show: Callable[[int, float], None]) -> BlockReport | None:
-        start = time.perf_counter()
-        captured = self._capture(stage, block)
+    def _run(
+        self, stage: Stage, activations: BothActivations, index: int, show: Callable[[int, float], None]
+    ) -> BlockReport | None:
+        start, block = time.perf_counter(), self.blocks[index]
+        captured = activations.capture(index, stage.needs(self.config))
         seconds = time.perf_counter() - start
         loss = partial(self._loss, block)
         report = stage.run(BlockTask(block, self.reference, self.quantized, captured, self.config, loss, show))
         return report and replace(report, capture_seconds=report.capture_seconds + seconds)
 
-    def _capture(self, stage: Stage, block: Block) -> dict[Capture, Captured]:
-        """What a stage looks at of a block; of a network whose block's inputs and outputs it wants, in one pass."""
-        count, batch_size = stage.images(self.config)
-        how, needs = (block.name, self.images[:count], batch_size, self.cache), stage.needs(self.config)
-        captured: dict[Capture, Captured] = {}
-        if {Capture.FLOAT_INPUTS, Capture.TARGETS} <= needs:
-            both = capture.inputs_and_outputs(self.reference, *how)
-            captured[Capture.FLOAT_INPUTS], captured[Capture.TARGETS] = both
-        elif Capture.FLOAT_INPUTS in needs:
-            captured[Capture.FLOAT_INPUTS] = capture.inputs(self.reference, *how)
-        elif Capture.TARGETS in needs:
-            captured[Capture.TARGETS] = capture.outputs(self.reference, *how)
-        if Capture.INPUTS in needs:
-            captured[Capture.INPUTS] = capture.inputs(self.quantized, *how)
-        return captured
-
     def _with_room(
-        self, layers: Iterable[QuantizedLayer], step: Callable[[], BlockReport | None]
+        self, layers: Iterable[QuantizedLayer], activations: BothActivations, step: Callable[[], BlockReport | None]
     ) -> BlockReport | None:
         """Work on a block; where the GPU runs out of memory, again from the start with captured tensors elsewhere."""
         while True:
@@ -213,6 +213,7 @@ class _Work:
                 self.stage_store.warn(f"{message} from {place} to {self.cache.place}")
             for restore in undo:
                 restore()
+            activations.move()
             torch.cuda.empty_cache()
 
     @cached_property

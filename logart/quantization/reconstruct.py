@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from logart.errors import NetworkError, NonFiniteError
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
+from logart.quantization.capture import Call
 from logart.quantization.layers import QuantizedLayer
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Los
     total = 0.0
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        # a clone: an in-place operation at the block's start must not reach the captured inputs
-        total += float(loss(block(inputs[batch].clone()), targets[batch])) * len(inputs[batch])
+        target = targets[batch]
+        total += float(loss(inputs[batch].copy().on(block), target)) * len(target)
     return total / len(inputs)
 
 
@@ -99,13 +101,13 @@ def learn_rounding(
 
     Args:
         name: the block's name, for messages.
-        block: runs on a batch of `inputs`; its parameters need no gradient.
+        block: is called with batches of `inputs`; its parameters need no gradient.
         layers: the quantized layers inside, with codebooks and codes.
-        inputs: [n, ...] the block's inputs, on which its error is measured too.
+        inputs: the block's calls for n images, on which its error is measured.
         targets: [n, ...] what the float block gave.
         loss: from (output, target) to a scalar.
         progress: called after each step with the step's number and its reconstruction loss.
-        float_inputs: [n, ...] the float block's inputs. If given, each element of a step's input is drawn: from
+        float_inputs: the float block's. If given, each element of a step's input is drawn: from
             `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
         starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
 
@@ -135,15 +137,17 @@ class _Batches:
         self._order = torch.Generator().manual_seed(config.seed)
         self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """The images drawn, [B] int64 on the inputs' device, and the block's inputs for them."""
-        size = (self._config.batch_size,)
-        chosen = torch.randint(len(self._inputs), size, generator=self._order).to(self._inputs.device)
-        batch = self._inputs[chosen]
-        if self._float_inputs is None:
-            return chosen, batch
-        uniform = torch.rand(batch.shape, generator=self._mix, device=batch.device)
-        return chosen, torch.where(uniform < self._config.drop_prob, batch, self._float_inputs[chosen])
+    def draw(self) -> tuple[Tensor, Call]:
+        """The images drawn, [B] int64, and what the block is called with for them."""
+        chosen = torch.randint(len(self._inputs), (self._config.batch_size,), generator=self._order)
+        call = self._inputs[chosen]
+        return chosen, call if self._float_inputs is None else tree_map(self._mixed, call, self._float_inputs[chosen])
+
+    def _mixed(self, quantized: Any, exact: Any) -> Any:
+        if not isinstance(quantized, Tensor):
+            return quantized
+        uniform = torch.rand(quantized.shape, generator=self._mix, device=quantized.device)
+        return torch.where(uniform < self._config.drop_prob, quantized, exact)
 
 
 def _learn(
@@ -162,13 +166,14 @@ def _learn(
     every = max(config.iters // 100, 1)
     try:
         for step in range(config.iters):
-            chosen, batch = batches.draw()
+            chosen, call = batches.draw()
             beta = penalty_exponent(step, config)
             penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
-            reconstruction = loss(block(batch), targets[chosen])
+            target = targets[chosen]
+            reconstruction = loss(call.on(block), target)
             value = reconstruction.item()
-            if not math.isfinite(value):  # found before it spoils α, while the one image can be found
-                raise _non_finite(name, step, value, lambda i: loss(block(batch[i]), targets[chosen[i]]), chosen)  # noqa: B023
+            if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
+                raise _non_finite(name, step, value, lambda i: loss(call.rows(i).on(block), target[i]), chosen)  # noqa: B023
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
             (reconstruction + config.rrweight * penalty).backward()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from logart.quantization.activations import Capture
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
 from logart.quantization.compensate import compensate_block
@@ -27,14 +27,6 @@ from logart.quantization.surgery import Block
 
 if TYPE_CHECKING:
     from logart.quantization.config import QuantConfig
-
-
-class Capture(str, Enum):
-    """A block's tensors that a stage may ask for, each [n, ...] of the stage's images."""
-
-    FLOAT_INPUTS = "float_inputs"  # what the block is fed in the float network
-    INPUTS = "inputs"  # what it is fed behind the quantized prefix
-    TARGETS = "targets"  # what the float block gives
 
 
 @dataclass(frozen=True)

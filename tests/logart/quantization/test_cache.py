@@ -11,13 +11,16 @@ import pytest
 import torch
 from networks import hooks_of, small_resnet
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import logart.quantization.cache
 import logart.quantization.rounding_methods
 from logart import QuantConfig, quantize_model
 from logart.errors import NetworkError, NonFiniteError
-from logart.quantization import capture
-from logart.quantization.cache import Cache, CacheLocation, MemoryEstimate, OffloadedTensor
+from logart.quantization.activations import Activations, BothActivations
+from logart.quantization.cache import Cache, CacheLocation, Captured, MemoryEstimate, OffloadedTensor
+from logart.quantization.clone import clone_sharing
+from logart.quantization.dataflow import trace_sources
 from logart.quantization.memory import estimate_memory
 from logart.quantization.surgery import Block, find_blocks, quantized_layers
 
@@ -26,31 +29,39 @@ ELSEWHERE = [CacheLocation.HALF, CacheLocation.DISK]
 
 
 @pytest.mark.parametrize("place", ELSEWHERE)
-def test_what_was_written_is_read(place: CacheLocation, tmp_path: Path) -> None:
+def test_what_was_stored_is_read(place: CacheLocation, tmp_path: Path) -> None:
     values = torch.randn(7, 3, 2)
-    memory, kept = Cache(CPU, place, tmp_path).empty(7, values)
-    memory.copy_(values)
-    assert isinstance(kept, OffloadedTensor) and len(kept) == 7 and kept.shape == values.shape
+    tree = Cache(CPU, place, tmp_path).store({"a": [values, 5]})
     expected = values.half().float() if place is CacheLocation.HALF else values
-    chosen = torch.tensor([5, 0, 5])
+    assert isinstance(tree["a"][0], OffloadedTensor) and tree["a"][1] == 5
+    captured, chosen = Captured([tree["a"][0]]), torch.tensor([5, 0, 5])
     for index in (slice(2, 6), chosen):
-        read = kept[index]
+        read = captured[index]
         assert read.dtype == torch.float32 and torch.equal(read, expected[index])
         read.zero_()  # is a copy
-        assert torch.equal(kept[index], expected[index])
+        assert torch.equal(captured[index], expected[index])
+    assert torch.equal(Cache(CPU).load(tree)["a"][0], expected)
     assert list(tmp_path.iterdir()) == []  # nothing is left to clean up
 
 
-def test_on_the_device_nothing_is_copied() -> None:
+@pytest.mark.parametrize("place", [CacheLocation.DEVICE, *ELSEWHERE])
+def test_the_order_of_dimensions_in_memory_is_kept(place: CacheLocation, tmp_path: Path) -> None:
+    """A convolution may sum in another order where it is not."""
+    cache = Cache(CPU, place, tmp_path)
+    for values in (torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(4, 6, 2).mT):
+        assert cache.load(cache.store(values)).stride() == values.stride()
+
+
+def test_on_the_device_nothing_is_copied_but_parts() -> None:
+    values = torch.zeros(2, 3)
     for place in (CacheLocation.DEVICE, CacheLocation.CPU):
-        memory, kept = Cache(CPU, place).empty(4, torch.zeros(2, 3))
-        assert kept is memory
+        assert Cache(CPU, place).store(values).data_ptr() == values.data_ptr()
+        assert Cache(CPU, place).store(values[:1]).untyped_storage().nbytes() == 12  # which would keep the whole
 
 
 def test_integers_are_not_halved() -> None:
-    memory, kept = Cache(CPU, CacheLocation.HALF).empty(2, torch.tensor([[70001]]))
-    memory.fill_(70001)
-    assert kept[:].tolist() == [[70001], [70001]]
+    stored = Cache(CPU, CacheLocation.HALF).store(torch.tensor([[70001]]))
+    assert stored.load().tolist() == [[70001]]
 
 
 def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +70,7 @@ def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(NetworkError, match=r"of 0\.0 MiB do not fit into .* \(No space left on device\)"):
-        Cache(CPU, CacheLocation.DISK, tmp_path).empty(4, torch.zeros(2, 3))
+        Cache(CPU, CacheLocation.DISK, tmp_path).store(torch.zeros(2, 3))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,8 +121,8 @@ NUMBERS = 25 * 4  # bytes of one channel
 @pytest.mark.parametrize(
     ("settings", "captured", "working"),
     [
-        ({"iters": 2}, 6 * (2 * 3 + 2) * NUMBERS, 2 * 4 * (3 + 8 + 8 + 2) * NUMBERS + 26 * (216 + 16) * 4),
-        ({"rounding": "compensated"}, 6 * (2 * 3 + 2) * NUMBERS, 7 * 27**2 * 8 + 2 * 4 * (3 + 8 + 8 + 2) * NUMBERS),
+        ({"iters": 2}, 6 * (3 + 3 + 2) * NUMBERS, 2 * 4 * (3 + 8 + 8 + 2) * NUMBERS + 26 * (216 + 16) * 4),
+        ({"rounding": "compensated"}, 6 * (3 + 3 + 2) * NUMBERS, 7 * 27**2 * 8 + 2 * 4 * (3 + 8 + 8 + 2) * NUMBERS),
         ({"rounding": "nearest", "search_method": "layer_wise"}, 5 * 8 * NUMBERS, 5 * 6 * 8 * NUMBERS),
         ({"rounding": "nearest", "search_method": "block_wise"}, 5 * 8 * NUMBERS, 5 * (2 * 32 + 6) * 8 * NUMBERS),
         ({"rounding": "nearest", "search_method": "layer_wise", "search_batch_size": 50}, 5 * 8 * NUMBERS,
@@ -123,20 +134,43 @@ def test_the_memory_of_a_block_is_a_formula(settings: dict[str, Any], captured: 
     """As the docstrings of `memory` and of the stages state it, here with the numbers of a small block."""
     sizes = {"calib_samples": 6, "search_samples": 5, "batch_size": 4, "search_batch_size": 4}
     model, block = two_convolutions()
-    needs = estimate_memory(model, [block], torch.rand(2, 3, 5, 5), QuantConfig(**sizes | settings))  # type: ignore[arg-type]
+    needs = estimate_memory(model, [block], [frozenset()], torch.rand(2, 3, 5, 5), QuantConfig(**sizes | settings))  # type: ignore[arg-type]
     assert needs == {"block": MemoryEstimate(captured, working)}
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"recon_input": "mixed"}, {"rounding": "both"}])
-def test_capturing_takes_no_more_than_foreseen(settings: dict[str, Any]) -> None:
-    model, images = small_resnet(n_images=6)
+def held_bytes(activations: BothActivations) -> int:
+    trees = [(of._inputs, of._outputs) for of in (activations._float, activations._quantized)]
+    tensors = [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@pytest.mark.parametrize("blocks", [["ResidualBlock"], []])
+@pytest.mark.parametrize("settings", [{}, {"recon_input": "mixed"}, {"rounding": "compensated"}])
+def test_no_more_is_held_than_the_formula_says(
+    settings: dict[str, Any], blocks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment, of networks with and without outputs that are read again further on."""
+    model, images = small_resnet(n_images=12)
     model.eval().requires_grad_(False)
-    blocks = find_blocks(model, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)], ["ResidualBlock"])
-    config = QuantConfig(calib_samples=6, batch_size=4, **settings)
-    for name, need in estimate_memory(model, blocks, images[:2], config).items():
-        entered, gave = capture.inputs_and_outputs(model, name, images, 4, Cache(CPU))
-        assert need.captured == 2 * entered[:].nbytes + gave[:].nbytes
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    found = find_blocks(model, names, blocks)
+    config = QuantConfig(calib_samples=12, batch_size=1, **settings)
+    sources = trace_sources(model, [model.get_submodule(block.name) for block in found], images[:2])
+    needs = estimate_memory(model, found, sources, images[:2], config)
+    activations = BothActivations(model, clone_sharing(model), found, sources, images, 1, Cache(CPU))
+    most, store = [0], Cache.store
+
+    def watched(self: Cache, tree: Any) -> Any:
+        most.append(held_bytes(activations))
+        return store(self, tree)
+
+    monkeypatch.setattr(Cache, "store", watched)
+    (stage,) = [stage for stage in config.method.stages if stage.event == "rounded"]
+    for index, block in enumerate(found):
+        activations.capture(index, stage.needs(config))
+        assert max(most) <= max(needs[before.name].captured for before in found[: index + 1]), block
+    assert max(most) > 0.5 * max(need.captured for need in needs.values())
 
 
 CONFIGS = {
@@ -228,5 +262,7 @@ def test_an_image_that_gives_nan_is_named_with_its_block() -> None:
 def test_what_half_precision_cannot_hold_is_named() -> None:
     model, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.ones(3, 2)
     x[1, 0] = 1e5
-    with pytest.raises(NonFiniteError, match="block 1: .* image 1 are too large for half precision; expected another"):
-        capture.inputs(model, "1", x, 2, Cache(CPU, CacheLocation.HALF))
+    blocks, sources = [Block("0", ()), Block("1", ())], [frozenset[int](), frozenset([0])]
+    activations = Activations(model, blocks, sources, x, 2, Cache(CPU, CacheLocation.HALF))
+    with pytest.raises(NonFiniteError, match="block 0: .* image 1 are too large for half precision; expected another"):
+        activations.inputs(0)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import calls
 from quadratic import assert_no_worse, plain_error
 from torch import Tensor, nn
 
@@ -86,7 +87,9 @@ def plain_metric_and_target(layer: nn.Module, x: Tensor, x_hat: Tensor) -> tuple
 @pytest.mark.parametrize("name", LAYERS)
 def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
     layer, quantized, x, x_hat = double_case(name)
-    moments = layer_moments(layer, quantized, layer, quantized, x, x_hat, batch_size=4, shifted=True).centred()
+    moments = layer_moments(
+        layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=4, shifted=True
+    ).centred()
     a, t = plain_metric_and_target(layer, x, x_hat)
     groups = getattr(layer, "groups", 1)
     found = metric(moments)
@@ -98,7 +101,7 @@ def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
 
 def test_target_is_the_weight_where_the_prefix_is_exact() -> None:
     layer, quantized, x, _ = double_case("conv")
-    moments = layer_moments(layer, quantized, layer, quantized, x, x, shifted=True).centred()
+    moments = layer_moments(layer, quantized, layer, quantized, calls(x), calls(x), shifted=True).centred()
     assert torch.equal(target(quantized.rows, metric(moments), moments), quantized.rows)
 
 
@@ -139,10 +142,14 @@ def test_hard_inputs_leave_a_definite_metric_and_sane_weights(name: str, build: 
     layer, quantized = twins(build)
     x = hard_inputs(name)
     x_hat = 1.01 * x + 0.1 * (x != 0)
-    moments = layer_moments(layer, quantized, layer, quantized, x, x_hat, batch_size=16, shifted=True).centred()
+    moments = layer_moments(
+        layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=16, shifted=True
+    ).centred()
     assert float(torch.linalg.eigvalsh(metric(moments)).amin()) > 0
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=16)
-    (t,) = compensate_block(nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (x, x_hat), config)
+    (t,) = compensate_block(
+        nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (calls(x), calls(x_hat)), config
+    )
     w = layer.weight
     assert isinstance(w, Tensor) and isinstance(quantized.bias, Tensor)
     assert bool(torch.isfinite(quantized.bias).all())
@@ -159,7 +166,9 @@ def test_large_means_cost_no_accuracy_in_float32() -> None:
     layer, quantized = twins(lambda: nn.Conv2d(4, 6, 3))
     x = hard_inputs("mean 1e4")
     x_hat = x + 0.2 * torch.randn_like(x)
-    moments = layer_moments(layer, quantized, layer, quantized, x, x_hat, batch_size=8, shifted=True).centred()
+    moments = layer_moments(
+        layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=8, shifted=True
+    ).centred()
     exact = layer.double()
     a, t = plain_metric_and_target(exact, x.double(), x_hat.double())
     torch.testing.assert_close(metric(moments)[0], a[0], rtol=0, atol=1e-5 * float(a.amax()))
@@ -192,7 +201,7 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
     float_bias = layer.bias
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=4, **OPTIONS[options])  # type: ignore[arg-type]
     block, models = Block("0", ("0",)), (nn.Sequential(layer), nn.Sequential(quantized))
-    (t,) = compensate_block(*models, block, (x, x_hat), config)
+    (t,) = compensate_block(*models, block, (calls(x), calls(x_hat)), config)
     a, plain_t = plain_metric_and_target(layer, x, x_hat)
     plain_t = plain_t.reshape(t.shape)
     torch.testing.assert_close(t, plain_t, rtol=1e-9, atol=1e-10)
@@ -224,7 +233,9 @@ def test_the_mean_output_is_kept_in_float32_at_large_means(bias: bool) -> None:
     x = hard_inputs("mean 1e4")
     x_hat = x + 0.2 * torch.randn_like(x) + 3
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=8)
-    compensate_block(nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (x, x_hat), config)
+    compensate_block(
+        nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (calls(x), calls(x_hat)), config
+    )
     assert isinstance(quantized.bias, nn.Parameter)
     assert quantized.bias.dtype == torch.float32 and not quantized.bias.requires_grad
     layer.double()
@@ -243,7 +254,7 @@ def test_later_layers_make_up_for_the_earlier_ones() -> None:
     quantized = clone_sharing(model)
     replace_layers(quantized, {"0": 2, "2": 2}, channel_wise=True)
     config = QuantConfig(n_bits=2, rounding="compensated", batch_size=4)
-    first, second = compensate_block(model, quantized, Block("", ("0", "2")), (x, x_hat), config)
+    first, second = compensate_block(model, quantized, Block("", ("0", "2")), (calls(x), calls(x_hat)), config)
     _, t = plain_metric_and_target(model[0], x, x_hat)
     torch.testing.assert_close(first, t.reshape(first.shape), rtol=1e-9, atol=1e-10)
     _, t = plain_metric_and_target(model[2], model[:2](x), quantized[:2](x_hat))  # type: ignore[index]

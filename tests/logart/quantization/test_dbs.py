@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from codebooks import candidate_books, n_base2, reassign
-from networks import ResidualBlock, hooks_of, settle, smooth_images
+from networks import ResidualBlock, calls, hooks_of, settle, smooth_images
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
@@ -94,7 +94,7 @@ def test_layer_wise_errors_equal_forward_passes(name: str) -> None:
     layer, quantized, x, x_hat = make(name)
     deltas = candidate_deltas(quantized)
     expected = forward_errors(layer, x, x_hat, deltas)
-    blocks = (layer, quantized, layer, quantized, x, x_hat)
+    blocks = (layer, quantized, layer, quantized, calls(x), calls(x_hat))
     measures = {
         "moments": dbs.layer_moments(*blocks, batch_size=2).error,
         "residual": dbs.layer_residual(*blocks).error,
@@ -109,7 +109,7 @@ def test_too_many_patches_are_taken_image_by_image(monkeypatch: pytest.MonkeyPat
     layer, quantized, x, x_hat = make("grouped")
     deltas = candidate_deltas(quantized)
     monkeypatch.setattr(dbs, "_PATCH_ELEMENTS", 10)
-    error = dbs.layer_moments(layer, quantized, layer, quantized, x, x_hat).error
+    error = dbs.layer_moments(layer, quantized, layer, quantized, calls(x), calls(x_hat)).error
     found = torch.stack([error(delta) for delta in deltas])
     torch.testing.assert_close(found, forward_errors(layer, x, x_hat, deltas), rtol=1e-9, atol=0)
 
@@ -131,7 +131,7 @@ def test_the_search_takes_the_least_error_of_brute_force(
         expected = expected.sum(1, keepdim=True)
     config = QuantConfig(n_bits=n_bits, search_method=method, search_samples=len(x), iters=0)  # type: ignore[arg-type]
     float_model, model = nn.Sequential(layer), nn.Sequential(quantized)
-    data = (x, x_hat) if config.searches_data else None
+    data = (calls(x), calls(x_hat)) if config.searches_data else None
     dbs.search_block(float_model, model, Block("0", ("0",)), data, config)
     assert quantized.codes is not None
     assert n_base2(quantized.codebook).tolist() == last_least(expected)
@@ -177,7 +177,9 @@ def test_scales_are_searched_by_the_measure_asked_for(method: str, options: str)
         expected = forward_errors(layer, x, x_hat, deltas)
     else:
         expected = exact_errors(model, block, quantized, x, x_hat, deltas)
-    dbs.search_block(model, block, Block("", ("0",)), (x, x_hat) if config.searches_data else None, config)
+    dbs.search_block(
+        model, block, Block("", ("0",)), (calls(x), calls(x_hat)) if config.searches_data else None, config
+    )
     best = last_least(expected)
     assert quantized.levels is not None and len(set(best)) > 1
     for c, index in enumerate(best):
@@ -191,7 +193,7 @@ def test_measures_choose_differently() -> None:
     for method in ("tensor_wise", "layer_wise", "block_wise"):
         (model, quantized), (x, x_hat) = quantized_block(seed=0, n_bits=4)
         config = QuantConfig(search_method=method, iters=0)  # type: ignore[arg-type]
-        data = (x, x_hat) if config.searches_data else None
+        data = (calls(x), calls(x_hat)) if config.searches_data else None
         dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), data, config)
         mixes.append(torch.cat([n_base2(quantized.conv1.codebook), n_base2(quantized.conv2.codebook)]).tolist())  # type: ignore[list-item]
     assert mixes[0] != mixes[1] != mixes[2] != mixes[0]
@@ -200,7 +202,7 @@ def test_measures_choose_differently() -> None:
 def test_later_layers_of_a_block_see_the_earlier_ones_quantized() -> None:
     (model, quantized), (x, x_hat) = quantized_block(seed=1, n_bits=2)
     config = QuantConfig(n_bits=2, search_method="layer_wise", iters=0)  # type: ignore[arg-type]
-    dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), (x, x_hat), config)
+    dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), (calls(x), calls(x_hat)), config)
     first = model.relu(model.conv1(x))  # type: ignore[operator]
     first_hat = model.relu(quantized.conv1(x_hat))  # type: ignore[operator]
     assert not torch.equal(quantized.conv1.weight, model.conv1.weight)  # type: ignore[arg-type]
@@ -255,7 +257,7 @@ def test_block_wise_agrees_with_the_exact_search(n_bits: int, seeds: range) -> N
                 continue
             candidates = candidate_books(layer.rows.abs().amax(1), n_bits, dtype=torch.float64)
             exact = exact_errors(model, quantized, layer, x, x_hat, candidate_deltas(layer))
-            block_error = dbs.block_sensitivity(model, quantized, layer, x, x_hat, seed=seed).error
+            block_error = dbs.block_sensitivity(model, quantized, layer, calls(x), calls(x_hat), seed=seed).error
             codebook = least_error(layer.rows, candidates, block_error)[0]
             tensor_wise = least_error(layer.rows, candidates, squared_error)[0]
             reached = exact.gather(0, torch.stack([n_base2(codebook), n_base2(tensor_wise)])).sum(1)
@@ -279,7 +281,7 @@ def test_block_wise_errors_of_a_linear_block_equal_the_exact_ones(name: str, mon
     assert quantized.float_weight is not None
     quantized.float_weight = nn.Parameter(quantized.float_weight.clone(), requires_grad=False)
     deltas = candidate_deltas(quantized)[:3]
-    error = dbs.block_sensitivity(model, block, quantized, x, x_hat).error
+    error = dbs.block_sensitivity(model, block, quantized, calls(x), calls(x_hat)).error
     residual = (model(x) - block(x_hat)).square().sum()
     expected = exact_errors(model, block, quantized, x, x_hat, deltas) - residual
     found = torch.stack([error(delta) for delta in deltas])
@@ -295,7 +297,7 @@ def test_block_wise_is_deterministic_and_its_probes_follow_the_seed() -> None:
     assert isinstance(layer, QuantizedLayer)
     delta = candidate_deltas(layer)[0]
     first, again, other = (
-        dbs.block_sensitivity(model, quantized, layer, x, x_hat, seed=s).error(delta) for s in (0, 0, 1)
+        dbs.block_sensitivity(model, quantized, layer, calls(x), calls(x_hat), seed=s).error(delta) for s in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -311,7 +313,7 @@ def test_inputs_and_gradients_are_left_alone(method: str) -> None:
     x_hat = x + 0.1 * torch.randn_like(x)
     before = x.clone(), x_hat.clone()
     config = QuantConfig(search_method=method, search_samples=8, iters=0)  # type: ignore[arg-type]
-    dbs.search_block(model, block, Block("", ("1",)), (x, x_hat), config)
+    dbs.search_block(model, block, Block("", ("1",)), (calls(x), calls(x_hat)), config)
     assert torch.equal(x, before[0]) and torch.equal(x_hat, before[1])
     assert layer.weight.grad is None
     assert not n_base2(quantized.codebook).requires_grad
@@ -330,5 +332,5 @@ def test_a_search_that_raises_leaves_no_hook(method: str) -> None:
     model, block = (nn.Sequential(*parts, one, Broken()) for one in (layer, quantized))
     config = QuantConfig(search_method=method, search_samples=2, iters=0)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="broken"):
-        dbs.search_block(model, block, Block("", (str(len(parts)),)), (torch.randn(2, 4, 5, 5),) * 2, config)
+        dbs.search_block(model, block, Block("", (str(len(parts)),)), (calls(torch.randn(2, 4, 5, 5)),) * 2, config)
     assert hooks_of(model) == hooks_of(block) == 0

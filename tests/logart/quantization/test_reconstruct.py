@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import ResidualBlock, hooks_of, settle, smooth_images
+from networks import ResidualBlock, calls, hooks_of, settle, smooth_images
 from torch import Tensor, nn
 
 from logart.grids.losses import squared_error
 from logart.grids.rounding import lower_neighbour, nearest
 from logart.grids.search import choose_codebook
+from logart.quantization.cache import Captured
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
@@ -43,7 +44,11 @@ def learn(quantized: nn.Module, inputs: Tensor, targets: Tensor, **arguments: An
     }
     layers = list(quantized_layers(quantized).values())
     arguments.setdefault("loss", squared_error)
-    return learn_rounding("a block", quantized, layers, inputs, targets, config(**settings), **arguments)
+    if "float_inputs" in arguments:
+        arguments["float_inputs"] = calls(arguments["float_inputs"])
+    return learn_rounding(
+        "a block", quantized, layers, calls(inputs), Captured([targets]), config(**settings), **arguments
+    )
 
 
 def codes_of(model: nn.Module) -> Tensor:
@@ -57,11 +62,11 @@ def test_learning_lowers_the_error_by_a_good_margin(scale_method: str) -> None:
     """On data it learned from and on data it did not."""
     model, quantized, inputs, targets = block(scale_method=scale_method)
     fresh = smooth_images(48, 6, 6, 99).relu().float()
-    fresh_before = block_error(quantized, fresh, model(fresh), squared_error, 16)
+    fresh_before = block_error(quantized, calls(fresh), Captured([model(fresh)]), squared_error, 16)
     report = learn(quantized, inputs, targets, iters=200, rrweight=1.0)
     assert report.kept == "learned"
     assert report.error_learned < 0.6 * report.error_before
-    assert block_error(quantized, fresh, model(fresh), squared_error, 16) < 0.8 * fresh_before
+    assert block_error(quantized, calls(fresh), Captured([model(fresh)]), squared_error, 16) < 0.8 * fresh_before
 
 
 def test_the_report_holds_the_errors_over_all_images() -> None:
@@ -79,9 +84,9 @@ def test_the_report_holds_the_errors_over_all_images() -> None:
 @pytest.mark.parametrize("settings", [{}, {"n_bits": 4}, {"rrweight": 0.0}, {"warmup": 1.0}, {"iters": 1}])
 def test_every_weight_ends_on_a_neighbour_and_the_block_is_no_worse(seed: int, settings: dict[str, Any]) -> None:
     _, quantized, inputs, targets = block(seed, **settings)
-    before = block_error(quantized, inputs, targets, squared_error, 16)
+    before = block_error(quantized, calls(inputs), Captured([targets]), squared_error, 16)
     learn(quantized, inputs, targets, **settings)
-    assert block_error(quantized, inputs, targets, squared_error, 16) <= before
+    assert block_error(quantized, calls(inputs), Captured([targets]), squared_error, 16) <= before
     for layer in quantized_layers(quantized).values():
         assert layer.codes is not None and layer.levels is not None and layer.soft is None
         above = layer.codes.flatten(1).int() - lower_neighbour(layer.rows, layer.codebook).int()

@@ -1,0 +1,200 @@
+"""Activations handed forward: the inputs of each block are made once, from the outputs of the blocks before it.
+
+Held are, of one network and batch by batch of its calibration images, the inputs of the block that is worked on and
+those outputs of earlier blocks of which the inputs of later ones are made. When the block is through, its outputs take
+the place of its inputs. What lies between blocks is run for every block, on the outputs held, with zeros in the place
+of those that no later block needs; a block that cannot be reached so (see `trace_sources`) is reached from the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from logart.errors import NetworkError, NonFiniteError
+from logart.quantization.cache import Cache, Captured, OffloadedTensor
+from logart.quantization.capture import Call, replay_to_last
+from logart.quantization.dataflow import Sources
+from logart.quantization.surgery import Block
+
+
+class Activations:
+    """The activations of one network on the way through its blocks.
+
+    Args:
+        network: the float network, or the one being quantized: a block is passed as it is then.
+        blocks: in the order they run.
+        sources: of the float network, by `trace_sources`.
+        images: [n, C, H, W].
+        batch_size: how many at a time.
+        cache: where activations are held.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        blocks: Sequence[Block],
+        sources: Sequence[Sources | None],
+        images: Tensor,
+        batch_size: int,
+        cache: Cache,
+    ) -> None:
+        self._network, self._sources, self._cache = network, sources, cache
+        self._names = [block.name for block in blocks]
+        self._modules = [network.get_submodule(name) for name in self._names]
+        self._images, self._batch_size = images.split(batch_size), batch_size
+        self._last_reader = last_readers(sources)
+        self._at = 0
+        self._inputs: list[Call | None] = [None] * len(self._images)
+        self._outputs: list[dict[int, Any]] = [{} for _ in self._images]  # by block
+
+    @torch.no_grad()
+    def inputs(self, index: int) -> Captured:
+        """What a block is called with, of all images: the block that was last asked for, or one further on.
+
+        Raises:
+            NetworkError: a block on the way takes anything but one tensor with a row for each image.
+            NonFiniteError: some of it is not finite.
+        """
+        self._go_to(index)
+        return Captured(self._inputs)
+
+    @torch.no_grad()
+    def outputs(self, index: int, *, keep_inputs: bool) -> Captured:
+        """What it gives, in the place of its inputs or beside them; as `inputs`, of a block that gives one tensor."""
+        self._go_to(index)
+        self._leave(index, keep_inputs=keep_inputs)
+        outputs = [held[index] for held in self._outputs]
+        for b, output in enumerate(outputs):
+            if not isinstance(output, Tensor | OffloadedTensor):
+                message = f"{type(self._modules[index]).__name__} gave a {type(output).__name__}"
+                raise NetworkError(f"{message}; what is reconstructed must give one tensor")
+            self._check(output, b)
+        return Captured(outputs)
+
+    def move(self) -> None:
+        """Hold everything where the cache says now."""
+        for b, call in enumerate(self._inputs):
+            self._inputs[b] = self._cache.store(self._cache.load(call))
+            self._outputs[b] = self._cache.store(self._cache.load(self._outputs[b]))
+
+    def _go_to(self, index: int) -> None:
+        for passed in range(self._at, index):
+            self._enter(passed)
+            self._leave(passed)
+        self._enter(index)
+
+    def _enter(self, index: int) -> None:
+        """Make the inputs of a block where they are not there yet, and let go of what no later block reads."""
+        if self._at != index:
+            self._at, self._inputs = index, [None] * len(self._images)
+        batches = [b for b, call in enumerate(self._inputs) if call is None and index not in self._outputs[b]]
+
+        def take(place: int, call: Call) -> None:
+            b = batches[place]
+            self._check(call.tensor(self._modules[index]), b)
+            self._inputs[b] = self._stored(call, b)
+            for passed, output in self._outputs[b].items():
+                if self._last_reader[passed] <= index:
+                    self._outputs[b][passed] = tree_map_only((Tensor, OffloadedTensor), _Released, output)
+
+        modules = self._modules[: index + 1] if self._sources[index] is not None else [self._modules[index]]
+        images = (self._images[b].to(self._cache.device) for b in batches)
+        replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
+
+    def _replayed(self, b: int, passed: int) -> Any:
+        held = tree_map_only(_Released, lambda gone: gone.zeros(self._cache.device), self._outputs[b][passed])
+        return tree_map_only(Tensor, torch.clone, self._cache.load(held))
+
+    def _leave(self, index: int, *, keep_inputs: bool = False) -> None:
+        """Run a block on its inputs."""
+        for b, call in enumerate(self._inputs):
+            if call is not None and index not in self._outputs[b]:
+                output = self._cache.load(call).copy().on(self._modules[index])
+                self._outputs[b][index] = self._stored(output, b)
+            if not keep_inputs:
+                self._inputs[b] = None
+
+    def _stored(self, tree: Any, b: int) -> Any:
+        stored = self._cache.store(tree)
+        for leaf in tree_leaves(stored):
+            if isinstance(leaf, OffloadedTensor) and leaf.held.dtype != leaf.dtype:
+                self._check_finite(leaf.held, b, "are too large for half precision; expected another cache")
+        return stored
+
+    def _check(self, tensor: Tensor | OffloadedTensor, b: int) -> None:
+        """Raise unless a batch's tensor has a row for each image and is finite."""
+        images = len(self._images[b])
+        rows = tensor.shape[0] if tensor.shape else 0
+        if rows != images:
+            message = f"block {self._names[self._at]} has {rows} rows for {images} images"
+            raise NetworkError(f"{message}; expected a row for each")
+        self._check_finite(self._cache.load(tensor), b, "are not finite")
+
+    def _check_finite(self, tensor: Tensor, b: int, reason: str) -> None:
+        finite = tensor.isfinite()
+        if not finite.all():
+            image = b * self._batch_size + int(finite.flatten(1).all(1).logical_not().nonzero()[0])
+            message = f"block {self._names[self._at]}: the activations of calibration image {image} {reason}"
+            raise NonFiniteError(message, image)
+
+
+class _Released:
+    """What is known of a tensor that is held no longer."""
+
+    def __init__(self, tensor: Tensor | OffloadedTensor) -> None:
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+
+    def zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(self._shape, dtype=self._dtype, device=device)
+
+
+def last_readers(sources: Sequence[Sources | None]) -> list[int]:
+    """For each block the last one whose inputs are made of its outputs; itself where there is none."""
+    return [max((j for j, of in enumerate(sources) if of and i in of), default=i) for i in range(len(sources))]
+
+
+class Capture(str, Enum):
+    """What may be captured of a block, of n images."""
+
+    FLOAT_INPUTS = "float_inputs"  # what the block is called with in the float network
+    INPUTS = "inputs"  # what it is called with behind the quantized prefix
+    TARGETS = "targets"  # what the float block gives
+
+
+class BothActivations:
+    """The activations of the float network and of the one being quantized; other arguments as `Activations`."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        quantized: nn.Module,
+        blocks: Sequence[Block],
+        sources: Sequence[Sources | None],
+        images: Tensor,
+        batch_size: int,
+        cache: Cache,
+    ) -> None:
+        how = (blocks, sources, images, batch_size, cache)
+        self._float, self._quantized = Activations(reference, *how), Activations(quantized, *how)
+
+    def capture(self, index: int, needs: Set[Capture]) -> dict[Capture, Captured]:
+        """What is needed of a block, one at a time and in order; errors as `Activations.inputs` and `outputs`."""
+        captured: dict[Capture, Captured] = {}
+        if Capture.TARGETS in needs:
+            captured[Capture.TARGETS] = self._float.outputs(index, keep_inputs=Capture.FLOAT_INPUTS in needs)
+        if Capture.FLOAT_INPUTS in needs:
+            captured[Capture.FLOAT_INPUTS] = self._float.inputs(index)
+        if Capture.INPUTS in needs:
+            captured[Capture.INPUTS] = self._quantized.inputs(index)
+        return captured
+
+    def move(self) -> None:
+        """Hold everything where the cache says now."""
+        self._float.move()
+        self._quantized.move()
