@@ -18,6 +18,7 @@ import logart_vit.models
 from logart import QuantConfig, quantize_model
 from logart.quantization import surgery
 from logart.quantization.clone import clone_sharing
+from logart.quantization.dataflow import trace_sources
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.memory import estimate_memory
 from logart.quantization.state import StageResult, StageStore
@@ -61,7 +62,9 @@ def main() -> None:
     reference = clone_sharing(model).eval().requires_grad_(False)
     fold_batch_norms(reference, images[:2])
     names = survey(reference, images[:2]).layers
-    needs = estimate_memory(reference, surgery.find_blocks(reference, names, types), images[:2], config)
+    blocks = surgery.find_blocks(reference, names, types)
+    sources = trace_sources(reference, [reference.get_submodule(block.name) for block in blocks], images[:2])
+    needs = estimate_memory(reference, blocks, sources, images[:2], config)
     quantize_model(model, config, images, block_types=types, stage_store=watch)
     print("MiB\n\n| block | captured | working | foreseen | taken | ratio |\n|---|---|---|---|---|---|")
     for (name, need), taken in zip(needs.items(), list(watch.taken.values())[-1], strict=True):

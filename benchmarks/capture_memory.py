@@ -16,10 +16,13 @@ import sys
 import torch
 from torch import nn
 
-from logart.quantization import capture, surgery
+from logart.quantization import surgery
+from logart.quantization.activations import Activations
 from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
+from logart.quantization.dataflow import trace_sources
 from logart.quantization.folding import fold_batch_norms
+from logart.quantization.surgery import Block
 from logart.quantization.survey import survey
 
 MIB = 2**20
@@ -37,13 +40,15 @@ def network(width: int) -> nn.Module:
 def capture_in_this_process(way: str, images: int, width: int, size: int) -> None:
     """Print the growth of the peak in units of the captured tensor."""
     model, x = network(width), torch.randn(images, 1, size, size)
-    capture.run_to(model, model[2], x[:32], through=False)  # one batch's temporaries belong to both ways
+    layers, cache = [Block("0", ("0",)), Block("2", ("2",))], Cache(torch.device("cpu"))
+    sources = trace_sources(model, [model[0], model[2]], x[:2])
+    Activations(model, layers, sources, x[:32], 32, cache).inputs(1)  # one batch's temporaries belong to both ways
     before = peak_bytes()
-    if way == "one copy":
-        captured = capture.inputs(model, "2", x, 32, Cache(torch.device("cpu")))
+    if way == "handed forward":
+        shape = Activations(model, layers, sources, x, 32, cache).inputs(1).shape
     else:
-        captured = torch.cat([capture.run_to(model, model[2], batch, through=False)[0] for batch in x.split(32)])
-    size_bytes = captured.numel() * captured.element_size()
+        shape = torch.cat([model[:2](batch) for batch in x.split(32)]).shape
+    size_bytes = shape.numel() * x.element_size()
     print(
         f"{way:<16} {size_bytes / MIB:8.0f} MiB captured, peak grew by {(peak_bytes() - before) / size_bytes:.2f} of it"
     )
@@ -70,12 +75,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--size", type=int, default=56)
-    parser.add_argument("--way", choices=["one copy", "list and cat"], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=["handed forward", "list and cat"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
         capture_in_this_process(args.way, args.images, args.width, args.size)
         return
-    for way in ("one copy", "list and cat"):
+    for way in ("handed forward", "list and cat"):
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], check=True)
     shared_weights()
 

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory of a Linux process")
 SMALL = {
     "block_memory": ("--arch cifar_resnet20 --size 32 --images 4 --batch_size 2", r"layer3\.2\.conv1 .* \d\.\d\d \|"),
-    "capture_memory": ("--images 8 --width 4 --size 8 --way 'one copy'", r"\d"),
+    "capture_memory": ("--images 8 --width 4 --size 8 --way 'handed forward'", r"\d"),
     "compensated_rounding": ("--runs 1", r"one sweep of descent"),
     "grid_options cnn": ("--bits 4 --rows compensated --data_path digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
     "grid_options vit": ("--bits 4 --rows compensated --dataset digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),

@@ -85,8 +85,9 @@ class Activations:
 
     def _go_to(self, index: int) -> None:
         for passed in range(self._at, index):
-            self._enter(passed)
-            self._leave(passed)
+            if self._sources[index] is not None:  # else outputs are of no use, of this block or any behind it
+                self._enter(passed)
+                self._leave(passed)
         self._enter(index)
 
     def _enter(self, index: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from logart.errors import NetworkError
 from logart.quantization.capture import Call, intercepted, replay_to_last
 
 Sources = frozenset[int]
@@ -21,7 +22,8 @@ def trace_sources(model: nn.Module, blocks: Sequence[nn.Module], example: Tensor
 
     What lies between blocks runs for each block in turn, with the outputs of these and zeros for all others. Where that
     does not give the very inputs that the block has in a forward of the network, bit for bit, it is tried with the
-    outputs of all blocks before; None where it does not even then: some block does more than give outputs.
+    outputs of all blocks before; where it does not even then, some block before does more than give outputs, and this
+    block and all behind it have None.
 
     Args:
         model: holds the blocks, or is the only one.
@@ -34,19 +36,25 @@ def trace_sources(model: nn.Module, blocks: Sequence[nn.Module], example: Tensor
     flow = _Flow(blocks)
     with intercepted(blocks, flow.run), flow:
         model(example.clone())
-    model(torch.zeros_like(example))  # whatever a block leaves behind must not be of the example when that is replayed
+    missing = [type(block).__name__ for index, block in enumerate(blocks) if index not in flow.sources]
+    if missing:
+        raise NetworkError(f"the forward pass never reached {missing[0]}")
+    model(example.flip(0, -1))  # what a block leaves behind elsewhere is not of the example any more
 
     def faithful(index: int, sources: Sources) -> bool:
         def replay(_: int, i: int) -> Any:
             return tree_map_only(Tensor, torch.clone if i in sources else torch.zeros_like, flow.outputs[i])
 
         calls: list[Call] = []
-        replay_to_last(model, blocks[: index + 1], [example], replay, lambda _, call: calls.append(call))
+        try:
+            replay_to_last(model, blocks[: index + 1], [example], replay, lambda _, call: calls.append(call))
+        except Exception:  # of any type: what lies between blocks is the user's, and not made for this
+            return False
         return _same(calls[0], flow.calls[index])
 
     found: list[Sources | None] = []
     for index in range(len(blocks)):
-        tries = (flow.sources[index], frozenset(range(index))) if index in flow.sources else ()
+        tries = (flow.sources[index], frozenset(range(index))) if None not in found else ()
         found.append(next((sources for sources in tries if faithful(index, sources)), None))
     return found
 
