@@ -54,7 +54,8 @@ def method_name(row: Mapping[str, str]) -> str:
             words.append(GRID_NAMES.get(row["scale_method"], row["scale_method"]))
     for column, option in OPTIONS.items():
         usual, value = _text(getattr(expected, column)), _text(row[column])
-        if value != usual:
+        grid = GRIDS.get(row["scale_method"])
+        if value != usual and (grid is None or column in grid.options):
             words.append(f"no {option}" if not value else f"{option}{f' ({value})' * (value not in ('True', 'grid'))}")
     if row["channel_wise"] == "False":
         words.append("a codebook per layer")
