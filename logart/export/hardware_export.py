@@ -233,7 +233,7 @@ def write_codes(layer: ExportLayer, folder: Path) -> None:
     _save(folder / "codes", layer.codes, layer.packed.n_bits)
     codebook = np.concatenate([levels.signs[..., None], levels.shifts[..., None], levels.adds], axis=2)
     np.save(folder / "codebook.npy", codebook)
-    _write_hex(folder / "codebook.hex", _words(levels), 16)
+    write_hex(folder / "codebook.hex", _words(levels), 16)
     if _shared_add_shifts(levels) is None:
         _save(folder / "add_shifts", levels.adds.astype(np.int8), 8)
 
@@ -287,10 +287,10 @@ def _words(levels: HardwareLevels) -> Array:
 def _save(path: Path, values: Array, bits: int) -> None:
     """An array as `path`.npy and `path`.hex."""
     np.save(path.with_name(path.name + ".npy"), values)
-    _write_hex(path.with_name(path.name + ".hex"), values, bits)
+    write_hex(path.with_name(path.name + ".hex"), values, bits)
 
 
-def _write_hex(path: Path, values: Array, bits: int) -> None:
+def write_hex(path: Path, values: Array, bits: int) -> None:
     """For `$readmemh`: one number a line, row-major, two's complement in as many whole hex digits as `bits` need."""
     digits = -(-bits // 4)
     mask = (1 << 4 * digits) - 1

@@ -24,6 +24,7 @@ from logart.export.integer_graph import (
     terms_of,
 )
 from logart.export.integer_readme import readme, table
+from logart.export.integer_rtl import write_rtl
 from logart.export.integer_trace import Step, trace
 from logart.networks.calibration import calibration_images
 from logart.networks.data import ImageSource, open_images, validation_batches
@@ -119,7 +120,8 @@ def export_integer(
         reference = resources.files("logart.export").joinpath("integer_reference.py").read_text("utf-8")
         (folder / "run.py").write_text(reference, "utf-8")
         (folder / "README.md").write_text(readme(graph), "utf-8")
-        _write_golden(integers, source, min(images, len(source.val)), folder / "golden")
+        values = _write_golden(integers, source, min(images, len(source.val)), folder / "golden")
+        write_rtl(integers, known, values, folder)
     if not quiet:
         print(table(graph))
     return graph
@@ -226,13 +228,14 @@ def _measure(network: IntegerNetwork, source: ImageSource, count: int, quiet: bo
     return {"images": result.images, "top1": result.top1, "top5": result.top5, "saturated": share}
 
 
-def _write_golden(network: IntegerNetwork, source: ImageSource, count: int, folder: Path) -> None:
-    """The integers of every value for the first test images."""
+def _write_golden(network: IntegerNetwork, source: ImageSource, count: int, folder: Path) -> dict[str, Tensor]:
+    """Write the integers of every value for the first test images, and return them."""
     folder.mkdir()
     images = torch.stack([source.val[index][0] for index in range(count)])
     values = network.run(images)
     for step in network.steps:
         np.save(folder / f"{step.name}.npy", _narrow(values[step.name].numpy(), network.formats[step.name]))
+    return values
 
 
 def _narrow(x: Array, f: Format) -> Array:
