@@ -101,7 +101,9 @@ def test_ci_runs_exactly_the_test_script(project: Project) -> None:
     done = project.run(".ci/run")
     assert done.stdout == f"tests in {project.root} with 0 arguments\n"
     assert done.returncode == 4
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash scripts/test.sh"
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[:4] == ["#!/usr/bin/env bash", "set -euo pipefail", lines[2], "bash scripts/test.sh"]
+    assert "    bash scripts/test_rtl.sh" in lines[4:]
 
 
 def test_demo_on_an_empty_machine_makes_installs_and_runs(project: Project) -> None:
