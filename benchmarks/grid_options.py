@@ -22,8 +22,8 @@ import logart.runs.job
 import logart_cnn.main
 import logart_vit.main
 from logart import quantize_model
-from logart.networks.data import validation_batches
 from logart.networks.evaluate import accuracy
+from logart.networks.loader import validation_batches
 
 TRACKS: dict[str, tuple[Any, str]] = {"cnn": (logart_cnn.main, "--n_bits_w"), "vit": (logart_vit.main, "--w_bit")}
 COMPENSATED = "--rounding compensated"

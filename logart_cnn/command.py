@@ -7,12 +7,11 @@ import os
 import time
 from pathlib import Path
 
-from torch import Tensor
-
 from logart.cli import FlagParser, default_if_none, given, refuse_without_effect, run_command
 from logart.errors import UserError
-from logart.networks.calibration import calibration_images, load_names, names_digest, save_names
-from logart.networks.data import DIGITS, ImageSource, open_images
+from logart.networks.calibration import choose_calibration, load_calibration, load_names, names_digest, save_names
+from logart.networks.data import find_images
+from logart.networks.digits import DIGITS
 from logart.quantization.config import QuantConfig, ReconInput, preset
 from logart.quantization.rounding_methods import METHODS
 from logart.runs import flags
@@ -20,7 +19,7 @@ from logart.runs.flag_groups import GROUPS, VAL_BATCH_SIZE, WORKERS, TrackFlags
 from logart.runs.job import Job
 from logart.runs.preflight import check_outputs
 from logart.runtime import seed_everything
-from logart_cnn.models import ARCHS, load_network
+from logart_cnn.models import ARCHS, plan_network
 
 DEFAULT = QuantConfig()
 
@@ -125,20 +124,23 @@ def command(args: argparse.Namespace) -> None:
     if args.save_calib_list is not None:
         _refuse_unwritable("--save_calib_list", Path(args.save_calib_list))
     names = None if args.calib_list is None else load_names(args.calib_list)
+    found = find_images(flags.data_choice(args, data_path, config))
     seed_everything(config.seed)
-    network = load_network(
-        default_if_none(args.arch, "digits_resnet"),
-        args.checkpoint,
-        **network_arguments,
-    )
-    source = open_images(data_path, network.preprocessing, network.num_classes)
-    columns = flags.network_columns(args, network, "cnn", source.name)
+    # All that can be wrong with flags and data shows before weights are fetched.
+    plan = plan_network(default_if_none(args.arch, "digits_resnet"), args.checkpoint, **network_arguments)
+    source = found.open(plan.preprocessing, plan.num_classes, published=plan.published)
+    flag = flags.images_flag(config, rounding="--calib_samples", search="--search_samples", data="--data_path")
+    count = max(2, config.images_needed)  # tracing needs two
+    indices = choose_calibration(source, count, config.seed, names=names, flag=flag)
+    network = plan.load()
+    columns = flags.network_columns(args, network, "cnn", source)
     if config.images_needed:
         columns["calib_augment"] = str(bool(args.calib_augment))
         columns["calib_list"] = None if names is None else names_digest(names)
     settings = flags.settings_line(config, FIELDS)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
-    chosen = job.do(lambda: _calibration_images(args, config, source, names))
+    augment = bool(args.calib_augment)
+    chosen = job.do(lambda: load_calibration(source, indices, config.seed, augment=augment, quiet=options.quiet))
     if args.save_calib_list is not None:
         save_names(args.save_calib_list, chosen)
 
@@ -146,21 +148,6 @@ def command(args: argparse.Namespace) -> None:
 def _refuse_unwritable(flag: str, path: Path) -> None:
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{flag}: cannot write {path}; expected the path of a file in a folder that exists")
-
-
-def _calibration_images(
-    args: argparse.Namespace, config: QuantConfig, source: ImageSource, names: list[str] | None
-) -> tuple[Tensor, list[str]]:
-    """The images that the stages look at, two at least, which tracing needs; and their names."""
-    return calibration_images(
-        source,
-        max(2, config.images_needed),
-        config.seed,
-        augment=bool(args.calib_augment),
-        names=names,
-        flag=flags.images_flag(config, rounding="--calib_samples", search="--search_samples", data="--data_path"),
-        quiet=bool(args.quiet),
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

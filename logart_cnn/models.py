@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,8 +18,8 @@ from logart.networks.builders import register_builder
 from logart.networks.data import Preprocessing
 from logart.networks.network import DIGITS_PREPROCESSING as DIGITS
 from logart.networks.network import INTERPOLATIONS as INTERPOLATIONS
-from logart.networks.network import TIMM, Network, load_by, unknown_network
-from logart.networks.timm_network import build_timm, load_timm
+from logart.networks.network import TIMM, Network, Plan, names_table, plan_by, unknown_network
+from logart.networks.timm_network import build_timm, plan_timm
 from logart.networks.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet
@@ -29,16 +30,7 @@ IMAGENET = Preprocessing((3, 224, 224), 0.875, "bilinear", IMAGENET_MEAN, IMAGEN
 CIFAR = Preprocessing((3, 32, 32), 1.0, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 
 BRECQ_URL = "https://github.com/yhhhli/BRECQ/releases/download/v1.0/"
-WEIGHT_URLS = {
-    "resnet18": BRECQ_URL + "resnet18_imagenet.pth.tar",
-    "resnet50": BRECQ_URL + "resnet50_imagenet.pth.tar",
-    "mobilenetv2": BRECQ_URL + "mobilenetv2.pth.tar",
-    "regnetx_600m": BRECQ_URL + "regnet_600m.pth.tar",
-    "regnetx_3200m": BRECQ_URL + "regnet_3200m.pth.tar",
-    "mnasnet": BRECQ_URL + "mnasnet.pth.tar",
-    "squeezenet1_1": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url,
-}
-PACKAGED_WEIGHTS = {"digits_resnet": "weights/digits_resnet.safetensors"}
+PACKAGED = "weights/"  # how the path of weights that come with this package begins
 
 # timm's residual and inception units that take one tensor and give one; other networks go layer by layer.
 TIMM_BLOCKS = (
@@ -89,33 +81,50 @@ TIMM_BLOCKS = (
 
 
 @dataclass(frozen=True)
-class _Stock:
-    """A network known by name: how to build it for a state dict, and how to rename that one's keys."""
+class Entry:
+    """A network known by name; all that is known of it, which help and documentation are made from.
 
+    Attributes:
+        about: What it is.
+        build: From a state dict and the number of classes.
+        block_types: Class names of the blocks to reconstruct.
+        weights: A URL, a path in this package, or "" where it has none of its own.
+        rename: The keys of published state dicts, as the network has them.
+        preprocessing: The images it expects.
+        num_classes: Its outputs.
+    """
+
+    about: str
     build: Callable[[State, int], nn.Module]
     block_types: tuple[str, ...]
+    weights: str = ""
     rename: Callable[[State], State] = dict
     preprocessing: Preprocessing = IMAGENET
     num_classes: int = 1000
 
 
 def load_network(arch: str, checkpoint: str | Path | None = None, **settings: Any) -> Network:
-    """The network of one of `ARCHS`, or of 'timm:' and a name that timm knows; `settings` as for `network.load_by`."""
-    return load_by(_load, "cnn", arch, checkpoint, **settings)
+    """The network of one of `ARCHS`, or of 'timm:' and a name that timm knows; `settings` as for `network.plan_by`."""
+    return plan_network(arch, checkpoint, **settings).load()
 
 
-def _load(
+def plan_network(arch: str, checkpoint: str | Path | None = None, **settings: Any) -> Plan:
+    """The same before its weights are read or fetched."""
+    return plan_by(_plan, "cnn", arch, checkpoint, **settings)
+
+
+def _plan(
     arch: str,
     checkpoint: str | Path | None,
     model_kwargs: Mapping[str, object] | None,
     num_classes: int | None,
     input_size: int | None,
-) -> Network:
+) -> Plan:
     if arch.startswith(TIMM):
-        return load_timm(
+        return plan_timm(
             arch,
             arch.removeprefix(TIMM),
-            checkpoint,
+            None if checkpoint is None else nullcontext(Path(checkpoint)),
             flag="--arch",
             find_blocks=_find_blocks,
             model_kwargs=model_kwargs,
@@ -124,9 +133,13 @@ def _load(
         )
     if model_kwargs:
         raise UserError(f"--model_kwargs: only for --arch {TIMM}NAME, not for {arch}")
-    if arch not in _STOCK:
+    if arch not in ENTRIES:
         raise unknown_network(arch, ARCHS, flag="--arch")
-    return _load_stock(arch, checkpoint, num_classes)
+    entry = ENTRIES[arch]
+    if checkpoint is None and not entry.weights:
+        raise UserError(f"--checkpoint: {arch} comes without weights; expected a file of them")
+    classes = num_classes or entry.num_classes
+    return Plan(entry.preprocessing, classes, lambda: _load(arch, checkpoint, classes))
 
 
 def build_network(
@@ -144,35 +157,30 @@ def build_network(
         shapes: A tensor, on any device, of the shape of each weight; what decides the width of some networks.
         model_kwargs, num_classes, input_size: As for `load_network`.
     """
-    if arch in _STOCK:
-        return _STOCK[arch].build(dict(shapes), num_classes or _STOCK[arch].num_classes)
+    if arch in ENTRIES:
+        return ENTRIES[arch].build(dict(shapes), num_classes or ENTRIES[arch].num_classes)
     name = arch.removeprefix(TIMM)
     return build_timm(name, flag="--arch", model_kwargs=model_kwargs, num_classes=num_classes, input_size=input_size)[0]  # type: ignore[no-any-return]
 
 
-def _load_stock(arch: str, checkpoint: str | Path | None, num_classes: int | None) -> Network:
-    stock = _STOCK[arch]
-    state, source, sha256 = _weights(arch, checkpoint)
-    state = stock.rename(state)
-    classes = num_classes or stock.num_classes
-    model = stock.build(state, classes)
+def _load(arch: str, checkpoint: str | Path | None, classes: int) -> Network:
+    entry = ENTRIES[arch]
+    state, source, sha256 = _weights(entry, checkpoint)
+    state = entry.rename(state)
+    model = entry.build(state, classes)
     load_state_dict(model, state, flag="--checkpoint", source=source)
-    return Network(arch, model, stock.preprocessing, stock.block_types, classes, source, sha256)
+    return Network(arch, model, entry.preprocessing, entry.block_types, classes, source, sha256)
 
 
-def _weights(arch: str, checkpoint: str | Path | None) -> tuple[State, str, str]:
+def _weights(entry: Entry, checkpoint: str | Path | None) -> tuple[State, str, str]:
     """The state dict, where it came from, and its hash."""
     if checkpoint is not None:
         return read_state_dict(checkpoint), Path(checkpoint).name, file_sha256(checkpoint)
-    if arch in WEIGHT_URLS:
-        state, sha256 = fetch_state_dict(WEIGHT_URLS[arch])
-        return state, WEIGHT_URLS[arch], sha256
-    if arch in PACKAGED_WEIGHTS:
-        packaged = resources.files("logart_cnn").joinpath(PACKAGED_WEIGHTS[arch])
-        if packaged.is_file():
-            with resources.as_file(packaged) as path:
-                return read_state_dict(path), path.name, file_sha256(path)
-    raise UserError(f"--checkpoint: {arch} comes without weights; expected a file of them")
+    if not entry.weights.startswith(PACKAGED):
+        state, sha256 = fetch_state_dict(entry.weights)
+        return state, entry.weights, sha256
+    with resources.as_file(resources.files("logart_cnn").joinpath(entry.weights)) as path:
+        return read_state_dict(path), path.name, file_sha256(path)
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -188,21 +196,44 @@ def _torchvision_builder(name: str) -> Callable[[State, int], nn.Module]:
     return lambda _, num_classes: torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
 
-def _cifar(depth: int) -> _Stock:
-    return _Stock(lambda _, classes: CifarResNet(depth, classes), ("CifarBlock",), dict, CIFAR, 10)
+def _cifar(depth: int) -> Entry:
+    return Entry(
+        f"ResNet-{depth} for CIFAR-10 (He et al., 2016)",
+        lambda _, classes: CifarResNet(depth, classes),
+        ("CifarBlock",),
+        preprocessing=CIFAR,
+        num_classes=10,
+    )
 
 
-_STOCK = {
-    "resnet18": _Stock(_torchvision_builder("resnet18"), ("BasicBlock",)),
-    "resnet50": _Stock(_torchvision_builder("resnet50"), ("Bottleneck",)),
-    "mobilenetv2": _Stock(_torchvision_builder("mobilenet_v2"), ("InvertedResidual",), rename_mobilenetv2),
-    "regnetx_600m": _Stock(_timm_builder("regnetx_006"), ("Bottleneck",), rename_regnet),
-    "regnetx_3200m": _Stock(_timm_builder("regnetx_032"), ("Bottleneck",), rename_regnet),
-    "mnasnet": _Stock(build_mnasnet, ("_InvertedResidual",), rename_mnasnet),
-    "squeezenet1_1": _Stock(_torchvision_builder("squeezenet1_1"), ("Fire",)),
+ENTRIES = {
+    "resnet18": Entry("torchvision's ResNet-18", _torchvision_builder("resnet18"), ("BasicBlock",),
+                      BRECQ_URL + "resnet18_imagenet.pth.tar"),
+    "resnet50": Entry("torchvision's ResNet-50", _torchvision_builder("resnet50"), ("Bottleneck",),
+                      BRECQ_URL + "resnet50_imagenet.pth.tar"),
+    "mobilenetv2": Entry("torchvision's MobileNetV2", _torchvision_builder("mobilenet_v2"), ("InvertedResidual",),
+                         BRECQ_URL + "mobilenetv2.pth.tar", rename_mobilenetv2),
+    "regnetx_600m": Entry("RegNetX-600MF (timm's regnetx_006)", _timm_builder("regnetx_006"), ("Bottleneck",),
+                          BRECQ_URL + "regnet_600m.pth.tar", rename_regnet),
+    "regnetx_3200m": Entry("RegNetX-3.2GF (timm's regnetx_032)", _timm_builder("regnetx_032"), ("Bottleneck",),
+                           BRECQ_URL + "regnet_3200m.pth.tar", rename_regnet),
+    "mnasnet": Entry("torchvision's MNASNet, of the width that the weights have", build_mnasnet,
+                     ("_InvertedResidual",), BRECQ_URL + "mnasnet.pth.tar", rename_mnasnet),
+    "squeezenet1_1": Entry("torchvision's SqueezeNet 1.1", _torchvision_builder("squeezenet1_1"), ("Fire",),
+                           torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url),
     **{f"cifar_resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56)},
-    "digits_resnet": _Stock(lambda _, classes: DigitsResNet(num_classes=classes), ("DigitsBlock",), dict, DIGITS, 10),
-}
-ARCHS: tuple[str, ...] = tuple(_STOCK)
+    "digits_resnet": Entry("a small ResNet for the built-in digits", lambda _, n: DigitsResNet(num_classes=n),
+                           ("DigitsBlock",), PACKAGED + "digits_resnet.safetensors", dict, DIGITS, 10),
+}  # fmt: skip
+ARCHS: tuple[str, ...] = tuple(ENTRIES)
+
+
+def names_documentation() -> str:
+    """The table of the names of --arch."""
+    return names_table(
+        (name, entry.about, entry.preprocessing.input_size, entry.num_classes, entry.weights)
+        for name, entry in ENTRIES.items()
+    )
+
 
 register_builder("cnn", build_network)

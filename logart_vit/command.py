@@ -8,8 +8,9 @@ from typing import Any, get_type_hints
 
 from logart.cli import FlagParser, default_if_none, finite, given, refuse_without_effect, run_command
 from logart.errors import UserError
-from logart.networks.calibration import calibration_images
-from logart.networks.data import DIGITS, open_images
+from logart.networks.calibration import choose_calibration, load_calibration
+from logart.networks.data import find_images
+from logart.networks.digits import DIGITS
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, preset
 from logart.quantization.rounding_methods import METHODS
 from logart.runs import flags
@@ -17,7 +18,7 @@ from logart.runs.flag_groups import GROUPS, TrackFlags
 from logart.runs.job import Job
 from logart.runs.preflight import check_outputs
 from logart.runtime import seed_everything
-from logart_vit.models import MODELS, load_network
+from logart_vit.models import MODELS, plan_network
 from logart_vit.settings import OPTIM_METRICS, Config, load_config
 
 # setting of a config file, and flag that overrides it -> field of QuantConfig
@@ -138,21 +139,20 @@ def command(args: argparse.Namespace) -> None:
     )
     network_arguments = flags.network_arguments(args)
     check_outputs(options, network_arguments["model_kwargs"], args.checkpoint)
+    found = find_images(flags.data_choice(args, dataset, config), flag="--dataset")
     seed_everything(config.seed)
-    network = load_network(
-        default_if_none(args.model, "digits_vit"),
-        args.checkpoint,
-        **network_arguments,
-    )
-    source = open_images(dataset, network.preprocessing, network.num_classes, flag="--dataset")
-    columns = flags.network_columns(args, network, "vit", source.name)
+    # All that can be wrong with flags and data shows before weights are fetched.
+    plan = plan_network(default_if_none(args.model, "digits_vit"), args.checkpoint, **network_arguments)
+    source = found.open(plan.preprocessing, plan.num_classes, published=plan.published)
+    flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
+    indices = choose_calibration(source, max(2, config.images_needed), config.seed, flag=flag)  # tracing needs two
+    network = plan.load()
+    columns = flags.network_columns(args, network, "vit", source)
     columns["config"] = args.config
     mode = next(name for name, value in MODES.items() if value is config.recon_input)
     settings = flags.settings_line(config, FIELDS, optim_mode=mode, **loading)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
-    flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
-    count = max(2, config.images_needed)
-    job.do(lambda: calibration_images(source, count, config.seed, flag=flag, quiet=options.quiet))
+    job.do(lambda: load_calibration(source, indices, config.seed, quiet=options.quiet))
 
 
 def main(argv: list[str] | None = None) -> int:

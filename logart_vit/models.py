@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 
 from logart.errors import UserError
 from logart.networks.builders import register_builder
-from logart.networks.network import DIGITS_PREPROCESSING, TIMM, Network, load_by, unknown_network
-from logart.networks.timm_network import build_timm, load_timm
+from logart.networks.network import DIGITS_PREPROCESSING, TIMM, Network, Plan, names_table, plan_by, unknown_network
+from logart.networks.timm_network import build_timm, plan_timm
 
-# timm's bare names have changed their weights over the years; these are the weights of the older papers.
-MODELS = {
-    "vit_tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
-    "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
-    "vit_base": "vit_base_patch16_224.augreg_in21k_ft_in1k",
-    "vit_large": "vit_large_patch16_224.augreg_in21k_ft_in1k",
-    "deit_tiny": "deit_tiny_patch16_224.fb_in1k",
-    "deit_small": "deit_small_patch16_224.fb_in1k",
-    "deit_base": "deit_base_patch16_224.fb_in1k",
-    "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
-    "swin_small": "swin_small_patch4_window7_224.ms_in1k",
-    "swin_base": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
-    "swin_base_384": "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
-    "digits_vit": "vit_tiny_patch16_224",
-}
+
+@dataclass(frozen=True)
+class Entry:
+    """A network known by name; all that is known of it, which help and documentation are made from.
+
+    Attributes:
+        timm: timm's name of it. Bare names have changed their weights over the years; a tag names them for good.
+        about: What it is.
+        kwargs: Arguments that build it.
+        weights: A path in this package; "" takes timm's.
+    """
+
+    timm: str
+    about: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+
+
 DIGITS_VIT_KWARGS = {
     "img_size": 8,
     "patch_size": 4,
@@ -42,7 +46,22 @@ DIGITS_VIT_KWARGS = {
     "mlp_ratio": 2,
     "num_classes": 10,
 }
-PACKAGED_WEIGHTS = {"digits_vit": "weights/digits_vit.safetensors"}
+ENTRIES = {  # with the weights of the older papers
+    "vit_tiny": Entry("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "ViT-Ti/16"),
+    "vit_small": Entry("vit_small_patch16_224.augreg_in21k_ft_in1k", "ViT-S/16"),
+    "vit_base": Entry("vit_base_patch16_224.augreg_in21k_ft_in1k", "ViT-B/16"),
+    "vit_large": Entry("vit_large_patch16_224.augreg_in21k_ft_in1k", "ViT-L/16"),
+    "deit_tiny": Entry("deit_tiny_patch16_224.fb_in1k", "DeiT-Ti/16"),
+    "deit_small": Entry("deit_small_patch16_224.fb_in1k", "DeiT-S/16"),
+    "deit_base": Entry("deit_base_patch16_224.fb_in1k", "DeiT-B/16"),
+    "swin_tiny": Entry("swin_tiny_patch4_window7_224.ms_in1k", "Swin-T"),
+    "swin_small": Entry("swin_small_patch4_window7_224.ms_in1k", "Swin-S"),
+    "swin_base": Entry("swin_base_patch4_window7_224.ms_in22k_ft_in1k", "Swin-B"),
+    "swin_base_384": Entry("swin_base_patch4_window12_384.ms_in22k_ft_in1k", "Swin-B at 384 pixels"),
+    "digits_vit": Entry("vit_tiny_patch16_224", "a small ViT for the built-in digits", DIGITS_VIT_KWARGS,
+                        "weights/digits_vit.safetensors"),
+}  # fmt: skip
+MODELS: tuple[str, ...] = tuple(ENTRIES)
 RAW_WEIGHTS = Path("checkpoint/vit_raw")  # under the working directory; the layout of AdaLog's repository
 ROW_GROUPS = {"qkv": 3}  # one fused layer for queries, keys and values
 
@@ -125,41 +144,44 @@ def load_network(model: str, checkpoint: str | Path | None = None, **settings: A
         model: Its name.
         checkpoint: A file of weights. Without one, the file `<timm's name>.bin` under `RAW_WEIGHTS` where there is
             one, else timm's pretrained weights; for digits_vit those of this package.
-        settings: As for `network.load_by`.
+        settings: As for `network.plan_by`.
 
     Raises:
         UserError: As there; or a network without transformer blocks.
     """
-    return load_by(_load, "vit", model, checkpoint, **settings)
+    return plan_network(model, checkpoint, **settings).load()
 
 
-def _load(
+def plan_network(model: str, checkpoint: str | Path | None = None, **settings: Any) -> Plan:
+    """The same before its weights are read or fetched."""
+    return plan_by(_plan, "vit", model, checkpoint, **settings)
+
+
+def _plan(
     model: str,
     checkpoint: str | Path | None,
     model_kwargs: Mapping[str, object] | None,
     num_classes: int | None,
     input_size: int | None,
-) -> Network:
-    if model not in MODELS and not model.startswith(TIMM):
-        raise unknown_network(model, tuple(MODELS), flag="--model")
-    name = MODELS.get(model, model.removeprefix(TIMM))
-    is_digits = model == "digits_vit"
-    with _weights_file(model, name, checkpoint) as path:
-        network = load_timm(
-            model,
-            name,
-            path,
-            flag="--model",
-            find_blocks=partial(_find_blocks, model),
-            model_kwargs=model_kwargs,
-            defaults=DIGITS_VIT_KWARGS if is_digits else None,
-            num_classes=num_classes,
-            input_size=input_size,
-        )
-    settings = network.preprocessing
-    if is_digits:
+) -> Plan:
+    if model not in ENTRIES and not model.startswith(TIMM):
+        raise unknown_network(model, MODELS, flag="--model")
+    entry = ENTRIES.get(model) or Entry(model.removeprefix(TIMM), "")
+    plan = plan_timm(
+        model,
+        entry.timm,
+        _weights_file(model, entry, checkpoint),
+        flag="--model",
+        find_blocks=partial(_find_blocks, model),
+        model_kwargs=model_kwargs,
+        defaults=entry.kwargs,
+        num_classes=num_classes,
+        input_size=input_size,
+    )
+    settings = plan.preprocessing
+    if model == "digits_vit":
         settings = replace(DIGITS_PREPROCESSING, input_size=settings.input_size)
-    return replace(network, preprocessing=settings, row_groups=ROW_GROUPS)
+    return replace(plan, preprocessing=settings, load=lambda: replace(plan.load(), row_groups=ROW_GROUPS))
 
 
 def build_network(
@@ -171,29 +193,41 @@ def build_network(
     input_size: int | None = None,
 ) -> nn.Module:
     """The network that `load_network` would give weights to; arguments as there, `shapes` decide nothing here."""
+    entry = ENTRIES.get(arch) or Entry(arch.removeprefix(TIMM), "")
     return build_timm(
-        MODELS.get(arch, arch.removeprefix(TIMM)),
+        entry.timm,
         flag="--model",
         model_kwargs=model_kwargs,
-        defaults=DIGITS_VIT_KWARGS if arch == "digits_vit" else None,
+        defaults=entry.kwargs,
         num_classes=num_classes,
         input_size=input_size,
     )[0]  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _weights_file(model: str, name: str, checkpoint: str | Path | None) -> Iterator[Path | None]:
+def _weights_file(
+    model: str, entry: Entry, checkpoint: str | Path | None
+) -> AbstractContextManager[Path] | None:  # fmt: skip
     """The file of the weights; None where there is none."""
     if checkpoint is not None:
-        yield Path(checkpoint)
-    elif model in PACKAGED_WEIGHTS:
-        with resources.as_file(resources.files("logart_vit").joinpath(PACKAGED_WEIGHTS[model])) as path:
-            yield path
-    else:
-        bare, _, tag = name.partition(".")
-        raw = RAW_WEIGHTS / f"{bare}.bin"
-        asked = tag and model not in MODELS  # who names a tag wants those weights
-        yield raw if raw.is_file() and not asked else None
+        return nullcontext(Path(checkpoint))
+    if entry.weights:
+        return resources.as_file(resources.files("logart_vit").joinpath(entry.weights))
+    bare, _, tag = entry.timm.partition(".")
+    raw = RAW_WEIGHTS / f"{bare}.bin"
+    asked = tag and model not in ENTRIES  # who names a tag wants those weights
+    return nullcontext(raw) if raw.is_file() and not asked else None
+
+
+def names_documentation() -> str:
+    """The table of the names of --model."""
+    rows = []
+    for name, entry in ENTRIES.items():
+        config = timm.get_pretrained_cfg(entry.timm)
+        assert config is not None
+        size = DIGITS_PREPROCESSING.input_size if entry.kwargs else config.input_size
+        classes = entry.kwargs.get("num_classes", config.num_classes)
+        rows.append((name, entry.about, size, classes, entry.weights or f"timm's {entry.timm}"))
+    return names_table(rows)
 
 
 def _find_blocks(model: str, network: nn.Module) -> tuple[str, ...]:

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
-from logart.networks.data import DIGITS, open_images
+from logart.networks.data import open_images
+from logart.networks.digits import DIGITS
 from logart.networks.network import DIGITS_PREPROCESSING
 from logart.runtime import seed_everything
 from logart_cnn.networks import DigitsResNet
-from logart_vit.models import DIGITS_VIT_KWARGS, MODELS, PACKAGED_WEIGHTS
+from logart_vit.models import DIGITS_VIT_KWARGS, ENTRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_SHIFT = 1  # pixels
@@ -66,10 +67,10 @@ RECIPES = {
         l1=3e-4,
     ),
     "digits_vit": Recipe(
-        build=partial(timm.create_model, MODELS["digits_vit"], **DIGITS_VIT_KWARGS),
+        build=partial(timm.create_model, ENTRIES["digits_vit"].timm, **DIGITS_VIT_KWARGS),
         optimizer=Adam,  # without weight decay, for the penalty already shrinks the weights
         schedule=lambda optimizer, steps: OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1),
-        weights=ROOT / "logart_vit" / PACKAGED_WEIGHTS["digits_vit"],
+        weights=ROOT / "logart_vit" / ENTRIES["digits_vit"].weights,
         epochs=200,
         l1=2e-4,
     ),

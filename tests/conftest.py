@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's checkpoint folder, empty; and no network."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(models, "WEIGHT_URLS", {"resnet18": "http://127.0.0.1:9/resnet18_imagenet.pth.tar"})
+    entry = replace(models.ENTRIES["resnet18"], weights="http://127.0.0.1:9/resnet18_imagenet.pth.tar")
+    monkeypatch.setitem(models.ENTRIES, "resnet18", entry)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)

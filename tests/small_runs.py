@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,12 +72,27 @@ def small_transformer(name: str = VIT, words: str = VIT_KWARGS) -> nn.Module:
     return model
 
 
-class Files:
+class ImageFiles:
+    """Image folders that the tests of both commands read."""
+
+    def __init__(self, folder: Path, images: Path, make_image_folder: Callable[..., Path]) -> None:
+        self.images = images
+        self.others = make_image_folder(folder / "others", train=3, size=48)
+        self.numbered = make_image_folder(folder / "numbered")
+        for path in self.numbered.glob("*/class*"):
+            path.rename(path.with_name({"0": "1", "1": "2", "2": "9", "3": "10"}[path.name[-1]]))
+        classes = {f"class{index}": 3 - index for index in range(4)}
+        self.classes = folder / "classes.json"
+        self.classes.write_text(json.dumps(classes))
+        self.classes_digest = "map:" + sha256(json.dumps(sorted(classes.items())).encode()).hexdigest()[:16]
+
+
+class Files(ImageFiles):
     """Checkpoints and image folders that the tests of the CNN command read."""
 
     def __init__(self, folder: Path, images: Path, digits: Path, make_image_folder: Callable[..., Path]) -> None:
-        self.images, self.digits = images, digits
-        self.others = make_image_folder(folder / "others", train=3, size=48)
+        super().__init__(folder, images, make_image_folder)
+        self.digits = digits
         self.small = seeded(small, folder / "small.safetensors")
         self.again = seeded(small, folder / "again.pth", seed=1)
         self.again_sha256 = file_sha256(self.again)
@@ -95,12 +112,11 @@ class Files:
         ]
 
 
-class VitFiles:
+class VitFiles(ImageFiles):
     """Checkpoints, configs and image folders that the tests of the ViT command read."""
 
     def __init__(self, folder: Path, images: Path, make_image_folder: Callable[..., Path]) -> None:
-        self.images = images
-        self.others = make_image_folder(folder / "others", train=3, size=48)
+        super().__init__(folder, images, make_image_folder)
         self.small = seeded(small_transformer, folder / "small.safetensors")
         self.again = seeded(small_transformer, folder / "again.bin", seed=1)
         self.again_sha256 = file_sha256(self.again)

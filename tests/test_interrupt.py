@@ -41,7 +41,8 @@ raise SystemExit(guarded("sweep", lambda argv: run_in_subprocess(["row"])))
 COMMAND = """
 import argparse, sys
 from logart.cli import FlagParser, run_command
-from logart.networks.data import ImageSource, Preprocessing, Split, validation_batches
+from logart.networks.data import ImageSource, Preprocessing, Split
+from logart.networks.loader import validation_batches
 def load(name):
     print("reached", flush=True)
     while True:

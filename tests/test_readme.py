@@ -23,7 +23,7 @@ from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seede
 from logart.cli import key_values
 from logart.export.__main__ import build_parser as build_export_parser
 from logart.export.__main__ import main as export_main
-from logart.networks.data import DIGITS
+from logart.networks.digits import DIGITS
 from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main
 from logart.report.__main__ import build_parser as build_report_parser
@@ -218,7 +218,7 @@ def weights(arch: str, checkpoint: str | None, model_kwargs: list[str] | None, f
         seeded(lambda: timm.create_model(name, num_classes=CLASSES, **options), path)
         return ["--checkpoint", str(path), *(["--model_kwargs", *words] if words else [])]
     if checkpoint is None:
-        path = folder / "hub" / "checkpoints" / Path(urlparse(models.WEIGHT_URLS[arch]).path).name
+        path = folder / "hub" / "checkpoints" / Path(urlparse(models.ENTRIES[arch].weights).path).name
     seeded(lambda: models._STOCK[arch].build({}, CLASSES), path)
     return [] if checkpoint is None else ["--checkpoint", str(path)]
 

@@ -11,8 +11,9 @@ import torch
 import logart_cnn.main
 import logart_vit.main
 from logart import QuantConfig, load_packed
-from logart.networks.data import open_images, validation_batches
+from logart.networks.data import open_images
 from logart.networks.evaluate import accuracy
+from logart.networks.loader import validation_batches
 from logart.packed.file import PackedFile
 from logart.runs.columns import SETTINGS, Facts, settings_row
 from logart_cnn.models import load_network

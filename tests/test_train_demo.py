@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model
-from logart.networks.data import open_images, validation_batches
+from logart.networks.data import open_images
 from logart.networks.evaluate import accuracy
+from logart.networks.loader import validation_batches
 from logart.networks.network import DIGITS_PREPROCESSING, Network
 from scripts.train_demo import RECIPES, Recipe, main, shifted, train, training_digits
 

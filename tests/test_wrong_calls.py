@@ -56,3 +56,38 @@ def test_a_wrong_call_takes_one_line_and_leaves_no_trace(
 def stamps(folder: Path) -> dict[Path, int]:
     """What is in a folder, and when each was last written to."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix != ".pyc"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data_path {folder}/lost",
+        "--data_path {three}",
+        "--data_path digits",
+        "--data_path {images} --calib_from_val 9",
+        "--data_path {images} --calib_samples 9 --rounding compensated",
+        "--data_path {images} --calib_path {void}",
+        "--data_path {images} --save {folder}/lost/new.safetensors",
+        "--data_path {images} --std 0",
+        "--data_path {images} --input-size 1 32 32",
+        "--data_path {images} --n_bits_w 9",
+    ],
+)
+@pytest.mark.parametrize("track", ["cnn", "vit"])
+def test_nothing_is_fetched_for_a_call_that_is_wrong(
+    track: str, flags: str, wrong: dict[str, Wrong], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a download began")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logart_cnn.models.fetch_state_dict", fetch)
+    monkeypatch.setattr("logart.networks.timm_network._pretrained", fetch)
+    monkeypatch.setattr("logart.networks.timm_network._check_classes", lambda name, model: None)
+    network = {"cnn": "--arch squeezenet1_1", "vit": "--model vit_tiny --model_kwargs depth=1"}[track]
+    call = [*network.split(), "--num_classes", "4", "--rounding", "nearest"]
+    with pytest.raises(SystemExit) as stopped:
+        MAIN[track]([*call, *flags.format_map(vars(wrong[track])).split()])
+    assert stopped.value.code == 2
+    with pytest.raises(AssertionError, match="a download began"):  # for a call that is right
+        MAIN[track]([*call, "--data_path", str(wrong[track].images)])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 from small_runs import SMALL, SMALL_KWARGS, VIT, VIT_KWARGS, Files, VitFiles, seeded, small_transformer
 
@@ -234,7 +235,8 @@ BAD_CONFIGS = [
     vit("--config {no_batch} --val_batch_size -1", "--val_batch_size: expected 1 or more, got -1"),
 ]
 
-LOST = f"{VIT_KWARGS} pretrained_cfg_overlay={{{{{{{{'file':'lost.pth','custom_load':False}}}}}}}}"  # no download
+# No download.
+LOST = f"{VIT_KWARGS} pretrained_cfg_overlay={{{{{{{{'file':'lost.pth','custom_load':False,'num_classes':4}}}}}}}}"
 NETWORKS = [
     cnn("--arch resnet19", "--arch: no network 'resnet19'; did you mean resnet18"),
     vit("--model vit_bsae", "--model: no network 'vit_bsae'; did you mean vit_base"),
@@ -246,9 +248,11 @@ NETWORKS = [
         "--model: timm has no model 'vit_tiny_patch16_244'; did you mean timm:vit_"),
     vit("--model timm:resnet10t",
         "--model: timm:resnet10t: no transformer blocks found; expected a vision transformer"),
-    cnn("--arch resnet18", "--checkpoint: could not download http://127.0.0.1:9/resnet18_imagenet.pth.tar"),
+    cnn("--data_path {images} --arch resnet18 --num_classes 4 --iters_w 0",
+        "--checkpoint: could not download http://127.0.0.1:9/resnet18_imagenet.pth.tar"),
     cnn("--arch cifar_resnet20", "--checkpoint: cifar_resnet20 comes without weights; expected a file of them"),
-    vit(f"--model vit_tiny --model_kwargs {LOST}", "--model: no pretrained weights for vit_tiny ("),
+    vit(f"--dataset {{images}} --num_classes 4 --model vit_tiny --model_kwargs {LOST}",
+        "--model: no pretrained weights for vit_tiny ("),
     Call("--checkpoint {folder}/lost.pth", "--checkpoint: {folder}/lost.pth does not exist"),
     Call("--checkpoint {folder}", "--checkpoint: {folder} is a folder; expected a checkpoint file"),
     Call("--checkpoint=", "--checkpoint: . is a folder; expected a checkpoint file"),
@@ -258,10 +262,12 @@ NETWORKS = [
     Call("--checkpoint {numbers}", "--checkpoint: {numbers} holds entries that are no tensors: epoch"),
     Call("--checkpoint {module}", "--checkpoint: {module} holds a logart_cnn.networks.DigitsResNet; only tensors are"),
     Call("--checkpoint {small}", "--checkpoint: the keys of small.safetensors do not fit the network: missing"),
-    vit("{on_images} --checkpoint {deep}", "--checkpoint: the keys of deep.pth do not fit the network: unexpected"),
+    vit("{on_images} --dataset {images} --checkpoint {deep}",
+        "--checkpoint: the keys of deep.pth do not fit the network: unexpected"),
     cnn("--checkpoint {seven}",
         "--checkpoint: seven.pth has 7 classes (linear.weight), but the network was built for 10"),
-    vit("{on_images} --checkpoint {seven}", "--checkpoint: seven.pth has 7 classes (head.weight), but the network was"),
+    vit("{on_images} --dataset {images} --checkpoint {seven}",
+        "--checkpoint: seven.pth has 7 classes (head.weight), but the network was"),
     cnn("--checkpoint {nan}", "--arch, --checkpoint: the float network's logits are not all finite"),
     vit("{on_images} --dataset {images} --checkpoint {nan}",
         "--model, --checkpoint: the float network's logits are not"),
@@ -287,9 +293,29 @@ DATA = [
     Call("{on_images} --{data} {folder}/lost", "--{data}: no folder {folder}/lost; expected ImageNet layout"),
     Call("{on_images} --{data} {garbage}", "--{data}: no folder {garbage}; expected ImageNet layout"),
     Call("{on_images} --{data} {unsplit}", "--{data}: no folder 'train' under {unsplit}; expected ImageNet layout"),
-    Call("{on_images} --{data} {bare}", "--{data}: no images under {bare}/val (Found no valid file for the classes"),
-    Call("{on_images} --{data} {lone}", "--{data}: under {lone}, only 'train' has the class 'class3'"),
-    Call("{on_images} --{data} {three}", "--{data}: {three} has 3 classes, but the network has 4"),
+    Call("{on_images} --{data} {bare}", "--{data}: no images in the class folders under {bare}/val; expected ImageNet"),
+    Call("{on_images} --{data} {lone}", "--{data}: {lone} has 5 classes, but the network has 4"),
+    Call("{on_images} --{data} {flat}", "--{data}: no class folders under {flat}/val; expected ImageNet layout"),
+    Call("{on_images} --{data} {valued}", "--{data}: no folder 'train' under {valued}; expected ImageNet layout"),
+    Call("{on_images} --{data} {numbered}", "--{data}: {numbered}: class 1 is '2' if folders are ordered as numbers, "),
+    Call("{on_images} --{data} {images} --calib_path {folder}/lost", "--calib_path: no folder {folder}/lost; expected"),
+    Call("{on_images} --{data} {images} --calib_path {void}", "--calib_path: no images under {void}"),
+    Call("{on_images} --{data} {images} --calib_path {images} --calib_from_val 2", "--calib_from_val has no effect"),
+    Call("{on_images} --{data} {images} --calib_from_val 8", f"--calib_from_val: 8 {MANY} 7"),
+    Call("{on_images} --{data} {images} --calib_from_val 0", f"--calib_from_val: 0 {MANY} 7"),
+    Call("{on_images} --{data} {images} --calib_from_val 3 --{images_flag} 4", f"--{{images_flag}}: 4 {MANY} 3"),
+    Call("{on_images} --{data} {images} --val_limit 9", f"--val_limit: 9 {MANY} 8"),
+    Call("{on_digits} --val_limit 0", f"--val_limit: 0 {MANY} 500"),
+    Call("{on_digits} --class_map {text}", "--class_map has no effect here: 'digits' has no class folders"),
+    Call("{on_digits} --class_order text", "--class_order has no effect here: 'digits' has no class folders"),
+    Call("--class_order alphabet", "--class_order: invalid choice: 'alphabet'; expected one of number, text"),
+    Call("{on_images} --{data} {images} --class_map {twice}", "--class_map: {twice} names 'train/class0/0.png' twice"),
+    Call("{on_images} --{data} {images} --class_map {strangers}", "--class_map: {strangers} lacks the class folder 'c"),
+    Call("{on_images} --{data} {images} --class_map {folder}/lost", "--class_map: cannot read {folder}/lost (No such"),
+    Call("{on_images} --{data} {images} --class_map {high}", "--{data}: {images}: class 'class3' is output 4, but the"),
+    Call("{on_images} --{data} {images} --class_map {high} --class_order text", "--class_order has no effect here: --"),
+    Call("{on_images} --{data} {floats}", "--{data}: {floats}/val/class0/0.tif is a float image; expected 8 or 16 b"),
+    Call("{on_images} --{data} {three}", "--{data}: {three} has 3 classes, but the network has 4; --class_map"),
     Call("{on_images}", "--{data}: 'digits' has 1 channel, the network 3"),
     Call("{on_digits} --{data} {images}", "--{data}: {images} has 4 classes, but the network has 10"),
     Call("{on_images} --{data} {broken}", "--{data}: cannot read the image {broken}/train/class"),
@@ -369,9 +395,19 @@ class Wrong:
         self.lone = make(folder / "lone")
         (self.lone / "val" / "class3").rename(self.lone / "val" / "class9")
         self.unsplit = make(folder / "unsplit") / "train"
-        self.bare = make(folder / "bare")
-        shutil.rmtree(self.bare / "val" / "class2")
-        (self.bare / "val" / "class2").mkdir()
+        self.bare, self.flat, self.valued = make(folder / "bare"), make(folder / "flat"), make(folder / "valued")
+        for path in [*self.bare.glob("val/*/*.png"), *self.flat.glob("val/*/*.png")]:
+            path.unlink()
+        for path in self.flat.glob("val/*"):
+            path.rmdir()
+        shutil.rmtree(self.valued / "train")
+        self.numbered, self.floats, self.void = make(folder / "numbered"), make(folder / "floats"), folder / "void"
+        self.void.mkdir()
+        for path in [*self.numbered.glob("*/class*")]:
+            path.rename(path.with_name({"0": "1", "1": "2", "2": "9", "3": "10"}[path.name[-1]]))
+        for path in [*self.floats.glob("val/*/*.png")]:
+            Image.new("F", (40, 40)).save(path.with_suffix(".tif"))
+            path.unlink()
         self.broken, self.broken_val = make(folder / "broken"), make(folder / "broken_val")
         for path in (*self.broken.glob("train/*/*.png"), self.broken_val / "val" / "class3" / "1.png"):
             path.write_bytes(path.read_bytes()[:200])
@@ -384,6 +420,8 @@ class Wrong:
         self.strangers, self.twice = folder / "strangers.txt", folder / "twice.txt"
         self.strangers.write_text("train/class0/0.png\ntrain/class0/7.png\n")
         self.twice.write_text("train/class0/0.png\n" * 4)
+        self.high = folder / "high.txt"
+        self.high.write_text("class0 0\nclass1 1\nclass2 2\nclass3 4\n")
         self.text = folder / "config.txt"
         self.text.write_text("class Config:\n    w_bit = 4\n")
         for name, line in CONFIGS.items():

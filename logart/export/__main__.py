@@ -17,7 +17,8 @@ from logart.export.hardware_export import CHOICES, export_hardware
 from logart.export.hardware_readme import approximation, cost_table
 from logart.export.integer_export import export_integer
 from logart.grids.root2 import ROOT2_TEXT
-from logart.networks.data import DIGITS, open_images
+from logart.networks.data import open_images
+from logart.networks.digits import DIGITS
 from logart.networks.image_info import preprocessing_of
 from logart.packed.file import PackedFile
 

@@ -27,9 +27,10 @@ from logart.export.integer_readme import readme, table
 from logart.export.integer_rtl import write_rtl
 from logart.export.integer_trace import Step, trace
 from logart.networks.calibration import calibration_images
-from logart.networks.data import ImageSource, open_images, validation_batches
+from logart.networks.data import ImageSource, open_images
 from logart.networks.evaluate import accuracy
 from logart.networks.image_info import preprocessing_of
+from logart.networks.loader import validation_batches
 from logart.networks.weights import file_sha256
 from logart.packed.checkpoint import load_packed
 from logart.packed.file import PackedFile
@@ -134,7 +135,7 @@ def _source(file: PackedFile, data: str) -> ImageSource:
     classes = file.info.get("class_names")
     if not isinstance(classes, list):
         raise UserError("--integer: the file does not say how many classes the network has")
-    return open_images(data, preprocessing, len(classes), flag="--inputs")
+    return open_images(data, preprocessing, len(classes), flag="--inputs", class_names=classes)
 
 
 def _real_bias(bias: Tensor | None) -> Tensor | None:

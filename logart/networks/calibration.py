@@ -15,6 +15,41 @@ from logart.networks.data import ImageSource
 from logart.runtime import progress_bar
 
 
+def choose_calibration(
+    source: ImageSource,
+    count: int,
+    seed: int,
+    *,
+    names: Sequence[str] | None = None,
+    flag: str = "--calib_samples",
+    list_flag: str = "--calib_list",
+) -> list[int]:
+    """Choose training images by the seed, without replacement: the same on every machine. None is read.
+
+    Args:
+        source: The data set.
+        count: How many images; a smaller count gives the first images of a larger one.
+        seed: Chooses.
+        names: The images to take instead, as `load_names` gives them; the first `count` of them.
+        flag: The flag that errors about the count name.
+        list_flag: The flag that errors about `names` name.
+
+    Returns:
+        Their indices in `source.train`.
+
+    Raises:
+        UserError: Fewer images than asked for, or an unknown name.
+    """
+    available = len(source.train) if names is None else len(names)
+    where = f"the training images of {source.name}" if names is None else "the saved list"
+    if not 1 <= count <= available:
+        raise UserError(f"{flag}: {count} images asked for; expected 1 to {available}, the size of {where}")
+    if names is None:
+        # The streams of RandomState are frozen by NumPy's policy; those of its newer generators may change.
+        return np.random.RandomState(seed % 2**32).permutation(available)[:count].tolist()  # type: ignore[no-any-return]
+    return _find(source, names, list_flag)[:count]
+
+
 def calibration_images(
     source: ImageSource,
     count: int,
@@ -23,36 +58,32 @@ def calibration_images(
     augment: bool = False,
     names: Sequence[str] | None = None,
     flag: str = "--calib_samples",
-    list_flag: str = "--calib_list",
     quiet: bool = False,
 ) -> tuple[Tensor, list[str]]:
-    """Load training images, chosen by the seed without replacement: the same on every machine.
+    """Choose training images and load them: `choose_calibration`, then `load_calibration`."""
+    indices = choose_calibration(source, count, seed, names=names, flag=flag)
+    return load_calibration(source, indices, seed, augment=augment, quiet=quiet)
+
+
+def load_calibration(
+    source: ImageSource, indices: Sequence[int], seed: int, *, augment: bool = False, quiet: bool = False
+) -> tuple[Tensor, list[str]]:
+    """Load training images.
 
     Args:
         source: The data set.
-        count: How many images; a smaller count gives the first images of a larger one.
-        seed: Chooses the images and, with `augment`, the crops and flips. Global generators stay as they are.
+        indices: As `choose_calibration` gives them.
+        seed: Chooses, with `augment`, the crops and flips. Global generators stay as they are.
         augment: Random-resized crops and flips instead of the evaluation's centre crop.
-        names: The images to take instead, as `load_names` gives them; the first `count` of them.
-        flag: The flag that errors about the count name.
-        list_flag: The flag that errors about `names` name.
         quiet: No progress bar.
 
     Returns:
-        The images, float32 [count, C, H, W], and their names.
+        The images, float32 [len(indices), C, H, W], and their names.
 
     Raises:
-        UserError: Fewer images than asked for, an unknown name, or an image that cannot be read.
+        UserError: An image that cannot be read.
     """
-    available = len(source.train) if names is None else len(names)
-    where = f"the training images of {source.name}" if names is None else "the saved list"
-    if not 1 <= count <= available:
-        raise UserError(f"{flag}: {count} images asked for; expected 1 to {available}, the size of {where}")
-    if names is None:
-        # The streams of RandomState are frozen by NumPy's policy; those of its newer generators may change.
-        indices = np.random.RandomState(seed % 2**32).permutation(available)[:count].tolist()
-    else:
-        indices = _find(source, names, list_flag)[:count]
+    count = len(indices)
     images: Tensor | None = None
     with torch.random.fork_rng(devices=[]), progress_bar(count, "calibration images", quiet) as bar:
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also reaches the GPU

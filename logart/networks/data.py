@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
-from logart.errors import UserError, one_line
-from logart.interrupt import processes_without_interrupt
+from logart.errors import UserError
+from logart.networks.digits import DIGITS, find_digits
+from logart.networks.image_folder import (
+    Files,
+    all_numbers,
+    balanced_choice,
+    class_folders,
+    classes_by_text_or_number,
+    files_of_classes,
+    files_of_folder,
+    outputs,
+    read_class_map,
+)
 
-DIGITS = "digits"
-DIGITS_VAL_IMAGES = 500
-DIGITS_SPLIT_SEED = 0
 PIL_MODES = {1: "L", 3: "RGB"}
 
 
@@ -97,161 +103,226 @@ class Split(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A data set: its name for tables, its classes, and its two halves."""
+    """A data set as a network sees it.
+
+    Attributes:
+        name: For tables.
+        class_names: The class folder of each output of the network, "" where there is none.
+        train: Where calibration images are taken from.
+        val: What accuracy is measured on.
+        options: What else was asked of the data, by the results column that says it.
+    """
 
     name: str
     class_names: tuple[str, ...]
     train: Split
     val: Split
+    options: Mapping[str, str | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which images a run shall have.
+
+    Attributes:
+        path: A folder in ImageNet layout (`train/<class>/*`, `val/<class>/*`), or 'digits'.
+        class_map: A file that says which output each class folder is, see `image_folder.read_class_map`.
+        class_order: One of `image_folder.ORDERS`, where both differ.
+        calib_path: Any folder of images, in place of `train`.
+        calib_from_val: So many images of `val` in place of `train`; accuracy is measured on the others.
+        val_limit: Measure accuracy on so many images only, the same ones always, of every class as many.
+        calibrates: Whether calibration images are needed; otherwise `train` may be missing.
+    """
+
+    path: str = DIGITS
+    class_map: str | None = None
+    class_order: str | None = None
+    calib_path: str | None = None
+    calib_from_val: int | None = None
+    val_limit: int | None = None
+    calibrates: bool = True
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set that was found; nobody has said yet for which network.
+
+    Attributes:
+        choice: What was asked for.
+        name: For tables.
+        classes: Which output each class is, where that is known; else its names in the order of their text.
+        train, val: The images.
+        flag: What errors name.
+    """
+
+    choice: DataChoice
+    name: str
+    classes: Mapping[str, int] | tuple[str, ...]
+    train: Files
+    val: Files
+    flag: str
+
+    def open(self, preprocessing: Preprocessing, num_classes: int, *, published: bool = False) -> ImageSource:
+        """The data set for a network; no image is read yet.
+
+        Args:
+            preprocessing: What it expects.
+            num_classes: Its outputs.
+            published: Whether its weights are published ones: folders whose names are integers then are in the order
+                of the numbers.
+
+        Raises:
+            UserError: The network has another number of classes or channels, or the order of the classes is not known.
+        """
+        channels, where = preprocessing.input_size[0], f"{self.flag}: {self.choice.path}"
+        if self.choice.path == DIGITS and channels != 1:
+            raise UserError(f"{self.flag}: '{DIGITS}' has 1 channel, the network {channels}")
+        if channels not in PIL_MODES:
+            raise UserError(f"{self.flag}: images have 1 or 3 channels, not {channels}")
+        classes, order = self._classes(num_classes, where, published)
+        class_names = outputs(classes, num_classes, where)
+        train, val = (
+            Split(
+                list(files.names),
+                [classes.get(name, -1) for name in files.classes],
+                partial(files.load, PIL_MODES[channels]),
+                preprocessing,
+            )
+            for files in (self.train, self.val)
+        )
+        return ImageSource(self.name, class_names, train, val, _options(self.choice, order))
+
+    def _classes(self, num_classes: int, where: str, published: bool) -> tuple[Mapping[str, int], str]:
+        if isinstance(self.classes, Mapping):
+            content = json.dumps(sorted(self.classes.items())).encode("utf-8", "surrogateescape")
+            return self.classes, "map:" + hashlib.sha256(content).hexdigest()[:16]
+        if len(self.classes) != num_classes:
+            hint = "; --class_map FILE says which outputs they are" if len(self.classes) < num_classes else ""
+            raise UserError(f"{where} has {len(self.classes)} classes, but the network has {num_classes}{hint}")
+        order = self.choice.class_order
+        if order is None and published and all_numbers(self.classes):
+            order = "number"
+        names, order = classes_by_text_or_number(self.classes, order, where)
+        return {name: index for index, name in enumerate(names)}, order
+
+
+def _options(choice: DataChoice, order: str) -> dict[str, str | int]:
+    options: dict[str, str | int] = {}
+    if order:
+        options["class_order"] = order
+    if choice.calib_path is not None:
+        options["calib_from"] = f"path:{Path(choice.calib_path).resolve().name}"
+    elif choice.calib_from_val is not None:
+        options["calib_from"] = f"val:{choice.calib_from_val}"
+    if choice.val_limit is not None:
+        options["val_limit"] = choice.val_limit
+    return options
+
+
+def find_images(choice: DataChoice, *, flag: str = "--data_path") -> Images:
+    """Find a data set and check all that can be said without a network; no image is read.
+
+    Args:
+        choice: What is asked for.
+        flag: The flag that errors about the path name.
+
+    Raises:
+        UserError: Not that layout, no images, fewer than asked for, or flags that exclude each other.
+    """
+    _check_choice(choice)
+    classes: Mapping[str, int] | tuple[str, ...]
+    train: Files | None
+    if choice.path == DIGITS:
+        name, (classes, train, val) = DIGITS, find_digits()
+    else:
+        name, classes, train, val = _find_folder(choice, flag)
+    if choice.calib_path is not None:
+        train = _calibration_folder(choice.calib_path)
+    elif choice.calib_from_val is not None:
+        taken = balanced_choice(val.classes, _count("--calib_from_val", choice.calib_from_val, len(val) - 1), 0)
+        train, val = val.take(taken), val.take(sorted(set(range(len(val))) - set(taken)))
+    elif train is None:
+        train = val  # no stage looks at images; tracing needs the shape of some
+    if choice.val_limit is not None:
+        val = val.take(balanced_choice(val.classes, _count("--val_limit", choice.val_limit, len(val)), 1))
+    return Images(choice, name, classes, train, val, flag)
 
 
 def open_images(
-    data_path: str, preprocessing: Preprocessing, num_classes: int, *, flag: str = "--data_path"
+    data_path: str,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    *,
+    flag: str = "--data_path",
+    class_names: Sequence[str] | None = None,
 ) -> ImageSource:
     """Open a data set and check that it fits the network; no image is read yet.
 
     Args:
-        data_path: A folder in ImageNet layout (`train/<class>/*`, `val/<class>/*`), or 'digits'.
+        data_path: As for `DataChoice`.
         preprocessing: What the network expects.
-        num_classes: The network's classes.
+        num_classes: The network's outputs.
         flag: The flag that errors name.
+        class_names: The class folder of each output, where that is known.
 
     Raises:
-        UserError: Not that layout, no images, or another number of classes or channels than the network has.
+        UserError: As `find_images` and `Images.open`.
     """
-    open_source = _open_digits if data_path == DIGITS else _open_folder
-    source = open_source(data_path, preprocessing, flag)
-    seen = len(source.class_names)
-    if seen != num_classes:
-        raise UserError(f"{flag}: {data_path} has {seen} classes, but the network has {num_classes}")
-    return source
+    images = find_images(DataChoice(data_path), flag=flag)
+    if class_names is not None and set(class_names) >= set(images.classes):
+        images = replace(images, classes={name: index for index, name in enumerate(class_names) if name})
+    return images.open(preprocessing, num_classes)
 
 
-def validation_batches(source: ImageSource, batch_size: int, workers: int) -> DataLoader:
-    """Stream the validation images in order.
-
-    Args:
-        source: The data set.
-        batch_size: Images a batch; the last batch may be smaller.
-        workers: Processes that read images; 0 reads in this one.
-
-    Returns:
-        A loader of (float32 [b, C, H, W], int64 [b]); iterating raises UserError at an image that cannot be
-        read, and leaves torch's global generator as it is.
-    """
-    generator = torch.Generator()  # without one, every pass would draw a seed from the global generator
-    return _ValidationLoader(
-        _ErrorsAsItems(source.val), batch_size, num_workers=workers, collate_fn=_collate, generator=generator
-    )
+def _check_choice(choice: DataChoice) -> None:
+    if choice.class_map is not None and choice.class_order is not None:
+        raise UserError("--class_order has no effect here: --class_map says which output each class is")
+    if choice.calib_path is not None and choice.calib_from_val is not None:
+        raise UserError("--calib_from_val has no effect here: calibration images come from --calib_path")
+    if choice.path == DIGITS:
+        for flag, value in (("--class_map", choice.class_map), ("--class_order", choice.class_order)):
+            if value is not None:
+                raise UserError(f"{flag} has no effect here: '{DIGITS}' has no class folders")
 
 
-def split_digits(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The fixed split of the digits: 500 for validation, of every class its share; the others for training.
-
-    Args:
-        labels: [n], the classes of all digits.
-
-    Returns:
-        The indices of the training images and those of the validation images, ascending.
-    """
-    shuffled = np.random.RandomState(DIGITS_SPLIT_SEED).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    quota = np.arange(len(labels) + 1) * DIGITS_VAL_IMAGES // len(labels)
-    is_val = np.diff(quota) == 1  # evenly spaced over the classes
-    return np.sort(by_class[~is_val]), np.sort(by_class[is_val])
+def _count(flag: str, count: int, most: int) -> int:
+    if not 1 <= count <= most:
+        raise UserError(f"{flag}: {count} images asked for; expected 1 to {most}")
+    return count
 
 
-def _open_digits(data_path: str, preprocessing: Preprocessing, flag: str) -> ImageSource:
-    if preprocessing.input_size[0] != 1:
-        raise UserError(f"{flag}: '{data_path}' has 1 channel, the network {preprocessing.input_size[0]}")
-    from sklearn.datasets import load_digits  # slow to import, and only the built-in data needs it
-
-    digits = load_digits()
-    pixels = (digits.images / 16).astype(np.float32)
-    load = partial(_load_digit, pixels)
-    train, val = (
-        Split([f"{DIGITS}/{part}/{i}" for i in indices], digits.target[indices].tolist(), load, preprocessing)
-        for part, indices in zip(("train", "val"), split_digits(digits.target), strict=True)
-    )
-    return ImageSource(DIGITS, tuple(map(str, digits.target_names)), train, val)
+def _calibration_folder(calib_path: str) -> Files:
+    folder = Path(calib_path)
+    if not folder.is_dir():
+        raise UserError(f"--calib_path: no folder {folder}; expected one of images")
+    files = files_of_folder(folder, "--calib_path")
+    if not files:
+        raise UserError(f"--calib_path: no images under {folder}")
+    return files
 
 
-def _load_digit(pixels: np.ndarray, name: str) -> Image.Image:
-    return Image.fromarray(pixels[int(name.rpartition("/")[2])])  # in mode F, which ToTensor does not rescale
-
-
-def _open_folder(data_path: str, preprocessing: Preprocessing, flag: str) -> ImageSource:
-    path = Path(data_path)
+def _find_folder(
+    choice: DataChoice, flag: str
+) -> tuple[str, Mapping[str, int] | tuple[str, ...], Files | None, Files]:  # fmt: skip
+    path = Path(choice.path)
     layout = f"expected ImageNet layout {path}/train/<class>/* and {path}/val/<class>/*"
     if not path.is_dir():
         raise UserError(f"{flag}: no folder {path}; {layout}, or '{DIGITS}'")
-    if preprocessing.input_size[0] not in PIL_MODES:
-        raise UserError(f"{flag}: images have 1 or 3 channels, not {preprocessing.input_size[0]}")
+    own = choice.calib_path is None and choice.calib_from_val is None and choice.calibrates
     for part in ("train", "val"):
-        if not (path / part).is_dir():
-            raise UserError(f"{flag}: no folder '{part}' under {path}; {layout}")
-    load = partial(_load_file, path, PIL_MODES[preprocessing.input_size[0]], flag)
-    train_classes, train = _folder_split(path, "train", load, preprocessing, flag)
-    val_classes, val = _folder_split(path, "val", load, preprocessing, flag)
-    alone = sorted(set(train_classes) ^ set(val_classes))
-    if alone:
-        part = "train" if alone[0] in train_classes else "val"
-        raise UserError(f"{flag}: under {path}, only '{part}' has the class '{alone[0]}'")
-    return ImageSource(path.resolve().name, tuple(train_classes), train, val)
-
-
-def _folder_split(
-    path: Path, part: str, load: Callable[[str], Image.Image], preprocessing: Preprocessing, flag: str
-) -> tuple[list[str], Split]:
-    try:
-        folder = ImageFolder(str(path / part))
-    except FileNotFoundError as error:  # no class folders, or one without images
-        reason = str(error).split("Supported")[0].strip()
-        raise UserError(f"{flag}: no images under {path / part} ({reason})") from error
-    start = len(str(path / part)) + 1
-    names = [f"{part}/{file[start:].replace(os.sep, '/')}" for file, _ in folder.samples]
-    return folder.classes, Split(names, folder.targets, load, preprocessing)
-
-
-def _load_file(root: Path, mode: str, flag: str, name: str) -> Image.Image:
-    try:
-        with Image.open(root / name) as image:
-            return image.convert(mode)
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{flag}: cannot read the image {root / name} ({one_line(error)})") from error
-
-
-class _ErrorsAsItems(Dataset):
-    """Hands an unreadable image on as a value: torch would wrap what a worker raises in a long traceback."""
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
-        try:
-            return self._split[index]
-        except UserError as error:
-            return error
-
-
-def _collate(items: Sequence[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
-    images, labels = [], []
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-        images.append(item[0])
-        labels.append(item[1])
-    return torch.stack(images), torch.tensor(labels)
-
-
-class _ValidationLoader(DataLoader):
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        with processes_without_interrupt():
-            batches = super().__iter__()
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        if not (path / part).is_dir() and (part == "val" or own):
+            hint = "; without one, --calib_path FOLDER or --calib_from_val N" if part == "train" else ""
+            raise UserError(f"{flag}: no folder '{part}' under {path}; {layout}{hint}")
+    parts = {part: files_of_classes(path, part, flag) for part in ("train", "val") if (path / part).is_dir()}
+    names = sorted({name for part in parts for name in class_folders(path / part)})
+    for part, files in parts.items():
+        if not files and (part == "val" or own):
+            problem = "no images in the class folders" if class_folders(path / part) else "no class folders"
+            raise UserError(f"{flag}: {problem} under {path / part}; {layout}")
+    classes: Mapping[str, int] | tuple[str, ...] = tuple(names)
+    if choice.class_map is not None:
+        classes = read_class_map(choice.class_map)
+        lost = [name for name in names if name not in classes]
+        if lost:
+            raise UserError(f"--class_map: {choice.class_map} lacks the class folder {lost[0]!r} of {path}")
+    return path.resolve().name, classes, parts.get("train"), parts["val"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from logart.errors import UserError, near_or_all
 from logart.networks.data import Preprocessing
+from logart.networks.weights import check_file
 
 DIGITS_PREPROCESSING = Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))  # of the training split
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -46,7 +47,24 @@ class Network:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
-Loader = Callable[[str, "str | Path | None", "Mapping[str, Any] | None", "int | None", "int | None"], Network]
+@dataclass(frozen=True)
+class Plan:
+    """A network that is known, but whose weights nobody has read or fetched yet.
+
+    Attributes:
+        preprocessing: The images it expects.
+        num_classes: Its outputs.
+        load: Gives the network with its weights; UserError where they are missing or do not fit.
+        published: Whether the weights are those that the name stands for, and not a file of the user's.
+    """
+
+    preprocessing: Preprocessing
+    num_classes: int
+    load: Callable[[], Network]
+    published: bool = False
+
+
+Planner = Callable[..., Plan]
 
 
 def network_recipe(
@@ -66,8 +84,8 @@ def network_recipe(
     }
 
 
-def load_by(
-    load: Loader,
+def plan_by(
+    plan: Planner,
     track: str,
     arch: str,
     checkpoint: str | Path | None = None,
@@ -75,15 +93,16 @@ def load_by(
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
+    channels: int | None = None,
     crop_pct: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
-) -> Network:
-    """Build a network, load its trained weights, and say which images it expects.
+) -> Plan:
+    """Check all that is asked of a network, and say which images it expects, before its weights are read or fetched.
 
     Args:
-        load: The track's way from (arch, checkpoint, model_kwargs, num_classes, input_size) to the network.
+        plan: The track's way from (arch, checkpoint, model_kwargs, num_classes, input_size) to its plan.
         track: cnn or vit.
         arch: A name of the track's, or 'timm:' and a name that timm knows.
         checkpoint: A file of weights, in place of those that `arch` has by default.
@@ -91,20 +110,34 @@ def load_by(
         num_classes: The network's outputs, where they differ from the default.
         input_size: Height and width, for which a network of a fixed size is built; this and the following override the
             network's data settings.
+        channels: Those of its images, where the user said; they must be the network's.
         crop_pct: The part of the resized image that the centre crop keeps, in (0, 1].
         mean: Of pixels in [0, 1], one value or one per channel.
         std: Likewise, positive.
         interpolation: One of `INTERPOLATIONS`.
 
     Raises:
-        UserError: An unknown name, settings that do not fit, or weights that are missing or do not fit.
+        UserError: An unknown name, settings that do not fit, or no such file; from the plan's `load`: weights that are
+            missing or do not fit.
     """
     check_counts(num_classes, input_size)
-    network = load(arch, checkpoint, model_kwargs, num_classes, input_size)
-    network.model.eval().float()
-    settings = override(network.preprocessing, input_size, crop_pct, mean, std, interpolation)
+    if checkpoint is not None:
+        check_file(checkpoint)
+    planned = plan(arch, checkpoint, model_kwargs, num_classes, input_size)
+    settings = override(planned.preprocessing, input_size, crop_pct, mean, std, interpolation)
+    if channels is not None and channels != settings.input_size[0]:
+        raise UserError(
+            f"--input_size: {channels} channels asked for, but the network takes {settings.input_size[0]}; "
+            f"networks of timm's take others with --model_kwargs in_chans={channels}"
+        )
     recipe = network_recipe(track, arch, model_kwargs, num_classes, input_size)
-    return replace(network, preprocessing=settings, recipe=recipe)
+
+    def load() -> Network:
+        network = planned.load()
+        network.model.eval().float()
+        return replace(network, preprocessing=settings, recipe=recipe)
+
+    return Plan(settings, planned.num_classes, load, published=checkpoint is None)
 
 
 def check_counts(num_classes: int | None, input_size: int | None) -> None:
@@ -118,6 +151,19 @@ def unknown_network(name: str, known: Sequence[str], *, flag: str) -> UserError:
     """The error about a name that is none of the track's, with a hint."""
     hint = f"did you mean {TIMM}{name}?" if timm.is_model(name) else near_or_all(name, known, f" or {TIMM}NAME")
     return UserError(f"{flag}: no network {name!r}; {hint}")
+
+
+def names_table(rows: Iterable[tuple[str, str, Sequence[int], int, str]]) -> str:
+    """The names of a track's networks as a table in Markdown.
+
+    Args:
+        rows: of each its name, what it is, the [channels, height, width] of its images, its classes, and where its own
+            weights are, if any.
+    """
+    lines = ["| name | network | input | classes | its own weights |", "|---|---|---|---|---|"]
+    for name, about, size, classes, weights in rows:
+        lines.append(f"| `{name}` | {about} | {'×'.join(map(str, size))} | {classes} | {weights or 'none'} |")
+    return "\n".join(lines)
 
 
 def override(

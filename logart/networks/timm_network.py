@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from logart.errors import UserError, did_you_mean, one_line
 from logart.networks.data import Preprocessing
-from logart.networks.network import TIMM, Network
+from logart.networks.network import TIMM, Network, Plan
 from logart.networks.weights import file_sha256, load_state_dict, read_state_dict, state_sha256
 
 # What a family's own conversion of old checkpoints resizes: always from another network than the one asked for ...
@@ -24,10 +25,10 @@ _PATCHES = ("patch_embed.proj.weight",)
 _POSITIONS = ("pos_embed", "relative_position_bias_table")
 
 
-def load_timm(
+def plan_timm(
     arch: str,
     name: str,
-    checkpoint: str | Path | None,
+    weights: AbstractContextManager[Path] | None,
     *,
     flag: str,
     find_blocks: Callable[[nn.Module], tuple[str, ...]],
@@ -35,26 +36,27 @@ def load_timm(
     defaults: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
-) -> Network:
-    """Build a network of timm's and load its weights.
+) -> Plan:
+    """Build a network of timm's, whose weights are still to come.
 
     Args:
         arch: What the result is called.
         name: timm's name of it, with or without a tag.
-        checkpoint: A file of weights, in the network's own layout or an older one that timm converts; None takes
+        weights: Gives a file of weights, in the network's own layout or an older one that timm converts; None takes
             timm's pretrained weights.
         flag: The flag that errors about the name name.
-        find_blocks: From the network, still untrained, to `block_types`; may refuse it before weights are fetched.
+        find_blocks: From the network, still untrained, to `block_types`; may refuse it.
         model_kwargs: Passed to `timm.create_model`.
         defaults: Likewise, where neither `model_kwargs` nor one of the following says otherwise.
         num_classes: The network's outputs.
         input_size: Height and width of the images; networks of a fixed size are built for it.
 
     Returns:
-        The network; its preprocessing is timm's, for the image size that it was built for.
+        The plan; its preprocessing is timm's, for the image size that the network was built for.
 
     Raises:
-        UserError: A name timm does not know, settings that do not fit, or weights that are missing or do not fit.
+        UserError: A name timm does not know, or settings that do not fit; from the plan's `load`: weights that are
+            missing or do not fit.
     """
     asked = dict(model_kwargs or {})
     model, kwargs = build_timm(
@@ -66,13 +68,20 @@ def load_timm(
         input_size=input_size,
     )
     blocks = find_blocks(model)
-    if checkpoint is None:
-        model, source = _pretrained(arch, name, kwargs, flag)
-        sha256 = state_sha256(model.state_dict())
-    else:
-        state, source, sha256 = read_state_dict(checkpoint), Path(checkpoint).name, file_sha256(checkpoint)
+    preprocessing, classes = _timm_preprocessing(model, kwargs), model.num_classes
+    if weights is None:
+        _check_classes(name, model)
+
+    def load() -> Network:
+        if weights is None:
+            trained, source = _pretrained(arch, name, kwargs, flag)
+            return Network(arch, trained, preprocessing, blocks, classes, source, state_sha256(trained.state_dict()))
+        with weights as path:
+            state, source, sha256 = read_state_dict(path), path.name, file_sha256(path)
         _load_file(model, state, source, resize=input_size is not None or "img_size" in asked)
-    return Network(arch, model, _timm_preprocessing(model, kwargs), blocks, model.num_classes, source, sha256)
+        return Network(arch, model, preprocessing, blocks, classes, source, sha256)
+
+    return Plan(preprocessing, classes, load)
 
 
 def build_timm(
@@ -121,12 +130,18 @@ def _pretrained(arch: str, name: str, kwargs: Mapping[str, Any], flag: str) -> t
             f"{flag}: no pretrained weights for {arch} ({one_line(error)}); expected --checkpoint PATH"
         ) from error
     config = model.pretrained_cfg
-    if config["num_classes"] != model.num_classes:  # timm would leave the last layer untrained
-        raise UserError(
-            f"--num_classes: {model.num_classes} asked for, but timm's weights for {name} "
-            f"have {config['num_classes']}; expected --checkpoint PATH"
-        )
+    _check_classes(name, model)  # of the weights that were fetched
     return model, TIMM + ".".join(filter(None, (config["architecture"], config.get("tag"))))
+
+
+def _check_classes(name: str, model: Any) -> None:
+    """Raise UserError where timm's weights have another number of classes: their last layer would stay untrained."""
+    theirs = model.pretrained_cfg.get("num_classes", model.num_classes)
+    if theirs != model.num_classes:
+        raise UserError(
+            f"--num_classes: {model.num_classes} asked for, but timm's weights for {name} have {theirs}; "
+            "expected --checkpoint PATH"
+        )
 
 
 def _load_file(model: nn.Module, state: dict[str, Tensor], source: str, *, resize: bool) -> None:

@@ -22,6 +22,14 @@ COUNTER = "num_batches_tracked"  # inference never reads it, and checkpoints old
 SHOWN_KEYS = 3
 
 
+def check_file(path: str | Path, *, flag: str = "--checkpoint") -> None:
+    """Raise UserError where there is no file."""
+    path = Path(path)
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{flag}: {path} {problem}; expected a checkpoint file")
+
+
 def read_state_dict(path: str | Path, *, flag: str = "--checkpoint") -> dict[str, Tensor]:
     """Read the tensors of a checkpoint without running any code from it (`weights_only=True`).
 
@@ -37,9 +45,7 @@ def read_state_dict(path: str | Path, *, flag: str = "--checkpoint") -> dict[str
         UserError: No such file, or not a checkpoint of tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{flag}: {path} {problem}; expected a checkpoint file")
+    check_file(path, flag=flag)
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)

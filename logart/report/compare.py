@@ -25,8 +25,10 @@ from torch.utils.data import DataLoader
 
 from logart.cli import FlagParser, default_if_none, run_command
 from logart.errors import UserError
-from logart.networks.data import DIGITS, ImageSource, open_images, validation_batches
+from logart.networks.data import ImageSource, open_images
+from logart.networks.digits import DIGITS
 from logart.networks.image_info import preprocessing_of
+from logart.networks.loader import validation_batches
 from logart.packed.checkpoint import load_packed
 from logart.packed.file import PackedFile
 from logart.runs.run_folder import PACKED
@@ -179,7 +181,7 @@ def _images(path: str, file: PackedFile, data_path: str | None) -> ImageSource:
         data_path = DIGITS
     if data_path is None:
         raise UserError(f"--data_path: {path} is of other images than the digits; expected a folder in ImageNet layout")
-    return open_images(data_path, preprocessing, len(named))
+    return open_images(data_path, preprocessing, len(named), class_names=named)
 
 
 def comparison_table(data: str, images: int, found: Sequence[Compared]) -> str:

@@ -10,7 +10,8 @@ from logart.cli import FlagParser, finite
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.grids.root2 import ROOT2_TEXT
-from logart.networks.data import DIGITS
+from logart.networks.digits import DIGITS
+from logart.networks.image_folder import ORDERS
 from logart.networks.network import INTERPOLATIONS
 from logart.quantization.cache import CacheLocation
 from logart.quantization.config import PRESETS, SearchMethod
@@ -64,6 +65,17 @@ class TrackFlags:
         """Which images, and how they are read."""
         add, group = self.add, "data"
         add(group, "data_path", "a folder in ImageNet layout, or digits", DIGITS)
+        add(group, "class_map", "which output of the network each class folder is: JSON, or a folder a line",
+            "the folders of train and val in order", metavar="FILE")  # fmt: skip
+        add(group, "class_order", "order of class folders that are numbers: number (timm's readers) or text "
+            "(torchvision's)", "number for published weights; must be given for others where both differ",
+            choices=ORDERS)  # fmt: skip
+        add(group, "calib_path", "calibrate on the images of this folder, without classes, in place of train", "train",
+            metavar="FOLDER")  # fmt: skip
+        add(group, "calib_from_val", "calibrate on so many images of val, which accuracy is then not measured on",
+            "none", type=int, metavar="N")  # fmt: skip
+        add(group, "val_limit", "measure accuracy on so many images only, always the same, of every class as many",
+            "all", type=int, metavar="N")  # fmt: skip
         add(group, "input_size", "height and width in pixels, or channels, height, width; height and width are equal",
             OWN, type=int, nargs="+", action=_InputSize, metavar="N")  # fmt: skip
         add(group, "crop_pct", "part of the resized image that the centre crop keeps", OWN, type=finite)

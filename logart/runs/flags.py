@@ -11,7 +11,8 @@ from typing import Any
 
 from logart.cli import default_if_none, given, key_values, refuse_without_effect
 from logart.errors import UserError
-from logart.networks.data import DIGITS
+from logart.networks.data import DataChoice, ImageSource
+from logart.networks.digits import DIGITS
 from logart.networks.network import Network
 from logart.quantization.cache import CacheLocation
 from logart.quantization.config import QuantConfig
@@ -22,6 +23,7 @@ from logart.runs.run import RunOptions
 from logart.runtime import resolve_device
 
 DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
+DATA_CHOICE = ("class_map", "class_order", "calib_path", "calib_from_val", "val_limit")
 
 
 def with_stored(args: argparse.Namespace) -> argparse.Namespace:
@@ -135,6 +137,12 @@ def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def data_choice(args: argparse.Namespace, path: str, config: QuantConfig) -> DataChoice:
+    """What the flags say of the images; `path` is what the data flag says."""
+    asked = {name: getattr(args, name) for name in DATA_CHOICE}
+    return DataChoice(path, **asked, calibrates=config.images_needed > 0)
+
+
 def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -> str:
     """The flag to name where there are fewer images than asked for: of the stage that looks at most of them."""
     if config.images_needed < 2:
@@ -164,7 +172,7 @@ def run_options(
     )
 
 
-def network_columns(args: argparse.Namespace, network: Network, track: str, data: str) -> dict[str, Cell]:
+def network_columns(args: argparse.Namespace, network: Network, track: str, source: ImageSource) -> dict[str, Cell]:
     """What the results row says of the network and the data."""
     words = list(args.model_kwargs or ())
     for name, value in given(args, ("num_classes", *DATA_SETTINGS)).items():
@@ -175,9 +183,10 @@ def network_columns(args: argparse.Namespace, network: Network, track: str, data
         "checkpoint": network.source,
         "checkpoint_sha256": network.sha256,
         "network_options": " ".join(words),
-        "data": data,
+        "data": source.name,
         "preset": args.preset,
         "capture_precision": args.cache if args.cache == CacheLocation.HALF.value else None,
+        **source.options,
     }
 
 

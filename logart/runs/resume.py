@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from logart.errors import Interrupted, UserError
 from logart.files import write_atomically
-from logart.networks.data import DIGITS
+from logart.networks.digits import DIGITS
 from logart.networks.evaluate import Accuracy
 from logart.networks.weights import tensor_bytes
 from logart.quantization.config import QuantConfig
@@ -25,7 +25,8 @@ from logart.runs.results_file import RESULTS
 from logart.runs.run_folder import ACCURACIES, REPORT, RUN, RunFolder, read_json, write_json
 
 # Flags that name files and folders.
-PLACES = ("results", "save", "checkpoint", "config", "calib_list", "save_calib_list", "data_path", "dataset")
+PLACES = ("results", "save", "checkpoint", "config", "calib_list", "save_calib_list", "data_path", "dataset",
+          "class_map", "calib_path")  # fmt: skip
 # Columns that name files: what they hold counts, not where and how.
 NAMED_FILES = ("checkpoint", "checkpoint_sha256", "config")
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from logart.errors import NetworkError, NonFiniteError, NoRoomError, PartlyQuantized, SettingError, UserError, one_line
 from logart.grids.root2 import ROOT2_TEXT
-from logart.networks.data import ImageSource, validation_batches
+from logart.networks.data import ImageSource
 from logart.networks.evaluate import Accuracy, accuracy
+from logart.networks.loader import validation_batches
 from logart.networks.network import Network
 from logart.packed.checkpoint import SizeTable, save_packed
 from logart.quantization.cache import Cache, CacheLocation

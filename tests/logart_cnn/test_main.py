@@ -25,7 +25,7 @@ from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, Sea
 from logart.runs.run import RunOptions
 from logart_cnn import models
 from logart_cnn.command import build_config, build_parser, main
-from logart_cnn.models import Network, load_network
+from logart_cnn.models import Plan, plan_network
 
 PAPER = (
     "--data_path DATA --arch resnet18 --n_bits_w 4 --channel_wise --scale_method dynamic "
@@ -44,7 +44,7 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
     rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
-    search_batch_size val_batch_size""".split()
+    search_batch_size val_batch_size class_map class_order calib_path calib_from_val val_limit""".split()
 
 
 def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
@@ -55,14 +55,14 @@ def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
 def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path) -> None:
     called: dict[str, Any] = {}
 
-    def load(arch: str, checkpoint: Any, **kwargs: Any) -> Network:
+    def load(arch: str, checkpoint: Any, **kwargs: Any) -> Plan:
         called.update(arch=arch, checkpoint=checkpoint, kwargs=kwargs)
-        return load_network(arch, files.digits)
+        return plan_network(arch, files.digits)
 
     def run(*args: Any, **_: Any) -> None:
         called["run"] = args
 
-    monkeypatch.setattr(logart_cnn.command, "load_network", load)
+    monkeypatch.setattr(logart_cnn.command, "plan_network", load)
     monkeypatch.setattr(logart.runs.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
@@ -235,7 +235,7 @@ def test_resnet18_from_a_file_in_the_hub_s_folder(hub: Path, files: Files, outco
     path = seeded(lambda: torchvision.models.resnet18(num_classes=4), hub / "resnet18_imagenet.pth.tar")
     flags = "--arch resnet18 --num_classes 4 --input_size 32 --scale_method log_2 --iters_w 0 --workers 0"
     ran = outcome("--data_path", str(files.images), *flags.split())
-    assert ran.row["checkpoint"] == models.WEIGHT_URLS["resnet18"]
+    assert ran.row["checkpoint"] == models.ENTRIES["resnet18"].weights
     assert ran.row["checkpoint_sha256"] == file_sha256(path)
     assert len(ran.codes) == 21 and ran.codes[0][0] == "conv1" and ran.codes[-1][0] == "fc"
 
@@ -267,11 +267,12 @@ class HoldsTwoTensors(nn.Module):
 def test_a_network_that_fails_late_takes_one_line_and_gets_no_row(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def load(*args: Any, **kwargs: Any) -> Network:
-        network = load_network("digits_resnet", files.digits)
-        return replace(network, model=HoldsTwoTensors().eval(), block_types=("TwoTensors",))
+    def load(*args: Any, **kwargs: Any) -> Plan:
+        plan = plan_network("digits_resnet", files.digits)
+        strange = replace(plan.load(), model=HoldsTwoTensors().eval(), block_types=("TwoTensors",))
+        return replace(plan, load=lambda: strange)
 
-    monkeypatch.setattr(logart_cnn.command, "load_network", load)
+    monkeypatch.setattr(logart_cnn.command, "plan_network", load)
     flags = f"--quiet --workers 0 --results {tmp_path}/results.csv --save_calib_list {tmp_path}/images.txt"
     with pytest.raises(SystemExit) as stopped:
         main([*flags.split(), *"--iters_w 2 --calib_samples 4".split()])

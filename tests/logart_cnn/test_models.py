@@ -4,6 +4,7 @@ import http.server
 import threading
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,9 @@ def server(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=lambda: running.serve_forever(0.01), daemon=True).start()
         url = f"http://127.0.0.1:{running.server_port}/"
-        served = {arch: url + Path(old).name for arch, old in models.WEIGHT_URLS.items()}
-        monkeypatch.setattr(models, "WEIGHT_URLS", served)
+        for arch, entry in models.ENTRIES.items():
+            if entry.weights.startswith("http"):
+                monkeypatch.setitem(models.ENTRIES, arch, replace(entry, weights=url + Path(entry.weights).name))
         yield folder, asked
         running.shutdown()
 
@@ -402,8 +404,8 @@ def test_packaged_weights(tmp_path, monkeypatch):
     reference = trained(DigitsResNet())
     torch.save(reference.state_dict(), tmp_path / "weights" / "digits.pth")
     monkeypatch.setattr(models.resources, "files", lambda package: tmp_path)
-    fails("--checkpoint: digits_resnet comes without weights", "digits_resnet")
-    monkeypatch.setattr(models, "PACKAGED_WEIGHTS", {"digits_resnet": "weights/digits.pth"})
+    entry = replace(models.ENTRIES["digits_resnet"], weights="weights/digits.pth")
+    monkeypatch.setitem(models.ENTRIES, "digits_resnet", entry)
     network = load_network("digits_resnet")
     assert (network.source, network.sha256) == ("digits.pth", file_sha256(tmp_path / "weights/digits.pth"))
     assert_same_logits(network, reference, size=8)

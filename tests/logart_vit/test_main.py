@@ -32,7 +32,7 @@ from logart.quantization.rounding_methods import METHODS
 from logart.quantization.surgery import quantized_layers
 from logart.runs.run import RunOptions
 from logart_vit.command import build_parser, build_settings, main
-from logart_vit.models import Network, load_network
+from logart_vit.models import Plan, load_network, plan_network
 
 ROOT = Path(__file__).parents[2]
 PAPER = (
@@ -55,7 +55,8 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     hardware_approx test_with_hardware_approx test-before-calibration seed device results quiet first_last_bits
     layer_bits skip
     model-kwargs input-size crop-pct mean std interpolation num-classes
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache""".split()
+    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
+    class_map class_order calib_path calib_from_val val_limit""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
 
@@ -67,14 +68,14 @@ def test_the_flags_are_those_of_the_issues_and_of_the_config() -> None:
 def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Path) -> None:
     called: dict[str, Any] = {}
 
-    def load(model: str, checkpoint: Any, **kwargs: Any) -> Network:
+    def load(model: str, checkpoint: Any, **kwargs: Any) -> Plan:
         called.update(model=model, checkpoint=checkpoint, kwargs=kwargs)
-        return load_network(model, files.digits)
+        return plan_network(model, files.digits)
 
     def run(*args: Any, **_: Any) -> None:
         called["run"] = args
 
-    monkeypatch.setattr(logart_vit.command, "load_network", load)
+    monkeypatch.setattr(logart_vit.command, "plan_network", load)
     monkeypatch.setattr(logart.runs.job, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto takes it
     monkeypatch.chdir(tmp_path)
@@ -514,11 +515,12 @@ class HoldsTwoTensors(nn.Module):
 def test_a_network_that_fails_late_takes_one_line_and_gets_no_row(
     files: VitFiles, on_digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    def load(*args: Any, **kwargs: Any) -> Network:
-        network = load_network("digits_vit", files.digits)
-        return replace(network, model=HoldsTwoTensors().eval(), block_types=("TwoTensors",))
+    def load(*args: Any, **kwargs: Any) -> Plan:
+        plan = plan_network("digits_vit", files.digits)
+        strange = replace(plan.load(), model=HoldsTwoTensors().eval(), block_types=("TwoTensors",))
+        return replace(plan, load=lambda: strange)
 
-    monkeypatch.setattr(logart_vit.command, "load_network", load)
+    monkeypatch.setattr(logart_vit.command, "plan_network", load)
     argv = [*on_digits, *"--quiet --optimize --iters_w 2 --optim_size 4 --results".split(), str(tmp_path / "r.csv")]
     with pytest.raises(SystemExit) as stopped:
         main(argv)

@@ -22,7 +22,7 @@ from logart.networks.weights import file_sha256, state_sha256
 from logart.quantization.surgery import find_blocks
 from logart.quantization.survey import survey
 from logart_vit import models
-from logart_vit.models import BETWEEN_BLOCKS, EMBEDDINGS, MODELS, TRANSFORMER_BLOCKS, load_network
+from logart_vit.models import BETWEEN_BLOCKS, EMBEDDINGS, ENTRIES, MODELS, TRANSFORMER_BLOCKS, load_network
 
 TAGS = {
     **{f"vit_{size}": "augreg_in21k_ft_in1k" for size in ("tiny", "small", "base", "large")},
@@ -81,9 +81,9 @@ def fails(message: str, *args: Any, **kwargs: Any) -> None:
 
 
 def test_names_mean_weights_that_timm_has() -> None:
-    assert {name: tag.partition(".")[2] for name, tag in MODELS.items() if name != "digits_vit"} == TAGS
+    assert {name: ENTRIES[name].timm.partition(".")[2] for name in MODELS if name != "digits_vit"} == TAGS
     for name in TAGS:
-        config = timm.get_pretrained_cfg(MODELS[name])
+        config = timm.get_pretrained_cfg(ENTRIES[name].timm)
         assert config is not None and config.has_weights and config.num_classes == 1000
         assert config.input_size[1] == (384 if name.endswith("384") else 224)
 

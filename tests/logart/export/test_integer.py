@@ -25,7 +25,7 @@ from logart.export.hardware import HardwareLevels
 from logart.export.integer_export import _source, export_integer
 from logart.export.integer_graph import ACCUMULATOR_BITS, Format, IntegerWeights, reciprocal
 from logart.export.integer_trace import trace
-from logart.networks.data import DIGITS
+from logart.networks.digits import DIGITS
 from logart.packed.file import PackedFile
 from logart_cnn.main import main as cnn_main
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from logart.errors import UserError
 from logart.networks import timm_network
 from logart.networks.data import Preprocessing
 from logart.networks.network import check_counts, override, unknown_network
-from logart.networks.timm_network import load_timm
+from logart.networks.timm_network import plan_timm
 from logart.networks.weights import file_sha256, state_sha256
 
 VIT: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -58,9 +59,9 @@ def load(folder: Path, state: dict[str, Tensor] | None, name: str, kwargs: dict[
     if state is not None:
         torch.save(state, path)
     checkpoint = None if state is None else path
-    return load_timm(
-        "mine", name, checkpoint, flag="--net", find_blocks=lambda model: ("Block",), model_kwargs=kwargs, **more
-    )
+    weights = None if checkpoint is None else nullcontext(checkpoint)
+    blocks = {"flag": "--net", "find_blocks": lambda model: ("Block",)}
+    return plan_timm("mine", name, weights, **blocks, model_kwargs=kwargs, **more).load()
 
 
 def fails(message: str, *args: Any, **kwargs: Any) -> None:
@@ -209,7 +210,7 @@ def test_pretrained_weights_of_timm(tmp_path: Path) -> None:
     assert loaded.sha256 == state_sha256(state)
     kwargs["num_classes"] = 6
     fails("--num_classes: 6 asked for, but timm's weights for vit_tiny", tmp_path, None, VIT_NAME, kwargs)
-    kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(tmp_path / "lost.pth")}
+    kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(tmp_path / "lost.pth"), "num_classes": 6}
     fails("--net: no pretrained weights for mine", tmp_path, None, VIT_NAME, kwargs)
 
 
@@ -219,7 +220,7 @@ def test_a_refused_network_fetches_no_weights(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(timm_network, "_pretrained", None)
     with pytest.raises(UserError, match="^no$"):
-        load_timm("mine", "lcnet_035", None, flag="--net", find_blocks=refuse)
+        plan_timm("mine", "lcnet_035", None, flag="--net", find_blocks=refuse)
 
 
 def test_errors_name_the_tracks_flag(tmp_path: Path) -> None:
