@@ -39,7 +39,8 @@ def sample(action: argparse.Action) -> tuple[list[str], object]:
     if action.choices is not None:
         first = next(iter(action.choices))
         return [str(first)], first
-    return (["3"], 3) if action.type is not None else (["word"], "word")
+    words, value = (["3"], 3) if action.type is not None else (["word"], "word")
+    return words, [value] if action.nargs == "+" else value
 
 
 @pytest.mark.parametrize("track", BUILD)
