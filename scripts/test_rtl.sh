@@ -4,10 +4,10 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
-if ! command -v iverilog >/dev/null; then
+use_venv test,report,docs
+if [[ -z $HELP ]] && ! command -v iverilog >/dev/null; then
     echo "no Icarus Verilog found; expected iverilog on PATH (apt-get install iverilog)" >&2
     exit 2
 fi
-use_venv test,report,docs
 cd "$PROJECT"
 "$PYTHON" -m pytest -q -m rtl tests/logart/export/test_integer_rtl.py "$@"
