@@ -9,6 +9,7 @@ from __future__ import annotations
 from logart.interrupt import guarded, interrupted, leaving_at_once
 
 with leaving_at_once("ablation"):
+    import csv
     import os
     import shlex
     import signal
@@ -168,6 +169,22 @@ def run_all(rows: list[Row], claims: Path, wait: bool) -> tuple[list[Row], list[
     return failed, [row for _, row in left]
 
 
+def best_rows(results: str, rows: list[Row]) -> str:
+    """The most accurate row of each network and bit width of the sweep, as a table."""
+    from logart.runs.headline import headline
+
+    def key(row: Mapping[str, str]) -> tuple[str, str]:
+        return row.get("arch", ""), row.get("bits", "")
+
+    swept = {(row.words[4], row.words[6]) for row in rows}
+    best: dict[tuple[str, str], dict[str, str]] = {}
+    with open(results, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if key(row) in swept and float(row["Acc@1"]) > float(best.get(key(row), {}).get("Acc@1", -1)):
+                best[key(row)] = row
+    return headline(best.values())
+
+
 def _listing(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
@@ -212,6 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         return interrupted("ablation", "the same call goes on with the rows that are missing")
     done = len(rows) - len(failed) - len(elsewhere)
     print(f"{done} of {len(rows)} rows are in {results} ({time.perf_counter() - started:.0f} s)")
+    if done:
+        print(best_rows(results, rows))
     for row in elsewhere:
         print(f"others are at: {row.title}")
     for row in failed:

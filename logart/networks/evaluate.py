@@ -12,11 +12,33 @@ from logart.errors import NetworkError
 
 
 class Accuracy(NamedTuple):
-    """Accuracy over a set of images, in percent; with fewer than 5 classes top-5 looks at all of them."""
+    """Accuracy over a set of images, in percent; with fewer than 5 classes top-5 looks at all of them.
+
+    `answers` has seven characters an image, in order: the class that comes first in 6 hex digits, and `+` where that
+    is right, `-` where it is not; it may be empty where nobody knows.
+    """
 
     top1: float
     top5: float
     images: int
+    answers: str = ""
+
+    def figures(self) -> dict[str, float]:
+        """Without the answers, by name."""
+        return {"top1": self.top1, "top5": self.top5, "images": self.images}
+
+    def against(self, reference: Accuracy) -> tuple[int, int, float] | None:
+        """How many images only the reference has right, and only this, and on how many % both say the same class.
+
+        None where not both know their answers to the same number of images.
+        """
+        if not self.answers or len(self.answers) != len(reference.answers):
+            return None
+        ours, theirs = ([text[i : i + 7] for i in range(0, len(text), 7)] for text in (self.answers, reference.answers))
+        pairs = list(zip(ours, theirs, strict=True))
+        lost = sum(b[-1] == "+" != a[-1] for a, b in pairs)
+        won = sum(a[-1] == "+" != b[-1] for a, b in pairs)
+        return lost, won, 100 * sum(a[:-1] == b[:-1] for a, b in pairs) / len(pairs)
 
 
 @torch.inference_mode()
@@ -45,6 +67,7 @@ def accuracy(
     if training:
         raise ValueError(f"accuracy needs a model in evaluation mode; {training[0]} is in training mode")
     top1 = top5 = images = 0
+    answers: list[str] = []
     for index, (inputs, labels) in enumerate(batches):
         logits = _checked(model(inputs.to(device)), labels, index)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -52,11 +75,12 @@ def accuracy(
         top1 += int(hits[:, 0].sum())
         top5 += int(hits.sum())
         images += len(labels)
+        answers += [f"{c:06x}{'-+'[hit]}" for c, hit in zip(best[:, 0].tolist(), hits[:, 0].tolist(), strict=True)]
         if progress is not None:
             progress(len(labels))
     if images == 0:
         raise ValueError("accuracy needs at least one image; the batches are empty")
-    return Accuracy(100 * top1 / images, 100 * top5 / images, images)
+    return Accuracy(100 * top1 / images, 100 * top5 / images, images, "".join(answers))
 
 
 def _checked(logits: Tensor, labels: Tensor, index: int) -> Tensor:

@@ -80,6 +80,7 @@ class Facts:
         layers_by_bits: how many layers have each width.
         search_seconds, reconstruction_seconds, total_seconds: what took how long.
         memory_mb: the run's peak.
+        packed_bytes: of the network as a packed file; 0 where nobody packed it.
         device: as `device_name` gives it.
     """
 
@@ -93,12 +94,19 @@ class Facts:
     reconstruction_seconds: float = 0.0
     total_seconds: float = 0.0
     memory_mb: float = 0.0
+    packed_bytes: int = 0
     device: str = ""
 
     def accuracy(self, stage: str, top: int) -> Cell:
         """In %, of a stage or of the final network; None where it was not measured."""
         measured = self.accuracies.get(self.final if stage == "final" else stage)
         return None if measured is None else round(measured.top1 if top == 1 else measured.top5, 3)
+
+    def against_float(self, place: int) -> Cell:
+        """Lost, won or agreement of the final network, see `Accuracy.against`; None where not both were measured."""
+        final, reference = self.accuracies.get(self.final), self.accuracies.get("float")
+        found = None if final is None or reference is None else final.against(reference)
+        return None if found is None else round(found[place], 3)
 
     @property
     def final(self) -> str:
@@ -238,6 +246,12 @@ COLUMNS = (
            lambda f: round(100 * f.quantized_share, 3), unit="%"),
     Column("layers_by_bits", Part.COST, "how many layers have each width, `WIDTH:LAYERS`",
            lambda f: " ".join(f"{bits}:{count}" for bits, count in f.layers_by_bits.items())),
+    Column("lost", Part.ACCURACY, "test images that the float network has right and the quantized one has not",
+           lambda f: f.against_float(0), unit="images"),
+    Column("won", Part.ACCURACY, "test images that the quantized network has right and the float one has not",
+           lambda f: f.against_float(1), unit="images"),
+    Column("agreement", Part.ACCURACY, "test images that both networks give the same class",
+           lambda f: f.against_float(2), unit="%"),
     Column("search_seconds", Part.COST, "time of DBS", lambda f: round(f.search_seconds, 3), unit="s"),
     Column("reconstruction_seconds", Part.COST, "time of compensated rounding and LLR",
            lambda f: round(f.reconstruction_seconds, 3), unit="s"),
@@ -245,6 +259,8 @@ COLUMNS = (
            lambda f: round(f.total_seconds, 3), unit="s"),
     Column("peak_memory_mb", Part.COST, "most memory used: the GPU's on CUDA, the process's on the CPU",
            lambda f: round(f.memory_mb), unit="MiB"),
+    Column("packed_bytes", Part.COST, "size of the quantized network as a packed file, less what is known of the run",
+           lambda f: f.packed_bytes or None, unit="bytes"),
     Column("device", Part.SURROUNDINGS, "where the run computed", lambda f: f.device),
     *map(_version, VERSIONS),
     Column("run_id", Part.SURROUNDINGS,

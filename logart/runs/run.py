@@ -19,13 +19,14 @@ from logart.networks.data import ImageSource
 from logart.networks.evaluate import Accuracy, accuracy
 from logart.networks.loader import validation_batches
 from logart.networks.network import Network
-from logart.packed.checkpoint import SizeTable, save_packed
+from logart.packed.checkpoint import SizeTable, save_packed, to_packed
 from logart.quantization.cache import Cache, CacheLocation
 from logart.quantization.config import QuantConfig
 from logart.quantization.layer_report import Report
 from logart.quantization.layers import hardware_approximation
 from logart.quantization.pipeline import quantize_model
 from logart.runs.columns import SETTINGS_OF_COMMAND, Cell, Facts, measured_row, versions
+from logart.runs.headline import headline
 from logart.runs.results_file import append_row
 from logart.runs.run_folder import PACKED, RunFolder
 from logart.runtime import peak_memory_mb, progress_bar
@@ -126,6 +127,7 @@ def run(
         reconstruction_seconds=report.reconstruction_seconds,
         total_seconds=time.perf_counter() - started if folder is None else folder.seconds,
         memory_mb=peak_memory_mb(options.device),
+        packed_bytes=len(to_packed(quantized).to_bytes()),
         device=device_name(options.device),
     )
     row = {**measured_row(facts), **row}
@@ -135,6 +137,7 @@ def run(
         print(layer_table(report))
         if left.sizes is not None:
             print(f"{left.sizes}\nsaved as {options.save}")
+        print(headline([row]))
         seconds = [f"{stage.title} {report.seconds[stage.event]:.1f} s" for stage in config.method.stages]
         print(", ".join([*seconds, f"total {facts.total_seconds:.1f} s"]) + f"; {left.row}" * (not left.problems))
     if left.problems:
@@ -198,7 +201,7 @@ def run_info(network: Network, source: ImageSource, stages: _Stages, row: Mappin
         "preprocessing": asdict(network.preprocessing),
         "class_names": list(source.class_names),
         "source": {"checkpoint": network.source, "sha256": network.sha256, "data": source.name},
-        "accuracy": {stage: value._asdict() for stage, value in stages.accuracies.items()},
+        "accuracy": {stage: value.figures() for stage, value in stages.accuracies.items()},
         "versions": versions(),
         "run": {name: row[name] for name in said},
     }

@@ -22,7 +22,7 @@ def test_top1_and_top5_are_percent_over_all_batches() -> None:
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3]]).repeat(8, 1)
     labels = torch.tensor([0, 0, 0, 1, 4, 5, 6, 6])  # 3 first choices; 5 among the first five; 3 beyond
     uneven = [(logits[:5], labels[:5]), (logits[5:], labels[5:])]
-    assert accuracy(network(), uneven, CPU) == Accuracy(top1=37.5, top5=62.5, images=8)
+    assert accuracy(network(), uneven, CPU)[:3] == (37.5, 62.5, 8)
 
 
 def test_agrees_with_a_slow_count() -> None:
@@ -32,19 +32,34 @@ def test_agrees_with_a_slow_count() -> None:
     ranks = [sum(other > row[y] for other in row) for row, y in zip(logits, labels, strict=True)]
     batches = zip(logits.split(10), labels.split(10), strict=True)
     top1, top5 = (100 * sum(rank < k for rank in ranks) / 103 for k in (1, 5))
-    assert accuracy(network(), batches, CPU) == Accuracy(top1, top5, 103)
+    assert accuracy(network(), batches, CPU)[:3] == (top1, top5, 103)
+
+
+def test_answers_tell_where_two_networks_differ() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(7, (50,), generator=generator)
+    logits = torch.randn(2, 50, 7, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 7)
+    float_one, other = (accuracy(network(), zip(x.split(8), labels.split(8), strict=True), CPU) for x in logits)
+    first, second = logits.argmax(2).tolist()
+    right = [[c == y for c, y in zip(choices, labels.tolist(), strict=True)] for choices in (first, second)]
+    lost = sum(a and not b for a, b in zip(*right, strict=True))
+    won = sum(b and not a for a, b in zip(*right, strict=True))
+    same = 2 * sum(a == b for a, b in zip(first, second, strict=True))
+    assert min(lost, won) > 0 and other.against(float_one) == (lost, won, same)
+    assert other.top1 - float_one.top1 == pytest.approx(2 * (won - lost))
+    assert other.against(Accuracy(50.0, 100.0, 50)) is None is Accuracy(50.0, 100.0, 50).against(other)
 
 
 def test_fewer_than_five_classes_all_count_for_top5() -> None:
     batch = (torch.tensor([[3.0, 2, 1], [3, 2, 1]]), torch.tensor([0, 2]))
-    assert accuracy(network(), [batch], CPU) == Accuracy(50.0, 100.0, 2)
+    assert accuracy(network(), [batch], CPU)[:3] == (50.0, 100.0, 2)
 
 
 def test_ties_do_not_flatter() -> None:
     """A network with one answer for everything must not be right on every image."""
     classes = 20
     batch = (torch.zeros(classes, classes), torch.arange(classes))
-    assert accuracy(network(), [batch], CPU) == Accuracy(100 / classes, 500 / classes, classes)
+    assert accuracy(network(), [batch], CPU)[:3] == (100 / classes, 500 / classes, classes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
