@@ -11,6 +11,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart.errors import NetworkError
 from logart.grids.grid import ErrorFunction
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.grids.search import choose_codebook, squared_error
@@ -58,9 +59,39 @@ def search_block(
                 count = config.grid.n_candidates(layer.n_bits, options.scale_search)
                 measured = layer_error(*blocks, float_layer, layer, *data, candidates=count, batch_size=size)
             else:
-                measured = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed).error
+                try:
+                    measured = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed).error
+                except NetworkError as error_seen:
+                    raise NetworkError(f"block {block.name}, layer {name}: {error_seen}") from error_seen
             error = per_codebook(measured, layer)
-        layer.set_codebook(choose_codebook(layer.rows, config.grid, layer.n_bits, error=error, options=options))
+        watched = FiniteErrors(name, error)
+        codebook = choose_codebook(layer.rows, config.grid, layer.n_bits, error=watched, options=options)
+        watched.check()
+        layer.set_codebook(codebook)
+
+
+class FiniteErrors:
+    """An error function whose errors must be finite for one candidate at least of each codebook."""
+
+    def __init__(self, name: str, error: ErrorFunction) -> None:
+        self._name, self._error = name, error
+        self._least: Tensor | None = None
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        """The errors, infinite where they are no numbers: such a candidate is never chosen before another."""
+        errors = self._error(delta).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        self._least = errors if self._least is None else torch.minimum(self._least, errors)
+        return errors
+
+    def check(self) -> None:
+        """Raise NetworkError where there was nothing to choose by."""
+        if self._least is not None and not self._least.isfinite().all():
+            raise NetworkError(f"layer {self._name}: the errors of all its grids overflow; its inputs are too large")
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: products and sums overflow half precision."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def per_codebook(error: ErrorFunction, layer: QuantizedLayer) -> ErrorFunction:
@@ -112,8 +143,8 @@ def layer_residual(
         batch = slice(start, start + batch_size)
         _, wanted = run_to(float_block, float_layer, float_inputs[batch])
         x, given = run_to(block, layer, inputs[batch])
-        fed.append(x)
-        residual.append(_positions_last(layer, wanted - given))
+        fed.append(wide(x))
+        residual.append(_positions_last(layer, wide(wanted) - wide(given)))
     x = torch.cat(fed)
     return OutputResidual(lambda delta: _apply(layer, x, delta), torch.cat(residual))
 
@@ -145,10 +176,10 @@ def layer_moments(
         batch = slice(start, start + batch_size)
         _, wanted = run_to(float_block, float_layer, float_inputs[batch])
         x, given = run_to(block, layer, inputs[batch])
-        residual = _positions_last(layer, wanted - given)
+        residual = _positions_last(layer, wide(wanted) - wide(given))
         step = max(1, max(_PATCH_ELEMENTS // (groups * elements), 2 * elements) // residual.shape[2])
         for first in range(0, len(x), step):
-            patches = unfold(layer, x[first : first + step])
+            patches = unfold(layer, wide(x[first : first + step]))
             if shifted and moments.shift is None:
                 moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
             part = residual[first : first + step].unflatten(1, (groups, -1))
@@ -213,9 +244,9 @@ def block_sensitivity(
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
         seen, vjp, *along = _vjps(float_block, block, layer, float_inputs[batch], inputs[batch], generator)
-        x.append(seen)
-        pulls.append(vjp)
-        probes.append(torch.stack(along))
+        x.append(wide(seen))
+        pulls.append(wide(vjp))
+        probes.append(wide(torch.stack(along)))
     fed = torch.cat(x)
     return BlockSensitivity(lambda delta: _apply(layer, fed, delta), torch.cat(pulls), torch.cat(probes, dim=1))
 
@@ -243,6 +274,8 @@ def _vjps(
         handle.remove()
     with torch.no_grad():
         residual = float_inputs.copy().on(float_block) - z
+    if not z.requires_grad:
+        raise NetworkError("no gradient reaches it from its block's output, under no_grad or a checkpoint, say")
     x, y = seen
     signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
     pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]]
@@ -254,7 +287,8 @@ def _apply(layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
     """X̂δ: the layer's output for the weight δ [C, K] and no bias, [B, C, positions]."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    delta = delta.to(weight.dtype).reshape(weight.shape)
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    delta = delta.to(x.dtype).reshape(weight.shape)
     if isinstance(layer, nn.Conv2d):
         y = F.conv2d(_padded(layer, x), delta, None, layer.stride, 0, layer.dilation, layer.groups)
         return _positions_last(layer, y)

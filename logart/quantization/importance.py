@@ -91,4 +91,8 @@ class PerturbationImportance:
         finally:
             handle.remove()
         divergence = F.kl_div(given, decision, reduction="sum", log_target=True)
-        return torch.autograd.grad(divergence, seen[0])[0]
+        found = torch.autograd.grad(divergence, seen[0], allow_unused=True)[0] if divergence.requires_grad else None
+        if found is None:
+            name = next(name for name, module in self._model.named_modules() if module is block)
+            raise NetworkError(f"block {name}: its output does not reach the network's by a gradient")
+        return found

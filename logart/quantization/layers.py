@@ -155,11 +155,12 @@ class QuantizedLayer(nn.Module):
                 it they start near the codes, free to move to the next level towards the target.
         """
         rows = self.rows
-        if target is None:
-            self.soft = SoftRounding(rows, self.codebook)
-        else:
-            assert self.codes is not None
-            self.soft = SoftRounding(target.reshape(rows.shape), self.codebook, self.codes.reshape(rows.shape))
+        towards = rows if target is None else target.reshape(rows.shape)
+        if towards.dtype.itemsize < 4:  # α and its steps drown in half precision
+            towards = towards.float()
+        assert target is None or self.codes is not None
+        codes = None if target is None or self.codes is None else self.codes.reshape(rows.shape)
+        self.soft = SoftRounding(towards, self.codebook, codes)
         self.soft_weight = self.rows.reshape(self.shape)
         return self.soft
 
@@ -167,7 +168,7 @@ class QuantizedLayer(nn.Module):
         """Compute the soft weights for the next forward; returns their rounding penalty (see `soft_round`)."""
         assert self.soft is not None
         soft, penalty = self.soft(beta)
-        self.soft_weight = soft.reshape(self.shape)
+        self.soft_weight = soft.reshape(self.shape).to(self.rows.dtype)
         return penalty  # type: ignore[no-any-return]
 
     def finish_learning(self) -> None:

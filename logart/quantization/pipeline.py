@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +23,26 @@ from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources, trace_sources
 from logart.quantization.folding import fold_batch_norms
+from logart.quantization.images import gather_images
 from logart.quantization.layer_report import Report, layer_reports
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.memory import estimate_memory
+from logart.quantization.modes import autocast_inside, own_modes
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.rounding_methods import BlockTask, Stage
 from logart.quantization.state import StageResult, StageStore
 from logart.quantization.surgery import Block
-from logart.quantization.survey import survey
+from logart.quantization.survey import Survey, survey
 from logart.runtime import progress_bar
 
 
 def quantize_model(
     model: nn.Module,
     config: QuantConfig,
-    calibration_images: Tensor | Iterable[Tensor],
+    calibration_images: Any,
     *,
+    input_key: str | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     block_types: Sequence[str] = (),
     row_groups: Mapping[str, int] = MappingProxyType({}),
     device: torch.device | str = "cpu",
@@ -51,8 +56,9 @@ def quantize_model(
     Args:
         model: any module of Conv2d and Linear layers that maps a batch of images to logits. It is not changed.
         config: the settings.
-        calibration_images: a tensor [n, C, H, W], or batches of images; DBS uses the first `search_samples`, LLR the
-            first `calib_samples`.
+        calibration_images: a tensor [n, C, H, W], or batches of images as data loaders give them, see
+            `images.gather_images`; DBS uses the first `search_samples`, LLR the first `calib_samples`.
+        input_key, prepare: where batches are dicts, or are to be made into images first; see there.
         block_types: class names of the blocks to reconstruct; without any, each layer is its own block.
         row_groups: by the last part of a layer's name, into how many groups its rows fall that get a codebook each
             where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
@@ -68,66 +74,64 @@ def quantize_model(
         The quantized network in eval mode, with what `save_packed` keeps of this run as `packed_info`; and the report.
 
     Raises:
-        ValueError: fewer images than the settings ask for, a layer that cannot be quantized (named), non-finite
-            weights or losses, no block of the types given.
+        ValueError: fewer images than the settings ask for, or no images; a network that does not run on them; a layer
+            that cannot be quantized (named), non-finite weights, errors or losses, no block of the types given.
+
+    The caller's modes do not matter: no_grad, inference_mode and autocast around it change nothing.
     """
     device = torch.device(device)
-    images = gather_images(calibration_images, max(2, config.images_needed))  # tracing takes an example
-    report = Report()
-    reference = clone_sharing(model).eval().requires_grad_(False).to(device)
-    example = images[:2].to(device, copy=True)  # some networks normalise in place
-    keep = partial(_any_matches, config.skip)
-    report.folded, report.unfolded = fold_batch_norms(reference, example, keep)
-    seen = survey(reference, example)
-    skipped = config.skipped(seen.layers)
-    report.skipped = [*seen.skipped, *((name, f"skipped by {pattern!r}") for name, pattern in skipped.items())]
-    report.n_weights = seen.n_weights
-    names = [name for name in seen.layers if name not in skipped]
-    if not names:
-        raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-    blocks = surgery.find_blocks(reference, names, block_types)
-    on_stage_end("float", reference)
-
-    quantized = clone_sharing(reference)
-    surgery.replace_layers(
-        quantized, config.bits_of(names, [*seen.inputs, *seen.heads]), config.channel_wise, row_groups
-    )
-    surgery.check_replaced(quantized, example, seen)
-    cache = Cache(device) if cache is None else cache
-    work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
-    report.rerun = work.prepare(example)
-    for stage in config.method.stages:
-        results = work.each(stage)
-        report.seconds[stage.event] = sum(done.seconds for done in results)
-        report.blocks += [done.report for done in results if done.report is not None]
-        on_stage_end(stage.event, quantized)
-    report.layers = layer_reports(quantized, blocks)
-    quantized.packed_info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}  # type: ignore[assignment]
+    with own_modes(device):
+        images = gather_images(calibration_images, max(2, config.images_needed), input_key, prepare)
+        example = images[:2].to(device, copy=True)  # some networks normalise in place
+        reference = clone_sharing(model).eval().requires_grad_(False).to(device)
+        report = Report()
+        seen = _look_at(reference, example, config, report)
+        names = [name for name in seen.layers if name not in dict(report.skipped)]
+        if not names:
+            raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
+        blocks = surgery.find_blocks(reference, names, block_types)
+        on_stage_end("float", reference)
+        quantized = clone_sharing(reference)
+        bits = config.bits_of(names, [*seen.inputs, *seen.heads])
+        surgery.replace_layers(quantized, bits, config.channel_wise, row_groups)
+        surgery.check_replaced(quantized, example, seen)
+        cache = Cache(device) if cache is None else cache
+        work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
+        autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
+        with autocast_inside((reference, quantized), autocast, device.type):
+            report.rerun = work.prepare(example)
+            for stage in config.method.stages:
+                results = work.each(stage)
+                report.seconds[stage.event] = sum(done.seconds for done in results)
+                report.blocks += [done.report for done in results if done.report is not None]
+                on_stage_end(stage.event, quantized)
+        report.layers = layer_reports(quantized, blocks)
+    info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
+    quantized.packed_info = info  # type: ignore[assignment]
     if report.quantized_share < 0.99:
         warnings.warn(report.share_line(), PartlyQuantized, stacklevel=2)
     return quantized, report
 
 
+def _look_at(reference: nn.Module, example: Tensor, config: QuantConfig, report: Report) -> Survey:
+    """Fold what can be folded and see what the network does; the report says what stays as it is."""
+    try:
+        report.folded, report.unfolded = fold_batch_norms(reference, example, partial(_any_matches, config.skip))
+    except (NetworkError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the network's own forward raises
+        what = f"{type(reference).__name__} does not run on the calibration images, {list(example.shape)}"
+        why = f"{example.dtype} ({one_line(error):.160}); expected one tensor that it takes"
+        raise NetworkError(f"{what} {why}") from error
+    seen = survey(reference, example)
+    skipped = config.skipped(seen.layers)
+    report.skipped = [*seen.skipped, *((name, f"skipped by {pattern!r}") for name, pattern in skipped.items())]
+    report.n_weights = seen.n_weights
+    return seen
+
+
 def _any_matches(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def gather_images(images: Tensor | Iterable[Tensor], count: int) -> Tensor:
-    """The first `count` images of a tensor or of batches, as one tensor; ValueError when there are fewer."""
-    if isinstance(images, Tensor):
-        gathered = images[:count]
-    else:
-        batches: list[Tensor] = []
-        for batch in images:
-            batches.append(batch)
-            if sum(map(len, batches)) >= count:
-                break
-        gathered = torch.cat(batches)[:count] if batches else torch.empty(0)
-    if len(gathered) < count:
-        raise NetworkError(f"the settings ask for {count} calibration images, got {len(gathered)}")
-    if not torch.isfinite(gathered).all():
-        raise NetworkError("the calibration images hold NaN or infinite values")
-    return gathered
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from logart.errors import NetworkError, NonFiniteError
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call
+from logart.quantization.dbs import wide
 from logart.quantization.layers import QuantizedLayer
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Los
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
         target = targets[batch]
-        total += float(loss(inputs[batch].copy().on(block), target)) * len(target)
+        total += float(loss(wide(inputs[batch].copy().on(block)), wide(target))) * len(target)
     return total / len(inputs)
 
 
@@ -164,19 +165,25 @@ def _learn(
     optimizer = torch.optim.Adam(alphas, lr=config.lr, fused=True)
     losses = []
     every = max(config.iters // 100, 1)
+    half = any(layer.rows.dtype.itemsize < 4 for layer in layers)
+
+    def part_loss(call: Call, chosen: Tensor) -> Tensor:
+        return loss(wide(call.on(block)), wide(targets[chosen]))
+
     try:
         for step in range(config.iters):
             chosen, call = batches.draw()
             beta = penalty_exponent(step, config)
             penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
-            target = targets[chosen]
-            reconstruction = loss(call.on(block), target)
+            reconstruction = part_loss(call, chosen)
+            if step == 0:
+                _check_gradients(name, layers, alphas, reconstruction)
             value = reconstruction.item()
             if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
-                raise _non_finite(name, step, value, lambda i: loss(call.rows(i).on(block), target[i]), chosen)  # noqa: B023
+                raise _non_finite(name, step, value, lambda i: part_loss(call.rows(i), chosen[i]), chosen)  # noqa: B023
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
-            (reconstruction + config.rrweight * penalty).backward()
+            _backward(reconstruction + config.rrweight * penalty, alphas, half)
             optimizer.step()
             if step % every == 0 or step == config.iters - 1:
                 losses.append(value)
@@ -185,6 +192,30 @@ def _learn(
         for layer in layers:
             layer.finish_learning()
     return tuple(losses)
+
+
+def _backward(loss: Tensor, alphas: Sequence[Tensor], half: bool) -> None:
+    """The gradients of α; where they overflow half precision on their way, of a smaller loss, made larger again."""
+    for scale in (1.0, 2.0**-8, 2.0**-16) if half else (1.0,):
+        gradients = torch.autograd.grad(loss * scale, alphas, retain_graph=half)
+        if not half or all(gradient.isfinite().all() for gradient in gradients):
+            break
+    for alpha, gradient in zip(alphas, gradients, strict=True):
+        alpha.grad = gradient / scale
+
+
+def _check_gradients(name: str, layers: list[QuantizedLayer], alphas: Sequence[Tensor], loss: Tensor) -> None:
+    """Raise where the block's forward cuts the gradient, so that nothing would be learned."""
+    found: Sequence[Tensor | None] = [None] * len(alphas)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, alphas, retain_graph=True, allow_unused=True)
+    cut = [i for i, gradient in enumerate(found) if gradient is None]
+    if cut:
+        shapes = " and ".join(str(list(layers[i].shape)) for i in cut[:2])
+        raise NetworkError(
+            f"block {name}: no gradient reaches {len(cut)} of its {len(layers)} layers (weights {shapes}), under"
+            " no_grad or a reentrant checkpoint, say; expected --rounding compensated or a forward that keeps gradients"
+        )
 
 
 def _non_finite(name: str, step: int, value: float, loss: Callable[[slice], Tensor], chosen: Tensor) -> NetworkError:

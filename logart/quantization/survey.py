@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from logart.errors import NetworkError
 from logart.quantization.clone import attributes
 from logart.quantization.layers import QUANTIZED_TYPES
+from logart.quantization.modes import autocast_now
 
 _LINEAR = {
     F.linear, F.bilinear, torch.conv1d, torch.conv2d, torch.conv3d,
@@ -38,6 +41,7 @@ class Survey:
         n_weights: elements of all weights, which are the parameters of two dimensions and more, and whatever else
             enters a linear operation in a weight's place.
         output: the network's.
+        autocast: the type of autocast that each module was entered under, by name; not those outside of autocast.
         eps: of the coarsest floating type that was computed in.
     """
 
@@ -47,6 +51,7 @@ class Survey:
     heads: list[str]
     n_weights: int
     output: Any
+    autocast: dict[str, torch.dtype]
     eps: float
 
 
@@ -62,7 +67,7 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
         raise NetworkError(f"the network is a single {type(model).__name__}; expected it inside nn.Sequential")
     _refuse_sharing(model)
     flow = _Flow(model, example)
-    with flow:
+    with flow, flow.watching_autocast(model):
         runs, output = count_runs(model, is_plain, flow.example)
     for name, count in runs.items():
         if count > 1:
@@ -74,7 +79,7 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
     n_weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     n_weights += sum(t.numel() for t in flow.unregistered.values())
     layers = list(runs)
-    return Survey(layers, skipped, *flow.ends(output, layers), n_weights, output, flow.eps)
+    return Survey(layers, skipped, *flow.ends(output, layers), n_weights, output, flow.autocast, flow.eps)
 
 
 def count_runs(model: nn.Module, which: Any, example: Tensor) -> tuple[Counter[str], Any]:
@@ -107,6 +112,7 @@ class _Flow(TorchFunctionMode):
         self.registered = {id(t) for t in (*model.parameters(), *model.buffers())}
         self.used: set[int] = set()
         self.unregistered: dict[int, Tensor] = {}
+        self.autocast: dict[str, torch.dtype] = {}
         self.eps = 0.0
         self._inputs: list[str] = []
         self._followed: set[str] = set()  # layers whose output another layer was given
@@ -135,6 +141,23 @@ class _Flow(TorchFunctionMode):
             if tensor.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
         return result
+
+    @contextmanager
+    def watching_autocast(self, model: nn.Module) -> Iterator[None]:
+        """Note under which autocast each module is entered."""
+        device_type = self.example.device.type
+
+        def enter(name: str, *_: object) -> None:
+            dtype = autocast_now(device_type)
+            if dtype is not None:
+                self.autocast[name] = dtype
+
+        handles = [m.register_forward_pre_hook(partial(enter, name)) for name, m in model.named_modules()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _look_for_weight(self, func: Any, args: Any, kwargs: Any) -> None:
         if func in _LINEAR:
