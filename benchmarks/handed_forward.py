@@ -1,0 +1,119 @@
+"""CPU seconds of a quantization, and how they grow with depth; and LLR's steps per second. One thread.
+
+    python benchmarks/handed_forward.py network [--arch mobilenetv2] [--checkpoint FILE] [--images_from FOLDER]
+        [--images 64] [--rounding compensated]
+    python benchmarks/handed_forward.py growth [--rounding learned] [--width 32]
+    python benchmarks/handed_forward.py steps [--steps 60] [--batch 32]
+
+`network` quantizes one; without a checkpoint its weights are random, without a folder its images are. `growth` takes
+networks of 4, 8 and 16 equal residual blocks, in turn, and a rounding of one step a block: what is left is the search,
+the capture of inputs and targets and the measuring of errors. `steps` learns a block of ResNet-18 and one of DeiT-tiny
+alone, on random inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import timm
+import torch
+from memory import peak_mib, reset_peak
+from torch import Tensor, nn
+
+from logart import QuantConfig, quantize_model
+from logart.networks.calibration import calibration_images
+from logart.networks.data import open_images
+from logart_cnn.models import build_network, load_network
+
+DEPTHS = (4, 8, 16)
+
+
+def cpu_seconds(model: nn.Module, config: QuantConfig, images: Tensor, types: Any = ()) -> float:
+    start = time.process_time()
+    quantize_model(model, config, images, block_types=types)
+    return time.process_time() - start
+
+
+def network(args: argparse.Namespace) -> None:
+    if args.checkpoint is None:
+        model, types = build_network(args.arch, shapes={}).eval(), args.types
+        images = torch.randn(args.images, 3, args.size, args.size)
+    else:
+        loaded = load_network(args.arch, args.checkpoint)
+        model, types = loaded.model, loaded.block_types
+        source = open_images(args.images_from, loaded.preprocessing, loaded.num_classes)
+        images, _ = calibration_images(source, args.images, 0, quiet=True)
+    config = QuantConfig(rounding=args.rounding, calib_samples=args.images)
+    reset_peak()
+    seconds = cpu_seconds(model, config, images, types)
+    print(f"{args.arch}, {args.images} images, {args.rounding}: {seconds:.1f} CPU-s, peak {peak_mib():.0f} MiB")
+
+
+class Residual(nn.Sequential):
+    """A block to reconstruct."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)  # type: ignore[no-any-return]
+
+
+def of_equal_blocks(depth: int, width: int) -> nn.Module:
+    def convolution() -> nn.Module:
+        return nn.Conv2d(width, width, 3, padding=1)
+
+    blocks = [Residual(convolution(), nn.ReLU(), convolution()) for _ in range(depth)]
+    return nn.Sequential(nn.Conv2d(3, width, 3), *blocks, nn.Flatten(), nn.LazyLinear(10))
+
+
+def growth(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(args.images, 3, args.size, args.size)
+    config = QuantConfig(rounding=args.rounding, iters=1, calib_samples=args.images)
+    seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
+    for _ in range(args.runs + 1):
+        for depth in DEPTHS:
+            model = of_equal_blocks(depth, args.width).eval()
+            model(images[:1])
+            seconds[depth].append(cpu_seconds(model, config, images, ["Residual"]))
+    median = {depth: statistics.median(of[1:]) for depth, of in seconds.items()}  # the first is a warm-up
+    print(f"equal blocks, {args.rounding}: " + ", ".join(f"{depth}: {s:.2f} CPU-s" for depth, s in median.items()))
+    print(f"from 4 to 8 blocks {median[8] / median[4]:.2f}×, from 8 to 16 blocks {median[16] / median[8]:.2f}×")
+
+
+def steps(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    resnet, deit = timm.create_model("resnet18"), timm.create_model("deit_tiny_patch16_224")
+    for name, block, shape in (
+        ("ResNet-18 block of 128 channels at 28×28", resnet.layer2[1], (128, 28, 28)),
+        ("DeiT-tiny block of 197 tokens", deit.blocks[0], (197, 192)),
+    ):
+        config = QuantConfig(calib_samples=2 * args.batch, batch_size=args.batch, iters=args.steps, warmup=0.0)
+        model, images = nn.Sequential(block).eval(), torch.randn(2 * args.batch, *shape)
+        _, report = quantize_model(model, config, images, block_types=[type(block).__name__])
+        rate = args.steps / report.blocks[0].learning_seconds
+        print(f"{name}, {args.batch} images a step: {rate:.2f} steps per second, errors before and after included")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["network", "growth", "steps"])
+    parser.add_argument("--arch", default="mobilenetv2")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--images_from", default="digits")
+    parser.add_argument("--types", nargs="*", default=[])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--rounding", default="compensated")
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    {"network": network, "growth": growth, "steps": steps}[args.part](args)
+
+
+if __name__ == "__main__":
+    main()
