@@ -28,6 +28,7 @@ from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main
 from logart.report.__main__ import build_parser as build_report_parser
 from logart.report.__main__ import main as report_main
+from logart.report.compare import build_parser as build_compare_parser
 from logart.report.compare import main as compare_main
 from logart_cnn import models
 from logart_cnn.command import build_config, build_parser, main
@@ -76,7 +77,9 @@ SCRIPT_RUNS = [words for block in SHELL for words in block if words[0] == "bash"
 
 
 def test_every_command_has_a_rule() -> None:
-    known = ("bash scripts/demo.sh", "bash scripts/test.sh", *(f"python -m {name}" for name in MAINS | TOOLS))
+    known = tuple(f"python -m {name}" for name in MAINS | TOOLS)
+    known += tuple(f"bash scripts/{name}.sh" for name in ("demo", "test", "test_browser", "test_rtl"))
+    known += ("python scripts/docs.py", "python -m logart.runs.columns", "python run.py")
     for words in [words for block in SHELL for words in block] + IN_PROSE:
         if any(map(ABLATION.fullmatch, words)) or words[:2] in NOT_RUN:
             continue
@@ -286,7 +289,8 @@ def test_the_places_are_those_of_the_cache_flag() -> None:
 
 
 def test_every_flag_named_exists() -> None:
-    builders = build_parser, build_vit_parser, build_inspect_parser, build_export_parser, build_report_parser
+    tools = build_inspect_parser, build_export_parser, build_report_parser, build_compare_parser
+    builders = build_parser, build_vit_parser, *tools
     parsers = [build() for build in builders]
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", EVERYTHING))
     unknown = {flag for flag in named if not any(parser.accepts(flag) for parser in parsers)}
