@@ -15,9 +15,9 @@ from logart.packed import inspect
 from logart.report import __main__ as report
 from logart.report import compare
 from logart_cnn import command as cnn
-from logart_cnn.models import ARCHS
+from logart_cnn import models as cnn_models
 from logart_vit import command as vit
-from logart_vit.models import MODELS
+from logart_vit import models as vit_models
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COMMANDS = {
@@ -67,9 +67,7 @@ def _row(action: argparse.Action) -> str:
 
 def names() -> str:
     """The tables of names in docs/networks.md."""
-    transformers = [f"| `{name}` | `{tag}` |" for name, tag in MODELS.items()]
-    archs = ", ".join(f"`{name}`" for name in ARCHS)
-    return "\n".join([f"`--arch`: {archs}.\n", "| `--model` | timm's full tag |", "|---|---|", *transformers])
+    return f"`--arch`:\n\n{cnn_models.names_documentation()}\n\n`--model`:\n\n{vit_models.names_documentation()}"
 
 
 def pages() -> dict[Path, str]:

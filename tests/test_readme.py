@@ -35,7 +35,7 @@ from logart_cnn.command import build_config, build_parser, main
 from logart_vit.command import build_parser as build_vit_parser
 from logart_vit.command import build_settings
 from logart_vit.main import main as vit_main
-from logart_vit.models import MODELS
+from logart_vit.models import ENTRIES
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("cli.md", "networks.md", "results_csv.md", "experiments.md")  # from the code, or dated measurements
@@ -150,11 +150,11 @@ def test_the_ablation_s_rows_are_accepted(words: list[str]) -> None:
         if track == "cnn":
             args = build_parser().parse_args(row.words[1:])
             build_config(args)
-            assert args.arch in models._STOCK or args.arch == "digits_resnet"
+            assert args.arch in models.ENTRIES or args.arch == "digits_resnet"
         else:
             args = build_vit_parser().parse_args(row.words[1:])
             build_settings(args)
-            assert args.model in MODELS
+            assert args.model in ENTRIES
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,8 @@ def shrunk_vit(argv: list[str], images: Path, folder: Path) -> list[str]:
         more += ["--calib_size", "2"]
     words = SWIN_KWARGS if "swin" in args.model else VIT_KWARGS
     name = args.model.removeprefix(models.TIMM)
-    path = seeded(lambda: small_transformer(MODELS.get(name, name), words), folder / "transformer.pth")
+    name = ENTRIES[name].timm if name in ENTRIES else name
+    path = seeded(lambda: small_transformer(name, words), folder / "transformer.pth")
     more += ["--dataset", str(images), "--num_classes", str(CLASSES), "--checkpoint", str(path)]
     return [*argv, *more, "--model_kwargs", *words.split()]
 
@@ -222,7 +223,7 @@ def weights(arch: str, checkpoint: str | None, model_kwargs: list[str] | None, f
         return ["--checkpoint", str(path), *(["--model_kwargs", *words] if words else [])]
     if checkpoint is None:
         path = folder / "hub" / "checkpoints" / Path(urlparse(models.ENTRIES[arch].weights).path).name
-    seeded(lambda: models._STOCK[arch].build({}, CLASSES), path)
+    seeded(lambda: models.ENTRIES[arch].build({}, CLASSES), path)
     return [] if checkpoint is None else ["--checkpoint", str(path)]
 
 
