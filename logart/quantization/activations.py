@@ -2,7 +2,7 @@
 
 Held are, of one network and batch by batch of its calibration images, the inputs of the block that is worked on and
 those outputs of earlier blocks of which the inputs of later ones are made. When the block is through, its outputs take
-the place of its inputs. What lies between blocks is run for every block, on the outputs held, with zeros in the place
+the place of its inputs. What lies between blocks is run for every block, on the outputs held, with a blank in the place
 of those that no later block needs; a block that cannot be reached so (see `trace_sources`) is reached from the images.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from logart.errors import NetworkError, NonFiniteError
 from logart.quantization.cache import Cache, Captured, OffloadedTensor
@@ -52,6 +52,7 @@ class Activations:
         self._at = 0
         self._inputs: list[Call | None] = [None] * len(self._images)
         self._outputs: list[dict[int, Any]] = [{} for _ in self._images]  # by block
+        self._blanks = torch.empty(0)
 
     @torch.no_grad()
     def inputs(self, index: int) -> Captured:
@@ -109,8 +110,24 @@ class Activations:
         replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
 
     def _replayed(self, b: int, passed: int) -> Any:
-        held = tree_map_only(_Released, lambda gone: gone.zeros(self._cache.device), self._outputs[b][passed])
-        return tree_map_only(Tensor, torch.clone, self._cache.load(held))
+        """What a block that was passed gave, to be changed in place at will."""
+
+        def leaf(held: Any) -> Any:
+            if isinstance(held, Tensor):
+                return held.clone()
+            if isinstance(held, _Released):
+                return self._blank(held.shape, held.dtype)
+            return held.load() if isinstance(held, OffloadedTensor) else held
+
+        return tree_map(leaf, self._outputs[b][passed])
+
+    def _blank(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """In the place of values that reach no block: zeros at first, then whatever has become of them in place."""
+        if not dtype.is_floating_point:  # an index, say, which must stay one
+            return torch.zeros(shape, dtype=dtype, device=self._cache.device)
+        if self._blanks.dtype != dtype or self._blanks.numel() < shape.numel():
+            self._blanks = torch.zeros(shape.numel(), dtype=dtype, device=self._cache.device)
+        return self._blanks[: shape.numel()].view(shape)
 
     def _leave(self, index: int, *, keep_inputs: bool = False) -> None:
         """Run a block on its inputs."""
@@ -149,10 +166,7 @@ class _Released:
     """What is known of a tensor that is held no longer."""
 
     def __init__(self, tensor: Tensor | OffloadedTensor) -> None:
-        self._shape, self._dtype = tensor.shape, tensor.dtype
-
-    def zeros(self, device: torch.device) -> Tensor:
-        return torch.zeros(self._shape, dtype=self._dtype, device=device)
+        self.shape, self.dtype = tensor.shape, tensor.dtype
 
 
 def last_readers(sources: Sequence[Sources | None]) -> list[int]:
