@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from logart.quantization.config import QuantConfig
     from logart.quantization.layer_report import Report
     from logart.quantization.pipeline import quantize_model
+    from logart.quantization.surgery import to_float
 
-__all__ = ["QuantConfig", "Report", "__version__", "load_packed", "quantize_model", "save_packed"]
+__all__ = ["QuantConfig", "Report", "__version__", "load_packed", "quantize_model", "save_packed", "to_float"]
 
 _HOMES = {
     "QuantConfig": "quantization.config",
@@ -21,6 +22,7 @@ _HOMES = {
     "load_packed": "packed.checkpoint",
     "quantize_model": "quantization.pipeline",
     "save_packed": "packed.checkpoint",
+    "to_float": "quantization.surgery",
 }
 
 

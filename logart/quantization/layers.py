@@ -10,7 +10,7 @@ with the float network, not copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from timm.layers import Conv2dSame
+from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
 from logart.grids.grid import Codebook
-from logart.grids.packing import pack
+from logart.grids.packing import pack, packed_bytes
 from logart.grids.plain import stored_spec
+from logart.grids.registry import grid_named
 from logart.grids.rounding import dequantize, nearest, rectified_sigmoid, soft_neighbours, soft_round
 from logart.grids.spec import CodebookSpec, dequantize_packed
 
@@ -116,19 +118,24 @@ class QuantizedLayer(nn.Module):
             return self.dequantized_weight
         if self.packed_codes is not None:
             return self._dequantize_packed()
-        assert self.float_weight is not None
-        return self.float_weight
+        return self._float_weight
 
     @property
     def rows(self) -> Tensor:
         """The float weight as the matrix [G, M] that the core's functions take."""
-        assert self.float_weight is not None
-        return self.float_weight.detach().reshape(self.n_codebooks, -1)
+        return self._float_weight.detach().reshape(self.n_codebooks, -1)
+
+    @property
+    def _float_weight(self) -> nn.Parameter:
+        if self.float_weight is None:  # AttributeError: torch.jit.trace asks for every attribute
+            raise AttributeError("the float weight was discarded")
+        return self.float_weight
 
     @property
     def codebook(self) -> Codebook:
         """The codebook that was set, or that the packed integers make."""
-        assert self.spec is not None
+        if self.spec is None:
+            raise AttributeError("the layer has no codebook yet")
         if self.levels is None:
             return self.spec.codebook(self.n_bits, self.dtype)
         return Codebook(self.levels, self.spec.to(self.levels.device))
@@ -226,6 +233,7 @@ class QuantizedLayer(nn.Module):
         if holder is not None and self.soft is None and holder.dtype != self.dtype:
             message = f"quantized as {self.dtype}, but moved to {holder.dtype} since"
             raise ValueError(f"{message}; expected the network in the type it was quantized in")
+        self._check_unwritten()
         if self.packed_codes is not None and self.spec is not None:
             return self.packed_codes, self.spec
         if self.codes is None or self.soft is not None:
@@ -240,6 +248,96 @@ class QuantizedLayer(nn.Module):
             self.dtype_marker = torch.empty(0, dtype=self.dtype)
         if dequantized_weight:
             self.dequantized_weight = self._dequantize_packed()
+
+    def _check_unwritten(self) -> None:
+        """Raise ValueError where the weight in use is not what the codes stand for: someone wrote into it."""
+        used = self.dequantized_weight
+        if used is None or self.soft is not None:
+            return
+        meant = self._dequantize() if self.packed_codes is None else self._dequantize_packed()
+        if not torch.equal(used, meant.to(used.dtype)):
+            raise ValueError("its weight was written to, which its codes do not say; expected a change of the codes")
+
+    def get_extra_state(self) -> dict[str, Any] | None:
+        """What a state dict says beside codes: their width, and what the codebooks are made of; plain values only."""
+        self._check_unwritten()
+        if self.spec is None:
+            return None
+        return {
+            "n_bits": self.n_bits,
+            "n_codebooks": self.n_codebooks,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "grid": self.spec.grid.name,
+            "terms": self.spec.terms,
+            "columns": {name: column.clone() for name, column in self.spec.columns.items()},
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing is left to do: `_load_from_state_dict` took it."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """What `load_state_dict` calls: the layer becomes what the state says, of whichever kind that is.
+
+        A state with codes, packed or not, brings their codebooks along; a layer that held its codes packed and read
+        its weight on the fly goes on to do so. A state that says only a part is an error, strict or not.
+        """
+        own = {name: state_dict.get(prefix + name) for name in ("float_weight", "codes", "levels", "packed_codes")}
+        try:
+            if f"{prefix}weight" in state_dict:
+                raise ValueError("the state has a float weight; expected that of a quantized network")
+            if any(value is not None for value in own.values()):
+                self._take_state(own, state_dict.get(f"{prefix}_extra_state"))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        except (KeyError, TypeError, ValueError) as error:
+            args[-1].append(f"layer {prefix.removesuffix('.')}: {error}")  # torch raises all of them as one
+
+    def _take_state(self, own: Mapping[str, Tensor | None], extra: Any) -> None:
+        """Hold tensors of a state's kinds and shapes, which torch copies over then, and what they stand for."""
+        codes, packed = own["codes"], own["packed_codes"]
+        if (codes is not None or packed is not None) and not isinstance(extra, dict):
+            raise ValueError("the state has codes, but not what their codebooks are made of (_extra_state)")
+        if codes is not None and codes.shape != self.shape:
+            raise ValueError(f"the state has codes {list(codes.shape)}; expected {list(self.shape)}")
+        now, device = self.weight.dtype, self.weight.device
+        on_the_fly = self.packed_codes is not None and self.dequantized_weight is None
+        held = {name: None if value is None else value.to(device, copy=True) for name, value in own.items()}
+        spec, n_bits, dtype = None, self.n_bits, self.dtype
+        if isinstance(extra, dict):
+            n_bits, dtype, grid = int(extra["n_bits"]), getattr(torch, extra["dtype"]), grid_named(extra["grid"])
+            columns = {name: column.cpu() for name, column in extra["columns"].items()}
+            spec = CodebookSpec.checked(grid, columns, int(extra["terms"]), self.shape, n_bits, dtype)
+            if packed is not None and packed.shape != (packed_bytes(self.shape.numel(), n_bits),):
+                raise ValueError(f"the state has {len(packed)} bytes of codes of {n_bits} bits")
+        weight = held.pop("float_weight")
+        self.float_weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        for name, value in held.items():
+            setattr(self, name, value)
+        self.soft, self.spec, self.n_bits, self.dtype = None, spec, n_bits, dtype
+        self.n_codebooks = self.n_codebooks if spec is None else spec.channels
+        self.dtype_marker = None if packed is None else torch.empty(0, dtype=now, device=device)
+        self.dequantized_weight = None
+        if codes is not None:
+            self.dequantized_weight = self._dequantize().to(now)
+        elif packed is not None and not on_the_fly:
+            self.dequantized_weight = self._dequantize_packed()
+
+    def to_float(self) -> nn.Module:
+        """The float layer of the same type whose weight is the quantized one."""
+        plain = next(float_type for float_type, quantized in QUANTIZED_TYPES.items() if type(self) is quantized)
+        layer = copy.copy(self)
+        for name, member in vars(self).items():
+            if isinstance(member, dict):
+                layer.__dict__[name] = member.copy()
+        layer.__class__ = plain  # type: ignore[assignment]
+        for name in ("codes", "levels", "packed_codes", "dequantized_weight", "dtype_marker"):
+            del layer._buffers[name]
+        layer._non_persistent_buffers_set = set()
+        del layer._modules["soft"], layer._parameters["float_weight"]
+        for name in ("n_bits", "n_codebooks", "shape", "dtype", "spec"):
+            layer.__dict__.pop(name, None)
+        weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        layer._parameters = {"weight": weight, **layer._parameters}
+        return layer
 
     def _dequantize_packed(self) -> Tensor:
         """The weight that the packed codes stand for, cast to the type that the network was moved to since."""
@@ -261,11 +359,16 @@ class QuantConv2dSame(QuantizedLayer, Conv2dSame):  # type: ignore[override,misc
     """timm's TensorFlow-style padded convolution on a codebook; forward is its own."""
 
 
+class QuantTimmLinear(QuantizedLayer, TimmLinear):  # type: ignore[override,misc]
+    """timm's own linear layer, whose forward differs under TorchScript alone, on a codebook."""
+
+
 # Exact types: a subclass may do with its weight what it likes (standardise it, say), and a codebook would be lost.
 QUANTIZED_TYPES: dict[type[nn.Module], Any] = {
     nn.Conv2d: QuantConv2d,
     nn.Linear: QuantLinear,
     Conv2dSame: QuantConv2dSame,
+    TimmLinear: QuantTimmLinear,
 }
 
 

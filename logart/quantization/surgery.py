@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -70,6 +71,19 @@ def replace_layer(model: nn.Module, name: str, n_bits: int, n_codebooks: int) ->
     quantized: QuantizedLayer = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks)
     replace_module(model, name, quantized)
     return quantized
+
+
+def to_float(model: nn.Module) -> nn.Module:
+    """A plain network with the quantized weights in place and a plain state dict, for tools that know no codes.
+
+    Args:
+        model: as `quantize_model` or `load_packed` gives it; it is not changed.
+    """
+    plain = copy.deepcopy(model)
+    for name, layer in quantized_layers(plain).items():
+        replace_module(plain, name, layer.to_float())
+    plain.__dict__.pop("packed_info", None)
+    return plain
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
