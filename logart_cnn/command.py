@@ -87,7 +87,8 @@ def build_parser() -> FlagParser:
 
 def build_config(args: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for; UserError for a value out of range or a flag without effect."""
-    chosen = {} if args.preset is None else preset(args.preset, default_if_none(args.n_bits_w, QuantConfig.n_bits))
+    n_bits = flags.preset_bits(args, args.n_bits_w, QuantConfig.n_bits)
+    chosen = {} if args.preset is None else preset(args.preset, n_bits)
     chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)
     learning = ("calib_lr", "recon_input")

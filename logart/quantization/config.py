@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -68,6 +69,11 @@ class QuantConfig:
         seed: of the order of images during LLR and of the probes of BW.
         layer_bits: bits by pattern (`fnmatch`) on the layers' names; of several that match, the last counts.
         skip: patterns of the names of layers that stay float.
+        bits_budget: mean bits per weight, 2 to 8, over all quantized weights. Every layer of which `first_last_bits`
+            and `layer_bits` say nothing gets the width at which the network's output minds it least within that
+            (`sensitivity`, `budget`); `n_bits` becomes the budget, rounded up.
+        size_budget: in place of it, the bytes of all packed codes: of each layer weights·bits / 8, rounded up.
+            Codebooks, biases and what stays float do not count.
     """
 
     n_bits: int = 4
@@ -98,11 +104,14 @@ class QuantConfig:
     seed: int = 0
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     skip: Sequence[str] = ()
+    bits_budget: float | None = None
+    size_budget: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value of another type or out of its range, naming the field."""
         for one in fields(self):
             object.__setattr__(self, one.name, _checked_type(one.name, str(one.type), getattr(self, one.name)))
+        self._check_budget()
         grid_named(self.scale_method)
         object.__setattr__(self, "search_method", SearchMethod(self.search_method))
         object.__setattr__(self, "scale_search", ScaleSearch(self.scale_search))
@@ -131,6 +140,23 @@ class QuantConfig:
         if self.rounding not in METHODS:
             raise ValueError(f"rounding must be one of {', '.join(METHODS)}, got {self.rounding!r}")
         root2(self.hardware_terms)
+
+    def _check_budget(self) -> None:
+        if self.bits_budget is not None and self.size_budget is not None:
+            raise ValueError(
+                f"bits_budget and size_budget exclude each other, got {self.bits_budget} and {self.size_budget}"
+            )
+        if self.bits_budget is not None:
+            if not MIN_BITS <= self.bits_budget <= MAX_BITS:
+                raise ValueError(f"bits_budget must be {MIN_BITS} to {MAX_BITS}, got {self.bits_budget}")
+            object.__setattr__(self, "n_bits", math.ceil(self.bits_budget))
+        if self.size_budget is not None and self.size_budget < 1:
+            raise ValueError(f"size_budget must be at least 1, got {self.size_budget}")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether widths are allocated to layers by their effect."""
+        return self.bits_budget is not None or self.size_budget is not None
 
     @property
     def searches(self) -> bool:
@@ -168,7 +194,8 @@ class QuantConfig:
     @property
     def images_needed(self) -> int:
         """How many calibration images the stages that run look at."""
-        return max(stage.images(self)[0] if stage.needs(self) else 0 for stage in self.method.stages)
+        needed = max(stage.images(self)[0] if stage.needs(self) else 0 for stage in self.method.stages)
+        return needed or (self.search_samples if self.has_budget else 0)
 
     def as_dict(self) -> dict[str, Any]:
         """All settings by name, as JSON can say them."""
@@ -193,9 +220,13 @@ class QuantConfig:
         Raises:
             SettingError: a pattern of `layer_bits` matches none of them.
         """
-        bits = dict.fromkeys(layers, self.n_bits)
+        return dict.fromkeys(layers, self.n_bits) | self.named_bits(layers, ends)
+
+    def named_bits(self, layers: Sequence[str], ends: Sequence[str]) -> dict[str, int]:
+        """`bits_of` those layers that `first_last_bits` or `layer_bits` name."""
+        bits = {}
         if self.first_last_bits is not None:
-            bits |= {name: self.first_last_bits for name in ends if name in bits}
+            bits = {name: self.first_last_bits for name in ends if name in layers}
         for pattern, width in self.layer_bits.items():
             bits |= dict.fromkeys(_matching("layer_bits", pattern, layers), width)
         return bits
@@ -221,7 +252,7 @@ def _checked_type(name: str, kind: str, value: Any) -> Any:
         return tuple(value)
     if kind == "bool" and not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
-    if kind == "float":
+    if kind == "float" or (kind == "float | None" and value is not None):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
         return float(value)
@@ -234,7 +265,11 @@ def _checked_type(name: str, kind: str, value: Any) -> Any:
 
 def describe(config: QuantConfig) -> str:
     """The settings in a line, those that act."""
-    grid = f"{config.n_bits} bits, {config.scale_method}"
+    bits = f"{config.n_bits} bits"
+    if config.has_budget:
+        mean = config.bits_budget
+        bits = f"{config.size_budget} bytes of codes" if mean is None else f"{mean:g} bits on average"
+    grid = f"{bits}, {config.scale_method}"
     if config.searches and config.method.uses_dbs:
         grid += f" ({config.search_method.value} DBS)"
     words = [grid, f"a codebook per {'channel' if config.channel_wise else 'layer'}"]

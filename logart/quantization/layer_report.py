@@ -88,6 +88,12 @@ class Report:
         """How many layers have each bit width."""
         return dict(sorted(Counter(layer.n_bits for layer in self.layers).items()))
 
+    @property
+    def mean_bits(self) -> float:
+        """Bits per quantized weight."""
+        weights = [torch.Size(layer.shape).numel() for layer in self.layers]
+        return sum(n * layer.n_bits for n, layer in zip(weights, self.layers, strict=True)) / sum(weights)
+
     def share_line(self) -> str:
         """What was quantized, and below 99 % what was not, in a line."""
         line = f"{100 * self.quantized_share:.2f} % of the weights are quantized"

@@ -30,6 +30,7 @@ from logart.quantization.memory import estimate_memory
 from logart.quantization.modes import autocast_inside, own_modes
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.rounding_methods import BlockTask, Stage
+from logart.quantization.sensitivity import budgeted_bits
 from logart.quantization.state import StageResult, StageStore
 from logart.quantization.surgery import Block
 from logart.quantization.survey import Survey, survey
@@ -90,13 +91,17 @@ def quantize_model(
         if not names:
             raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
         blocks = surgery.find_blocks(reference, names, block_types)
+        stage_store = stage_store or StageStore()
+        bits = config.bits_of(names, [*seen.inputs, *seen.heads])
+        if config.has_budget:
+            named = config.named_bits(names, [*seen.inputs, *seen.heads])
+            bits = stage_store.bits(lambda: budgeted_bits(reference, names, named, images, config, row_groups, device))
         on_stage_end("float", reference)
         quantized = clone_sharing(reference)
-        bits = config.bits_of(names, [*seen.inputs, *seen.heads])
         surgery.replace_layers(quantized, bits, config.channel_wise, row_groups)
         surgery.check_replaced(quantized, example, seen)
         cache = Cache(device) if cache is None else cache
-        work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store or StageStore())
+        work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store)
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
             report.rerun = work.prepare(example)

@@ -7,7 +7,7 @@ after it see of it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -25,7 +25,11 @@ class StageResult:
 
 
 class StageStore:
-    """Keeps nothing; what keeps something overrides both methods."""
+    """Keeps nothing; what keeps something overrides the methods."""
+
+    def bits(self, allocate: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """The width of each layer under a budget: what was kept, else allocated now."""
+        return allocate()
 
     def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
         """Give a block's layers what was kept of this stage; None, and nothing done, if nothing was."""

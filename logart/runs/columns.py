@@ -53,6 +53,10 @@ class When(NamedTuple):
 ALWAYS = When("", lambda config: True)
 SEARCHES = When("DBS or scale search", lambda config: config.searches and config.method.uses_dbs)
 SEARCHES_DATA = When("search by layer or block outputs", lambda config: config.searches_data)
+SEARCH_IMAGES = When(
+    "search by layer or block outputs; a budget of bits without `calib_samples`",
+    lambda config: config.searches_data or config.has_budget and not config.method.calibrates,
+)
 SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
 CALIBRATES = When("compensated rounding or LLR", lambda config: config.method.calibrates)
 LEARNS = When("LLR", lambda config: config.learns)
@@ -78,6 +82,7 @@ class Facts:
         accuracies: by stage: float, searched, rounded, approximated.
         quantized_share: of the network's weights, 0 to 1.
         layers_by_bits: how many layers have each width.
+        mean_bits: per quantized weight.
         search_seconds, reconstruction_seconds, total_seconds: what took how long.
         memory_mb: the run's peak.
         packed_bytes: of the network as a packed file; 0 where nobody packed it.
@@ -90,6 +95,7 @@ class Facts:
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     quantized_share: float = 0.0
     layers_by_bits: Mapping[int, int] = field(default_factory=dict)
+    mean_bits: float = 0.0
     search_seconds: float = 0.0
     reconstruction_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -176,11 +182,14 @@ COLUMNS = (
            "which output each class folder is, where that had to be said: `number`, `text`, `map:` and a hash"),
     Column("val_limit", Part.NETWORK, "`--val_limit`: accuracies are of so many images only; empty: of all",
            unit="images"),
-    _of_config("bits", Part.METHOD, "width of a weight's code", "n_bits", unit="bits"),
+    _of_config("bits", Part.METHOD, "width of a weight's code; with `bits_budget`, that rounded up", "n_bits",
+               unit="bits"),
     Column("first_last_bits", Part.GRID, "width in the input layers and the heads, or `same`",
            lambda f: f.config.first_last_bits or "same", unit="bits"),
     Column("layer_bits", Part.GRID, "widths of layers by name, `PATTERN=BITS`", unit="bits",
            value=lambda f: " ".join(f"{pattern}={bits}" for pattern, bits in f.config.layer_bits.items()) or None),
+    _of_config("bits_budget", Part.GRID, "mean width over the quantized weights that was allowed", unit="bits"),
+    _of_config("size_budget", Part.GRID, "size of all packed codes that was allowed", unit="bytes"),
     Column("skip", Part.GRID, "patterns of the names of layers that were to stay float",
            lambda f: " ".join(f.config.skip) or None),
     _of_config("channel_wise", Part.GRID, "`True`: a codebook per output channel; `False`: one per layer"),
@@ -193,7 +202,7 @@ COLUMNS = (
     _of_config("zero_code", Part.GRID, "`True`: one code is zero", when=grid_option("zero_code"), idle="False"),
     _of_config("search_method", Part.METHOD,
                "the error that DBS and scale search minimise; compensated rounding has its own", when=SEARCHES),
-    _of_config("search_samples", Part.SEARCH, "calibration images seen by DBS", unit="images", when=SEARCHES_DATA),
+    _of_config("search_samples", Part.SEARCH, "calibration images seen by DBS", unit="images", when=SEARCH_IMAGES),
     _of_config("search_batch_size", Part.SEARCH, "calibration images at a time in DBS", unit="images",
                when=SEARCHES_DATA),
     Column("preset", Part.DEFAULTS, "the preset that gave the defaults"),
@@ -252,6 +261,8 @@ COLUMNS = (
            lambda f: f.against_float(1), unit="images"),
     Column("agreement", Part.ACCURACY, "test images that both networks give the same class",
            lambda f: f.against_float(2), unit="%"),
+    Column("mean_bits", Part.COST, "mean width over the quantized weights", lambda f: round(f.mean_bits, 4),
+           unit="bits"),
     Column("search_seconds", Part.COST, "time of DBS", lambda f: round(f.search_seconds, 3), unit="s"),
     Column("reconstruction_seconds", Part.COST, "time of compensated rounding and LLR",
            lambda f: round(f.reconstruction_seconds, 3), unit="s"),

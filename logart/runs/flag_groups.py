@@ -100,6 +100,11 @@ class TrackFlags:
         add(group, "first_last_bits", "bits of every input layer and every head", "same", metavar="{2..8,same}")
         add(group, "layer_bits", "bits of layers by name (* and ? as in file names); the last that matches counts",
             "none", nargs="+", metavar="PATTERN=BITS")  # fmt: skip
+        add(group, "bits_budget", "mean bits per quantized weight, 2 to 8: layers that the output minds more get more "
+            "bits; --first_last_bits and --layer_bits stand, and count", "none", type=finite,
+            metavar="BITS")  # fmt: skip
+        add(group, "size_budget", "the same within so many bytes of packed codes (codebooks, biases and float layers "
+            "do not count)", "none", type=int, metavar="BYTES")  # fmt: skip
         add(group, "skip", "layers that stay float, by name", "none", nargs="+", metavar="PATTERN")
         add(group, "channel_wise", "one codebook per output channel, or one per layer", "per channel",
             action=argparse.BooleanOptionalAction)  # fmt: skip

@@ -6,6 +6,7 @@ Only the entry points import this; the core never reads a command line.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
     if args.first_last_bits is not None:
         settings["first_last_bits"] = _first_last_bits(args.first_last_bits)
     settings |= {"layer_bits": _layer_bits(args.layer_bits or ()), "skip": args.skip or ()}
+    settings |= {"bits_budget": args.bits_budget, "size_budget": args.size_budget}
     settings["hardware_terms"] = default_if_none(args.hardware_approx_terms, 2) if args.hardware_approx else 0
     try:
         config = QuantConfig(**settings)
@@ -69,13 +71,18 @@ def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: M
 def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> str:
     """The message with the user's names: of the flags, or of the config file where no flag that it names was given."""
     names = {field: flag for flag, field in flags.items()} | {
-        name: name for name in ("first_last_bits", "layer_bits", "skip")
+        name: name for name in ("first_last_bits", "layer_bits", "skip", "bits_budget", "size_budget")
     }
     words = error.split()
     message = [names[word] for word in words if word in names]
     of_file = getattr(args, "config", None) is not None and not given(args, message)
     start, dashes = (f"--config: {args.config}: ", "") if of_file else ("", "--")
     return start + " ".join(f"{dashes}{names[word]}" if word in names else word for word in words)
+
+
+def preset_bits(args: argparse.Namespace, n_bits: int | None, default: int) -> int:
+    """The bits that a preset's defaults are for: the budget's, rounded up, or the flag's or the default."""
+    return default_if_none(n_bits, default) if args.bits_budget is None else math.ceil(args.bits_budget)
 
 
 def _first_last_bits(text: str) -> int | None:
@@ -111,6 +118,8 @@ def refuse_idle_flags(
         refuse_without_effect(args, {name: f"--{name}" for name in names}, acts, why)
 
     grid = config.grid
+    width = "n_bits_w" if hasattr(args, "n_bits_w") else "w_bit"
+    refuse((width,), not config.has_budget, "a budget chooses the bits of each layer")
     for option in ("scale_search", "asymmetric", "zero_code"):
         refuse((option,), option in grid.options, f"it does not act on --scale_method {grid.name}")
     refuse(("search_method", *search), config.searches, f"--scale_method {grid.name} searches nothing")
@@ -195,6 +204,8 @@ def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any)
     values = {flag: getattr(config, field) for flag, field in fields.items()}
     values |= {
         "first_last_bits": config.first_last_bits or "same",
+        "bits_budget": config.bits_budget,
+        "size_budget": config.size_budget,
         "hardware_approx_terms": config.hardware_terms,
         "rounding": config.method.name,
         "seed": config.seed,

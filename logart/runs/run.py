@@ -123,6 +123,7 @@ def run(
         accuracies=stages.accuracies,
         quantized_share=report.quantized_share,
         layers_by_bits=report.bits,
+        mean_bits=report.mean_bits,
         search_seconds=report.search_seconds,
         reconstruction_seconds=report.reconstruction_seconds,
         total_seconds=time.perf_counter() - started if folder is None else folder.seconds,

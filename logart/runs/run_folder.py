@@ -18,7 +18,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from logart.runs.columns import Cell
 
 FORMAT = 2
 RUN, REPORT, ACCURACIES, PACKED = "run.json", "report.json", "accuracies.json", "packed.safetensors"
+BITS = "bits.json"  # of each layer, where a budget decided
 
 
 @dataclass
@@ -55,6 +56,17 @@ class RunFolder(StageStore):
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
     _full: bool = False
     _log: TextIO = field(default_factory=io.StringIO)
+
+    def bits(self, allocate: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """See `StageStore`."""
+        path = self.path / BITS
+        if path.exists():
+            kept: dict[str, int] = read_json(path)["bits"]
+            return kept
+        bits = allocate()
+        with self._room():
+            write_json(path, {"bits": bits})
+        return bits
 
     def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
         """See `StageStore`; a state that cannot be read is recomputed."""

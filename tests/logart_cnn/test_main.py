@@ -40,7 +40,8 @@ def config(*argv: str) -> QuantConfig:
 
 ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method search_method search_samples
     test_before_calibration calib_samples batch_size iters_w rrweight weight calib_lr b_start b_end warmup recon_input
-    hardware_approx test_with_hardware_approx first_last_bits layer_bits skip seed device workers results quiet
+    hardware_approx test_with_hardware_approx first_last_bits layer_bits skip bits_budget size_budget seed device
+    workers results quiet
     calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
     rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
@@ -79,7 +80,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
         "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": "learned",
         "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False,
-        "layer_bits": {}, "skip": (),
+        "layer_bits": {}, "skip": (), "bits_budget": None, "size_budget": None,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
     assert options == expected and not options.quiet

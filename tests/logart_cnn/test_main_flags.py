@@ -78,6 +78,8 @@ EFFECTS = {
     "preset": Effect("--preset paper", {"preset": "paper", "rrweight": "10000.0"}),
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
     "layer_bits": Effect("--layer_bits *.conv2=2 head*=6", {"layer_bits": "*.conv2=2 head*=6"}),
+    "bits_budget": Effect("--bits_budget 2.5", {"bits_budget": "2.5", "bits": "3"}),
+    "size_budget": Effect("--size_budget 1200", {"size_budget": "1200"}),
     "skip": Effect("--skip *.conv2 stem*", {"skip": "*.conv2 stem*"}),
     "seed": Effect("--seed 1", {"seed": "1"}),
     "calib_augment": Effect("--calib_augment", {"calib_augment": "True"}),

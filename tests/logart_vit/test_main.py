@@ -53,7 +53,7 @@ def settings(*argv: str) -> tuple[QuantConfig, dict[str, Any]]:
 ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight scale_method search_method w_bit
     calib-size calib-batch-size optim-size optim-batch-size optim-metric optim-mode drop-prob val-batch-size num-workers
     hardware_approx test_with_hardware_approx test-before-calibration seed device results quiet first_last_bits
-    layer_bits skip
+    layer_bits skip bits_budget size_budget
     model-kwargs input-size crop-pct mean std interpolation num-classes
     rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
     class_map class_order calib_path calib_from_val val_limit""".split()
@@ -290,7 +290,9 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "capture_precision": "", "seed": "0",
         "val_images": "500",
         "device": "cpu", "preset": "", "rounding": "learned", "scale_search": "none", "asymmetric": "False",
-        "zero_code": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "", "layers_by_bits": "4:18",
+        "zero_code": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
+        "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
+        "layers_by_bits": "4:18",
         "quantized_weights": "99.617",
     }  # fmt: skip
     assert row["timm_version"] == timm.__version__

@@ -80,6 +80,8 @@ EFFECTS = {
     "preset": Effect("--preset paper", {"preset": "paper", "rrweight": "10000.0"}),
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
     "layer_bits": Effect("--layer_bits *.fc1=2 head=6", {"layer_bits": "*.fc1=2 head=6"}),
+    "bits_budget": Effect("--bits_budget 2.5", {"bits_budget": "2.5", "bits": "3"}),
+    "size_budget": Effect("--size_budget 2500", {"size_budget": "2500"}),
     "skip": Effect("--skip *.fc1", {"skip": "*.fc1"}),
     "seed": Effect("--seed 1", {"seed": "1"}),
     "test_before_calibration": Effect("--test_before_calibration", codes=False),

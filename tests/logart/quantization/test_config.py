@@ -23,6 +23,8 @@ from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMe
         ("first_last_bits", [1, 9]),
         ("layer_bits", [{"a": 1}, {"a": 9}, "a=4"]),
         ("skip", ["head", [3]]),
+        ("bits_budget", [1.9, 8.1, float("nan")]),
+        ("size_budget", [0, -1]),
         ("search_samples", [0, -1]),
         ("search_batch_size", [0]),
         ("calib_samples", [0]),
@@ -65,6 +67,8 @@ def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
         ("layer_bits", [{"a": 4.0}, {"a": True}], "a whole number"),
         ("layer_bits", ["a=4", [("a", 4)]], "bits by pattern"),
         ("skip", ["head", [1]], "a list of patterns"),
+        ("bits_budget", ["3", True], "a number"),
+        ("size_budget", [3.0, True], "a whole number"),
     ],
 )
 def test_values_of_another_type_are_refused(field: str, values: list[Any], expected: str) -> None:
