@@ -20,7 +20,7 @@ from logart.networks.network import DIGITS_PREPROCESSING as DIGITS
 from logart.networks.network import INTERPOLATIONS as INTERPOLATIONS
 from logart.networks.network import TIMM, Network, Plan, names_table, plan_by, unknown_network
 from logart.networks.timm_network import build_timm, plan_timm
-from logart.networks.weights import fetch_state_dict, file_sha256, load_state_dict, read_state_dict
+from logart.networks.weights import Checkpoint, fetch_state_dict, load_state_dict, read_checkpoint
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
 from logart_cnn.networks import CifarResNet, DigitsResNet, build_mnasnet
 
@@ -116,6 +116,7 @@ def plan_network(arch: str, checkpoint: str | Path | None = None, **settings: An
 def _plan(
     arch: str,
     checkpoint: str | Path | None,
+    checkpoint_key: str | None,
     model_kwargs: Mapping[str, object] | None,
     num_classes: int | None,
     input_size: int | None,
@@ -125,6 +126,7 @@ def _plan(
             arch,
             arch.removeprefix(TIMM),
             None if checkpoint is None else nullcontext(Path(checkpoint)),
+            checkpoint_key,
             flag="--arch",
             find_blocks=_find_blocks,
             model_kwargs=model_kwargs,
@@ -139,7 +141,7 @@ def _plan(
     if checkpoint is None and not entry.weights:
         raise UserError(f"--checkpoint: {arch} comes without weights; expected a file of them")
     classes = num_classes or entry.num_classes
-    return Plan(entry.preprocessing, classes, lambda: _load(arch, checkpoint, classes))
+    return Plan(entry.preprocessing, classes, lambda: _load(arch, checkpoint, checkpoint_key, classes))
 
 
 def build_network(
@@ -163,24 +165,23 @@ def build_network(
     return build_timm(name, flag="--arch", model_kwargs=model_kwargs, num_classes=num_classes, input_size=input_size)[0]  # type: ignore[no-any-return]
 
 
-def _load(arch: str, checkpoint: str | Path | None, classes: int) -> Network:
+def _load(arch: str, checkpoint: str | Path | None, checkpoint_key: str | None, classes: int) -> Network:
     entry = ENTRIES[arch]
-    state, source, sha256 = _weights(entry, checkpoint)
-    state = entry.rename(state)
+    file = _weights(entry, checkpoint, checkpoint_key)
+    state = entry.rename(file.state)
     model = entry.build(state, classes)
-    load_state_dict(model, state, flag="--checkpoint", source=source)
-    return Network(arch, model, entry.preprocessing, entry.block_types, classes, source, sha256)
+    load_state_dict(model, state, flag="--checkpoint", source=file.source)
+    return Network(arch, model, entry.preprocessing, entry.block_types, classes, file.source, file.sha256)
 
 
-def _weights(entry: Entry, checkpoint: str | Path | None) -> tuple[State, str, str]:
-    """The state dict, where it came from, and its hash."""
+def _weights(entry: Entry, checkpoint: str | Path | None, checkpoint_key: str | None) -> Checkpoint:
     if checkpoint is not None:
-        return read_state_dict(checkpoint), Path(checkpoint).name, file_sha256(checkpoint)
+        return read_checkpoint(checkpoint, checkpoint_key)
     if not entry.weights.startswith(PACKAGED):
         state, sha256 = fetch_state_dict(entry.weights)
-        return state, entry.weights, sha256
+        return Checkpoint(entry.weights, state, sha256)
     with resources.as_file(resources.files("logart_cnn").joinpath(entry.weights)) as path:
-        return read_state_dict(path), path.name, file_sha256(path)
+        return read_checkpoint(path)
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...]:

@@ -160,6 +160,7 @@ def plan_network(model: str, checkpoint: str | Path | None = None, **settings: A
 def _plan(
     model: str,
     checkpoint: str | Path | None,
+    checkpoint_key: str | None,
     model_kwargs: Mapping[str, object] | None,
     num_classes: int | None,
     input_size: int | None,
@@ -171,6 +172,7 @@ def _plan(
         model,
         entry.timm,
         _weights_file(model, entry, checkpoint),
+        checkpoint_key,
         flag="--model",
         find_blocks=partial(_find_blocks, model),
         model_kwargs=model_kwargs,

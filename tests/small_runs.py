@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import logart.runs.run
@@ -53,6 +53,12 @@ def seeded(build: Callable[[], nn.Module], path: Path, seed: int = 0) -> Path:
         save_file(state, path)
     else:
         torch.save(state, path)
+    return path
+
+
+def with_average(plain: Path, averaged: Path, path: Path) -> Path:
+    """A checkpoint with both files' weights, as training scripts write it."""
+    torch.save({"model": load_file(plain), "model_ema": torch.load(averaged), "epoch": 3}, path)
     return path
 
 
@@ -96,6 +102,7 @@ class Files(ImageFiles):
         self.small = seeded(small, folder / "small.safetensors")
         self.again = seeded(small, folder / "again.pth", seed=1)
         self.again_sha256 = file_sha256(self.again)
+        self.both = with_average(self.small, self.again, folder / "both.pth")
         self.deep = seeded(lambda: small(SMALL_DEEP), folder / "deep.pth")
         self.deep_sha256 = file_sha256(self.deep)
 
@@ -120,6 +127,7 @@ class VitFiles(ImageFiles):
         self.small = seeded(small_transformer, folder / "small.safetensors")
         self.again = seeded(small_transformer, folder / "again.bin", seed=1)
         self.again_sha256 = file_sha256(self.again)
+        self.both = with_average(self.small, self.again, folder / "both.pth")
         self.swin = seeded(lambda: small_transformer(SWIN, SWIN_KWARGS), folder / "swin.pth")
         self.digits = seeded(lambda: timm.create_model(VIT, **DIGITS_VIT_KWARGS), folder / "digits.pth")
         self.config = folder / "mine.py"

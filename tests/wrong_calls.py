@@ -258,6 +258,8 @@ NETWORKS = [
     cnn("--arch cifar_resnet20", "--checkpoint: cifar_resnet20 comes without weights; expected a file of them"),
     vit(f"--dataset {{images}} --num_classes 4 --model vit_tiny --model_kwargs {LOST}",
         "--model: no pretrained weights for vit_tiny ("),
+    Call("--checkpoint_key ema", "--checkpoint_key has no effect here: 'ema' is looked for in --checkpoint"),
+    Call("{on_digits} --checkpoint_key xyz", "--checkpoint: {digits} has no entry 'xyz'; it holds a plain state dict"),
     Call("--checkpoint {folder}/lost.pth", "--checkpoint: {folder}/lost.pth does not exist"),
     Call("--checkpoint {folder}", "--checkpoint: {folder} is a folder; expected a checkpoint file"),
     Call("--checkpoint=", "--checkpoint: . is a folder; expected a checkpoint file"),

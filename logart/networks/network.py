@@ -90,6 +90,7 @@ def plan_by(
     arch: str,
     checkpoint: str | Path | None = None,
     *,
+    checkpoint_key: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
@@ -102,10 +103,12 @@ def plan_by(
     """Check all that is asked of a network, and say which images it expects, before its weights are read or fetched.
 
     Args:
-        plan: The track's way from (arch, checkpoint, model_kwargs, num_classes, input_size) to its plan.
+        plan: The track's way from (arch, checkpoint, checkpoint_key, model_kwargs, num_classes, input_size) to its
+            plan.
         track: cnn or vit.
         arch: A name of the track's, or 'timm:' and a name that timm knows.
         checkpoint: A file of weights, in place of those that `arch` has by default.
+        checkpoint_key: The entry of it, as for `weights.read_state_dict`.
         model_kwargs: Passed to `timm.create_model`.
         num_classes: The network's outputs, where they differ from the default.
         input_size: Height and width, for which a network of a fixed size is built; this and the following override the
@@ -123,7 +126,9 @@ def plan_by(
     check_counts(num_classes, input_size)
     if checkpoint is not None:
         check_file(checkpoint)
-    planned = plan(arch, checkpoint, model_kwargs, num_classes, input_size)
+    elif checkpoint_key is not None:
+        raise UserError(f"--checkpoint_key has no effect here: {checkpoint_key!r} is looked for in --checkpoint")
+    planned = plan(arch, checkpoint, checkpoint_key, model_kwargs, num_classes, input_size)
     settings = override(planned.preprocessing, input_size, crop_pct, mean, std, interpolation)
     if channels is not None and channels != settings.input_size[0]:
         raise UserError(

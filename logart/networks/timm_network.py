@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from logart.errors import UserError, did_you_mean, one_line
 from logart.networks.data import Preprocessing
 from logart.networks.network import TIMM, Network, Plan
-from logart.networks.weights import file_sha256, load_state_dict, read_state_dict, state_sha256
+from logart.networks.weights import load_state_dict, read_checkpoint, state_sha256
 
 # What a family's own conversion of old checkpoints resizes: always from another network than the one asked for ...
 _PATCHES = ("patch_embed.proj.weight",)
@@ -29,6 +29,7 @@ def plan_timm(
     arch: str,
     name: str,
     weights: AbstractContextManager[Path] | None,
+    checkpoint_key: str | None = None,
     *,
     flag: str,
     find_blocks: Callable[[nn.Module], tuple[str, ...]],
@@ -44,6 +45,7 @@ def plan_timm(
         name: timm's name of it, with or without a tag.
         weights: Gives a file of weights, in the network's own layout or an older one that timm converts; None takes
             timm's pretrained weights.
+        checkpoint_key: The entry of the file, as for `weights.read_state_dict`.
         flag: The flag that errors about the name name.
         find_blocks: From the network, still untrained, to `block_types`; may refuse it.
         model_kwargs: Passed to `timm.create_model`.
@@ -77,9 +79,9 @@ def plan_timm(
             trained, source = _pretrained(arch, name, kwargs, flag)
             return Network(arch, trained, preprocessing, blocks, classes, source, state_sha256(trained.state_dict()))
         with weights as path:
-            state, source, sha256 = read_state_dict(path), path.name, file_sha256(path)
-        _load_file(model, state, source, resize=input_size is not None or "img_size" in asked)
-        return Network(arch, model, preprocessing, blocks, classes, source, sha256)
+            file = read_checkpoint(path, checkpoint_key)
+        _load_file(model, file.state, file.source, resize=input_size is not None or "img_size" in asked)
+        return Network(arch, model, preprocessing, blocks, classes, file.source, file.sha256)
 
     return Plan(preprocessing, classes, load)
 

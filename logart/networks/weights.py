@@ -7,17 +7,26 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from logart.errors import UserError, one_line
+from logart.errors import UserError, near_or_all, one_line, printable
 
-WRAPPERS = ("state_dict", "model", "model_state")  # where training scripts put the state dict
+# Where training scripts put the state dict, the likelier first, and what wrappers put before every key.
+ENTRIES = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "params", "weights")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+AVERAGED = re.compile(r"ema|swa|averag", re.IGNORECASE)  # the running mean of the weights, by its usual names
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loops", re.IGNORECASE)  # entries that hold other tensors
+EXTRAS = ("n_averaged", "total_ops", "total_params")  # counters of torch's averaging and of profilers
 COUNTER = "num_batches_tracked"  # inference never reads it, and checkpoints older than torch 0.4.1 lack it
 SHOWN_KEYS = 3
 
@@ -30,21 +39,55 @@ def check_file(path: str | Path, *, flag: str = "--checkpoint") -> None:
         raise UserError(f"{flag}: {path} {problem}; expected a checkpoint file")
 
 
-def read_state_dict(path: str | Path, *, flag: str = "--checkpoint") -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a file.
+
+    Attributes:
+        source: The file's name, and behind a colon the entry that they are, where the file has entries.
+        state: The tensors by key, on the CPU, without the prefixes that wrappers put before every key.
+        sha256: Of the file.
+        others: Entries that hold averaged weights (EMA, SWA) and were not taken.
+    """
+
+    source: str
+    state: dict[str, Tensor]
+    sha256: str
+    others: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str | Path, key: str | None = None, *, flag: str = "--checkpoint") -> Checkpoint:
+    """As `read_state_dict`, and which entry that was; averaged weights beside it are named in a line on stderr."""
+    path = Path(path)
+    entry, state, others = _read(path, key, flag)
+    if others:
+        taken = f"the entry {entry!r}" if entry else "the state dict"
+        line = f"{path}: took {taken}; averaged weights are in {', '.join(map(repr, others))}"
+        print(printable(f"{flag}: {line}: --checkpoint_key {others[0]} takes them"), file=sys.stderr)
+    return Checkpoint(path.name + f":{entry}" * bool(entry), state, file_sha256(path), others)
+
+
+def read_state_dict(path: str | Path, key: str | None = None, *, flag: str = "--checkpoint") -> dict[str, Tensor]:
     """Read the tensors of a checkpoint without running any code from it (`weights_only=True`).
 
     Args:
-        path: A .safetensors file, or anything `torch.save` wrote (.pth, .pt, .th, .tar, .bin): a plain state
-            dict, or one under `state_dict` or `model`, with or without the prefix `module.` on every key.
+        path: A .safetensors file, or anything `torch.save` wrote (.pth, .pt, .th, .tar, .bin): a state dict, plain or
+            in an entry, nested ones too, with or without the prefixes of `PREFIXES` on every key.
+        key: The entry to take, with dots between nested ones; its last parts may be the beginning of keys, as in
+            `state_dict.model`. None takes the likeliest, which is not one of averaged weights where there is another.
         flag: The flag that errors name.
 
     Returns:
-        The tensors by key, on the CPU, without the prefix.
+        The tensors by key, on the CPU, without the prefixes.
 
     Raises:
-        UserError: No such file, or not a checkpoint of tensors.
+        UserError: No such file, not a checkpoint of tensors, no such entry, or several of which none is likelier.
     """
-    path = Path(path)
+    return _read(Path(path), key, flag)[1]
+
+
+def _read(path: Path, key: str | None, flag: str) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    """The entry that was taken, its tensors, and the entries of averaged weights that were not."""
     check_file(path, flag=flag)
     try:
         if path.suffix == ".safetensors":
@@ -52,10 +95,11 @@ def read_state_dict(path: str | Path, *, flag: str = "--checkpoint") -> dict[str
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # hints to torch's developers; what matters is raised
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                with torch.serialization.safe_globals(_HARMLESS):
+                    content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise UserError(f"{flag}: {path} {_why_unreadable(error)}") from error
-    return _tensors(content, f"{flag}: {path}")
+    return _tensors(content, key, f"{flag}: {path}")
 
 
 def fetch_state_dict(url: str, *, flag: str = "--checkpoint") -> tuple[dict[str, Tensor], str]:
@@ -73,9 +117,10 @@ def fetch_state_dict(url: str, *, flag: str = "--checkpoint") -> tuple[dict[str,
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     try:
-        content = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", weights_only=True, progress=sys.stderr.isatty()
-        )
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", weights_only=True, progress=sys.stderr.isatty()
+            )
     except Exception as error:  # network, disk and reader, each with its own errors
         if path.is_file():
             raise UserError(f"{flag}: {path} {_why_unreadable(error)}; delete it to download {url} again") from error
@@ -83,7 +128,25 @@ def fetch_state_dict(url: str, *, flag: str = "--checkpoint") -> tuple[dict[str,
             f"{flag}: could not download {url} ({one_line(error)}); "
             f"put the file {path.name} into the folder {path.parent}, or name one with {flag}"
         ) from error
-    return _tensors(content, f"{flag}: {path}"), file_sha256(path)
+    return _tensors(content, None, f"{flag}: {path}")[1], file_sha256(path)
+
+
+def _fitting_part(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The first part of keys, such as `model` beside `loss`, behind which the network's own are."""
+    needed = [key for key in expected if not key.endswith(COUNTER)]
+    starts = dict.fromkeys(key.partition(".")[0] for key in state)
+    return next((start for start in starts if all(f"{start}.{key}" in state for key in needed)), None)
+
+
+# What training scripts keep beside the weights; making one of these runs no code of the file.
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # type: ignore[call-arg]
+_HARMLESS: list[Any] = [
+    (SimpleNamespace, "argparse.Namespace"),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")},
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, flag: str, source: str) -> None:
@@ -105,7 +168,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, flag: str,
         differences = [
             f"{word} {_some(keys)}" for word, keys in (("missing", missing), ("unexpected", unexpected)) if keys
         ]
-        raise UserError(f"{flag}: the keys of {source} do not fit the network: {'; '.join(differences)}")
+        part = _fitting_part(state, expected)
+        hint = f"; --checkpoint_key {part} takes those that fit" if part else ""
+        raise UserError(f"{flag}: the keys of {source} do not fit the network: {'; '.join(differences)}{hint}")
     wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     if wrong:
         raise UserError(f"{flag}: {source} {_shape_difference(expected, state, wrong)}")
@@ -138,26 +203,75 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _tensors(content: object, where: str) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    expected = "expected a dict of tensors, plain or under 'state_dict' or 'model'"
-    if not isinstance(content, Mapping) or not content:
-        what = "an empty dict" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        raise UserError(f"{where} holds {what}; {expected}")
-    alien = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if alien:
-        raise UserError(f"{where} holds entries that are no tensors: {_some(alien)}; {expected}")
-    prefix = "module." if all(str(key).startswith("module.") for key in content) else ""
-    return {str(key).removeprefix(prefix): value for key, value in content.items()}
+def _tensors(content: object, key: str | None, where: str) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    found = dict(_entries(content, ""))
+    if key is not None:
+        state = _entry(found, key)
+        if state is None:
+            names = list(filter(None, found))
+            hint = near_or_all(key, names) if names else "it holds a plain state dict"
+            raise UserError(f"{where} has no entry {key!r}; {hint}")
+        return key, _without_prefixes(state), ()
+    if not found:
+        raise UserError(f"{where} holds {_what(content)}; expected a dict of tensors, plain or in an entry")
+    averaged = [entry for entry in found if AVERAGED.search(entry)]
+    plain = [entry for entry in found if entry not in averaged] or averaged
+    likely = [entry for name in ("", *ENTRIES) for entry in plain if entry.rpartition(".")[2] == name]
+    if not likely and len(plain) > 1:
+        raise UserError(f"{where} has several entries of tensors: {_some(plain)}; expected --checkpoint_key with one")
+    taken = (likely or plain)[0]
+    return taken, _without_prefixes(found[taken]), tuple(entry for entry in averaged if entry != taken)
+
+
+def _entries(content: object, path: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every state dict of a checkpoint by where it is, with dots between the parts."""
+    if not isinstance(content, Mapping) or NO_WEIGHTS.search(path):
+        return
+    tensors = {k: value for k, value in content.items() if isinstance(k, str) and isinstance(value, Tensor)}
+    others = [k for k, value in content.items() if not isinstance(value, Tensor)]
+    if tensors and not [k for k in others if not isinstance(content[k], Mapping)]:
+        yield path, tensors
+    for name in others:
+        if isinstance(name, str):
+            yield from _entries(content[name], f"{path}.{name}".removeprefix("."))
+
+
+def _entry(found: Mapping[str, dict[str, Tensor]], key: str) -> dict[str, Tensor] | None:
+    """The entry, or the part of one whose keys begin with the last parts of `key`."""
+    key = key.rstrip(".")
+    if key in found:
+        return found[key]
+    for entry, state in found.items():
+        start = key.removeprefix(f"{entry}." if entry else "") + "."
+        part = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+        if part and (not entry or key.startswith(f"{entry}.")):
+            return part
+    return None
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without what wrappers add: prefixes that all keys have, in any nesting, and counters."""
+    state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in EXTRAS}
+    state = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): value for name, value in state.items()}
+    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _what(content: object) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    if not content:
+        return "an empty dict"
+    return f"entries that are no tensors: {_some([k for k in content if not isinstance(content[k], Tensor)])}"
 
 
 def _why_unreadable(error: Exception) -> str:
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
     if refused:
         return f"holds a {refused[1]}; only tensors are read (weights_only=True): save its state_dict() alone"
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive; expected the state_dict() of the network"
     # The unpickler's message runs over many lines and advises to read the file unsafely.
     reason = "" if "weights_only" in str(error) else f" ({one_line(error)})"
     return f"is not a checkpoint, or is damaged{reason}"

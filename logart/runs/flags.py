@@ -140,7 +140,8 @@ def refuse_idle_flags(
 def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of the network and its images, as keywords of both tracks' `load_network`."""
     kwargs = None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs")
-    result = {"model_kwargs": kwargs} | {name: getattr(args, name) for name in ("num_classes", *DATA_SETTINGS)}
+    names = ("checkpoint_key", "num_classes", *DATA_SETTINGS)
+    result = {"model_kwargs": kwargs} | {name: getattr(args, name) for name in names}
     if isinstance(args.input_size, list):
         result["channels"], result["input_size"], _ = args.input_size
     return result

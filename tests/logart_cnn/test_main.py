@@ -45,7 +45,7 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
     rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
-    search_batch_size val_batch_size class_map class_order calib_path calib_from_val val_limit""".split()
+    search_batch_size val_batch_size checkpoint_key class_map class_order calib_path calib_from_val val_limit""".split()
 
 
 def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
@@ -69,7 +69,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
     monkeypatch.chdir(tmp_path)
     assert main([]) == 0
     assert (called["arch"], called["checkpoint"]) == ("digits_resnet", None)
-    assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 7
+    assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 8
     network, source, images, settings, options, columns, started = called["run"]
     assert source.name == "digits" and network.block_types == ("DigitsBlock",) and len(images) == 1024
     assert settings == QuantConfig()

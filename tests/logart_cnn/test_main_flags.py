@@ -45,6 +45,8 @@ EFFECTS = {
                             {"network_options": f"{BASE} crop_pct=0.5 interpolation=nearest"}, given="--crop_pct 0.5"),
     "mean": Effect("--mean 0.1", {"network_options": f"{BASE} mean=0.1"}),
     "std": Effect("--std 0.1 0.2 0.3", {"network_options": f"{BASE} std=0.1,0.2,0.3"}),
+    "checkpoint_key": Effect("--checkpoint_key model_ema",
+                             {"checkpoint": "both.pth:model_ema"}, given="--checkpoint {both}"),
     "class_map": Effect("--class_map {classes}", {"class_order": "{classes_digest}"}, codes=False),
     "class_order": Effect("--class_order text", {"class_order": "text"}, codes=False,
                           given="--data_path {numbered} --class_order number"),

@@ -56,7 +56,7 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     layer_bits skip bits_budget size_budget
     model-kwargs input-size crop-pct mean std interpolation num-classes
     rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
-    class_map class_order calib_path calib_from_val val_limit""".split()
+    checkpoint_key class_map class_order calib_path calib_from_val val_limit""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
 
@@ -81,7 +81,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     assert main(["--optimize"]) == 0
     assert (called["model"], called["checkpoint"]) == ("digits_vit", None)
-    assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 7
+    assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 8
     network, source, images, config, options, columns, _ = called["run"]
     assert source.name == "digits" and images.shape == (1024, 1, 8, 8)
     assert network.block_types == ("PatchEmbed", "Block") and network.row_groups == {"qkv": 3}

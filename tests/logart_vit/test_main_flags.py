@@ -44,6 +44,8 @@ EFFECTS = {
     "interpolation": Effect("--interpolation nearest", {"network_options": f"{BASE} interpolation=nearest"}),
     "mean": Effect("--mean 0.1", {"network_options": f"{BASE} mean=0.1"}),
     "std": Effect("--std 0.1 0.2 0.3", {"network_options": f"{BASE} std=0.1,0.2,0.3"}),
+    "checkpoint_key": Effect("--checkpoint_key model_ema",
+                             {"checkpoint": "both.pth:model_ema"}, given="--checkpoint {both}"),
     "class_map": Effect("--class_map {classes}", {"class_order": "{classes_digest}"}, codes=False),
     "class_order": Effect("--class_order text", {"class_order": "text"}, codes=False,
                           given="--dataset {numbered} --class_order number"),

@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from logart.networks.weights import (
     fetch_state_dict,
     file_sha256,
     load_state_dict,
+    read_checkpoint,
     read_state_dict,
     state_sha256,
 )
@@ -70,6 +72,102 @@ def test_safetensors(tmp_path):
     assert_same(dict(sorted(read_state_dict(tmp_path / "a.safetensors").items())), dict(sorted(state.items())))
 
 
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.module.",
+                                    "network.model._orig_mod."])  # fmt: skip
+@pytest.mark.parametrize("entry", [None, "state_dict", "net"])
+def test_prefixes_in_any_nesting_are_taken_off(tmp_path, prefix, entry):
+    state = small_network().state_dict()
+    content = prefixed(state, prefix)
+    torch.save(content if entry is None else {entry: content, "pytorch-lightning_version": "2"}, tmp_path / "a.pth")
+    assert_same(read_state_dict(tmp_path / "a.pth"), state)
+
+
+def test_what_compiled_parts_and_counters_add_is_taken_off(tmp_path):
+    state = small_network().state_dict()
+    first, *others = state
+    compiled = {first.replace(".", "._orig_mod."): state[first], **{key: state[key] for key in others}}
+    extras = {"n_averaged": torch.tensor(3), "conv.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+    torch.save({**extras, **compiled}, tmp_path / "a.pth")
+    assert_same(read_state_dict(tmp_path / "a.pth"), state)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "entry"),
+    [
+        (lambda s: {"net": s, "acc": 91.2}, "net"),
+        (lambda s: {"state_dict": {"model": s}}, "state_dict.model"),
+        (lambda s: {"optimizer": {"state": {0: {"m": torch.ones(1)}}, "sums": {"m": torch.ones(1)}}, "my": s}, "my"),
+        (lambda s: {"params": s, "args": argparse.Namespace(lr=0.1), "best": np.float64(91.2)}, "params"),
+        (lambda s: {"teacher": prefixed(s, "a."), "model_state_dict": s}, "model_state_dict"),
+        (lambda s: s, ""),
+    ],
+)
+def test_the_entry_that_was_taken_is_said(tmp_path, wrap, entry, capsys):
+    state = small_network().state_dict()
+    torch.save(wrap(state), tmp_path / "a.pth")
+    read = read_checkpoint(tmp_path / "a.pth")
+    assert_same(read.state, state)
+    assert (read.source, read.others) == (f"a.pth:{entry}".rstrip(":"), ()) and capsys.readouterr().err == ""
+    assert read.sha256 == file_sha256(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "plain", "averaged"),
+    [
+        (lambda s, e: {"epoch": 3, "state_dict": s, "state_dict_ema": e}, "state_dict", "state_dict_ema"),
+        (lambda s, e: {"model_ema": prefixed(e, "module.") | {"n_averaged": torch.tensor(3)}, "model": s},
+         "model", "model_ema"),
+        (lambda s, e: {"net": s, "ema": {"shadow": e, "decay": 0.9}}, "net", "ema.shadow"),
+        (lambda s, e: {"swa_state": e, "weights": s}, "weights", "swa_state"),
+    ],
+)  # fmt: skip
+def test_averaged_weights_are_named_and_taken_on_request(tmp_path, wrap, plain, averaged, capsys):
+    state = small_network().state_dict()
+    mean = {key: value + 1 for key, value in state.items()}
+    path = tmp_path / "a.pth"
+    torch.save(wrap(state, mean), path)
+    read = read_checkpoint(path)
+    assert_same(read.state, state)
+    assert (read.source, read.others) == (f"a.pth:{plain}", (averaged,))
+    line = f"--checkpoint: {path}: took the entry '{plain}'; averaged weights are in '{averaged}': --checkpoint_key "
+    assert capsys.readouterr().err == f"{line}{averaged} takes them\n"
+    asked = read_checkpoint(path, averaged)
+    assert_same(asked.state, mean)
+    assert asked.source == f"a.pth:{averaged}" and capsys.readouterr().err == ""
+    torch.save({averaged.partition(".")[0]: mean}, path)
+    assert_same(read_state_dict(path), mean)  # where there is nothing else
+
+
+@pytest.mark.parametrize("other", ["loss.weight", "ema.conv.weight", "x"])
+def test_a_part_of_the_keys_can_be_taken(tmp_path, other):
+    state = small_network().state_dict()
+    torch.save({"state_dict": prefixed(state, "body.") | {other: torch.ones(1)}}, tmp_path / "a.pth")
+    for key in ("state_dict.body", "state_dict.body."):
+        assert_same(read_state_dict(tmp_path / "a.pth", key), state)
+    whole = read_state_dict(tmp_path / "a.pth")
+    hint = "; --checkpoint_key body takes those that fit"
+    assert fails("do not fit", load_state_dict, small_network(), whole, flag="--checkpoint", source="a").endswith(hint)
+
+
+@pytest.mark.parametrize(("key", "hint"), [("stat_dict", "did you mean state_dict?"), ("xyz", "expected one of state"),
+                                           ("state_dict.xyz", "did you mean state_dict?")])  # fmt: skip
+def test_an_entry_that_is_not_there(tmp_path, key, hint):
+    torch.save({"state_dict": small_network().state_dict()}, tmp_path / "a.pth")
+    fails(f"has no entry {key!r}; {hint}", read_state_dict, tmp_path / "a.pth", key)
+
+
+def test_several_entries_of_which_none_is_likelier(tmp_path):
+    state = small_network().state_dict()
+    torch.save({"generator": state, "critic": state}, tmp_path / "a.pth")
+    fails("has several entries of tensors: generator, critic; expected --checkpoint_key", read_state_dict,
+          tmp_path / "a.pth")  # fmt: skip
+    assert_same(read_state_dict(tmp_path / "a.pth", "critic"), state)
+
+
 def test_a_prefix_that_not_all_keys_have_stays(tmp_path):
     state = {"module.a": torch.ones(1), "b": torch.ones(1)}
     torch.save(state, tmp_path / "a.pth")
@@ -107,7 +205,6 @@ def write_bad(path, kind):
         path.write_bytes(pickle.dumps({"a": [1, 2]}))
     else:
         content = {
-            "namespace": {"args": argparse.Namespace(), "state_dict": state},
             "module": small_network(),
             "list": [1, 2],
             "tensor": torch.ones(2),
@@ -127,12 +224,11 @@ def write_bad(path, kind):
         ("page", "is not a checkpoint, or is damaged"),
         ("truncated", "is not a checkpoint, or is damaged"),
         ("pickle", "is not a checkpoint, or is damaged"),
-        ("namespace", "holds a argparse.Namespace; only tensors are read"),
         ("module", "holds a torch.nn.modules.container.Sequential; only tensors are read"),
         ("list", "holds a list; expected a dict of tensors"),
         ("tensor", "holds a Tensor; expected a dict of tensors"),
         ("empty dict", "holds an empty dict; expected a dict of tensors"),
-        ("empty state", "holds an empty dict; expected a dict of tensors"),
+        ("empty state", "holds entries that are no tensors: model; expected a dict of tensors"),
         ("numbers", "holds entries that are no tensors: epoch, accuracy; expected a dict of tensors"),
         ("mixed", "holds entries that are no tensors: epoch; expected a dict of tensors"),
     ],
@@ -277,7 +373,7 @@ def test_a_failed_download_says_which_file_goes_where(hub, server):
 
 
 def test_a_damaged_file_in_the_hubs_folder_is_named(hub, server):
-    for kind, problem in (("truncated", "damaged"), ("namespace", "only tensors are read")):
+    for kind, problem in (("truncated", "damaged"), ("module", "only tensors are read")):
         write_bad(hub / "net.pth", kind)
         message = fails(f"--checkpoint: {hub / 'net.pth'}", fetch_state_dict, server[1] + "net.pth")
         assert problem in message and "delete it" in message
