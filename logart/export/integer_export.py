@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from logart.errors import UserError
 from logart.export.hardware import Array
-from logart.export.hardware_export import exportable_layers, new_folder, write_codes
+from logart.export.hardware_export import ExportLayer, exportable_layers, new_folder, write_codes
+from logart.export.integer_formats import Format
 from logart.export.integer_graph import (
-    Format,
     IntegerNetwork,
     limits,
     reciprocal,
@@ -72,60 +73,73 @@ def export_integer(
         The graph, as `graph.json` holds it.
 
     Raises:
-        UserError: a grid without shifts, an exact √2 without `terms`, an operation without integer form, images that
-        do not
-            fit, or a folder that cannot be written.
+        UserError: a grid without shifts, an exact √2 without `terms`, images that do not fit, or a folder that cannot
+            be written.
         NetworkError: as `integer_trace.trace`.
     """
     file = PackedFile.read(path)
-    layers = exportable_layers(file, terms)
+    layers = {layer.name: layer for layer in exportable_layers(file, terms)}
     source = _source(file, data)
     network = load_packed(path, model)
     calibration, _ = calibration_images(source, min(CALIBRATION_IMAGES, len(source.train)), seed, quiet=quiet)
     steps = trace(network, calibration[:2])
-    known = {
-        layer.name: (layer.levels, layer.codes, _real_bias(file.rest.get(f"{layer.name}.bias"))) for layer in layers
-    }
+    biases = {name: file.rest.get(f"{name}.bias") for name in layers}
+    known = {name: (layer.levels, layer.codes, biases[name]) for name, layer in layers.items()}
     try:
         integers = IntegerNetwork.calibrate(steps, known, calibration, a_bit)
     except ValueError as error:
         raise UserError(f"--inputs: {error}") from error
     count = len(source.val) if test_images is None else min(test_images, len(source.val))
     with new_folder(Path(out), "--integer") as folder:
-        for step in steps:
-            if step.module:
-                (layer,) = (layer for layer in layers if layer.name == step.module)
-                where = folder / "layers" / step.name
-                write_codes(layer, where)
-                weights = integers.weights[step.name]
-                np.save(where / "unit.npy", weights.unit.astype(np.int16))
-                np.save(where / "bias.npy", weights.bias.numpy().astype(np.int64))
-                np.save(where / "requantize.npy", shifts(step, integers).astype(np.int16))
-        measured = _measure(integers, source, count, quiet)
-        graph: dict[str, Any] = {
+        _write_layers(integers, layers, folder)
+        graph = {
             "format": FORMAT,
             "version": VERSION,
             "source": {"file": Path(path).name, "sha256": file_sha256(path), "data": source.name},
             "info": {name: file.info.get(name) for name in ("network", "preprocessing", "settings", "accuracy")},
             "activation_bits": a_bit,
             "calibration_images": len(calibration),
-            "measured": measured,
-            "input": _value(steps[0], integers),
-            "output": _value(steps[-1], integers),
-            "values": {step.name: _value(step, integers) for step in steps},
-            "nodes": [_node(step, integers) for step in steps[1:]],
             "class_names": list(source.class_names),
+            "measured": _measure(integers, source, count, quiet),
+            **_graph(integers),
         }
-        graph = json.loads(json.dumps(graph))
-        (folder / "graph.json").write_text(json.dumps(graph, indent=1) + "\n", "utf-8")
-        reference = resources.files("logart.export").joinpath("integer_reference.py").read_text("utf-8")
-        (folder / "run.py").write_text(reference, "utf-8")
-        (folder / "README.md").write_text(readme(graph), "utf-8")
+        _write_texts(graph, folder)
         values = _write_golden(integers, source, min(images, len(source.val)), folder / "golden")
         write_rtl(integers, known, values, folder)
     if not quiet:
         print(table(graph))
     return graph
+
+
+def _write_layers(network: IntegerNetwork, layers: Mapping[str, ExportLayer], folder: Path) -> None:
+    """The arrays of every layer, in `layers/STEP`."""
+    for step in network.steps:
+        if step.module:
+            where, weights = folder / "layers" / step.name, network.weights[step.name]
+            write_codes(layers[step.module], where)
+            np.save(where / "unit.npy", weights.unit.astype(np.int16))
+            np.save(where / "bias.npy", weights.bias.numpy().astype(np.int64))
+            np.save(where / "requantize.npy", shifts(step, network).astype(np.int16))
+
+
+def _graph(network: IntegerNetwork) -> dict[str, Any]:
+    """What `run.py` computes, as JSON says it."""
+    first, *others = network.steps
+    graph = {
+        "input": _value(first, network),
+        "output": _value(network.steps[-1], network),
+        "values": {step.name: _value(step, network) for step in network.steps},
+        "nodes": [_node(step, network) for step in others],
+    }
+    return json.loads(json.dumps(graph))  # type: ignore[no-any-return]
+
+
+def _write_texts(graph: Mapping[str, Any], folder: Path) -> None:
+    """The graph, the program that computes it, and the page that defines both."""
+    (folder / "graph.json").write_text(json.dumps(graph, indent=1) + "\n", "utf-8")
+    reference = resources.files("logart.export").joinpath("integer_reference.py").read_text("utf-8")
+    (folder / "run.py").write_text(reference, "utf-8")
+    (folder / "README.md").write_text(readme(dict(graph)), "utf-8")
 
 
 def _source(file: PackedFile, data: str) -> ImageSource:
@@ -136,10 +150,6 @@ def _source(file: PackedFile, data: str) -> ImageSource:
     if not isinstance(classes, list):
         raise UserError("--integer: the file does not say how many classes the network has")
     return open_images(data, preprocessing, len(classes), flag="--inputs", class_names=classes)
-
-
-def _real_bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.double()
 
 
 def _value(step: Step, network: IntegerNetwork) -> dict[str, Any]:

@@ -1,15 +1,11 @@
 """A quantized network as a graph of integer operations: traced with torch.fx, each value with a format of its own.
 
 Every value of the graph is an integer tensor that counts units of 2^-fraction. A value that a convolution or linear
-layer
-reads has `a_bit` bits, any other (the two sides of a residual sum) `WIDE_BITS`; a value never below zero is unsigned,
-so
-that saturation does what ReLU does. Fractions are powers of two: requantization is a shift. They are chosen from
-calibration images by the least error of power 2.4 (the exponent of BRECQ, Li et al. 2021).
+layer reads has `a_bit` bits, any other (the two sides of a residual sum) `WIDE_BITS`; a value never below zero is
+unsigned, so that saturation does what ReLU does.
 
 `IntegerNetwork.run` computes the same integers as the NumPy reference that an export ships, with torch in float64,
-whose
-53 bits hold every sum exactly.
+whose 53 bits hold every sum exactly.
 """
 
 from __future__ import annotations
@@ -18,120 +14,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from logart.export.hardware import Array, HardwareLevels, signed_powers
+from logart.export.integer_formats import Format, IntegerWeights, rounded
 from logart.export.integer_trace import Step
 
 WIDE_BITS = 16  # of values that no layer reads: the terms of residual sums, and the logits
-ACCUMULATOR_BITS = 32
 RECIPROCAL_BITS = 16  # 1 / count of an average pooling, where count is no power of two: an integer over 2^16
-SCALE_FRACTION = 5  # a channel's factor is an integer over 2^5
-_FINER = 6  # fractions tried beyond the one at which nothing saturates
-
-
-@dataclass(frozen=True)
-class Format:
-    """Integers of `bits` bits that count units of 2^-fraction, in two's complement where signed."""
-
-    bits: int
-    fraction: int
-    signed: bool
-
-    @property
-    def low(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.signed else 0
-
-    @property
-    def high(self) -> int:
-        return 2 ** (self.bits - self.signed) - 1
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Real numbers as integers (float64), to nearest, ties up, saturated."""
-        return _rounded(torch.ldexp(x.double(), _number(self.fraction))).clamp(self.low, self.high)
-
-    def real(self, x: Tensor) -> Tensor:
-        """What integers of this format stand for."""
-        return torch.ldexp(x.double(), _number(-self.fraction))
-
-    @classmethod
-    def choose(cls, x: Tensor, bits: int) -> Format:
-        """The format of so many bits that leaves the least Σ|x - q|^2.4.
-
-        Raises:
-            ValueError: x is not finite.
-        """
-        x = x.double().flatten()
-        if not x.isfinite().all():
-            raise ValueError("its values are not finite")
-        signed, largest = bool((x < 0).any()), float(x.abs().max())
-        coarsest = bits - int(signed) - math.frexp(largest)[1] if largest else 0
-        formats = [cls(bits, coarsest + finer, signed) for finer in range(-1, _FINER)]
-        errors = [float((f.real(f.quantize(x)) - x).abs().pow(2.4).sum()) for f in formats]
-        return formats[int(np.argmin(errors))]
-
-
-@dataclass(frozen=True)
-class IntegerWeights:
-    """A layer's weights as terms ±2^(unit + place), each channel with a unit of its own.
-
-    Attributes:
-        unit: [C] int64, exponents; terms below a channel's unit are left out.
-        integers: [C, K] float64, the weights in their channel's unit: exact integers.
-        factor: [C] ints over 2^SCALE_FRACTION that the sums are multiplied by; empty where there is none.
-        bias: [C] float64 integers, in the unit of the finished sum.
-        bits: [C], of the worst case of the accumulator, factor and bias included.
-        left_out: [C], how many terms lie below the unit.
-    """
-
-    unit: Array
-    integers: Tensor
-    factor: tuple[int, ...]
-    bias: Tensor
-    bits: Array
-    left_out: Array
-
-    @classmethod
-    def of(cls, levels: HardwareLevels, codes: Array, bias: Tensor | None, given: Format) -> IntegerWeights:
-        """Choose each channel's unit: its smallest term, or larger where the accumulator would not fit.
-
-        Args:
-            levels: of the layer.
-            codes: [C, K] uint8.
-            bias: [C] real.
-            given: the format of the layer's input.
-        """
-        powers = levels.powers(codes)
-        signs, exponents = powers.signs.astype(np.int64), powers.exponents.astype(np.int64)
-        factor = levels.numerators_of_rows(len(codes))
-        extra = SCALE_FRACTION if factor else 0
-        used = signs != 0
-        least = np.where(used, exponents, np.iinfo(np.int64).max).min((0, 2), initial=np.iinfo(np.int64).max)
-        largest = max(-given.low, given.high)
-        weight = np.where(used, np.ldexp(1.0, exponents), 0.0).sum((0, 2)) * largest * np.array(factor or 1)
-        offset = np.zeros(len(codes)) if bias is None else bias.double().abs().numpy()
-        # in real units: |Σ| ≤ weight · 2^-fraction · 2^-extra, and the bias; the accumulator counts
-        # 2^(unit-fraction-extra)
-        worst = np.ldexp(weight, -given.fraction - extra) + offset
-        fits = np.frexp(worst)[1].astype(np.int64) + given.fraction + extra - (ACCUMULATOR_BITS - 1)
-        floor = np.where(worst > 0, fits, 0)
-        unit = np.where(least < np.iinfo(np.int64).max, np.maximum(least, floor), floor)
-        kept = used & (exponents >= unit[:, None])
-        integers = (signs * np.where(kept, np.ldexp(1.0, np.where(kept, exponents - unit[:, None], 0)), 0.0)).sum(0)
-        rounded = np.floor(np.ldexp(offset * 0 if bias is None else bias.double().numpy(),
-                                    given.fraction + extra - unit) + 0.5)  # fmt: skip
-        sums = np.abs(integers).sum(1) * largest * np.array(factor or 1) + np.abs(rounded)
-        return cls(
-            unit,
-            torch.from_numpy(integers),
-            factor,
-            torch.from_numpy(rounded),
-            np.frexp(sums)[1] + 1,
-            (used & ~kept).sum((0, 2)),
-        )
 
 
 @dataclass
@@ -212,7 +104,11 @@ class IntegerNetwork:
         for step in self.steps:
             inputs = [values[name] for name in step.inputs]
             to = self.formats[step.name]
-            x = integer(step, inputs, self) if inputs else _rounded(torch.ldexp(images.double(), _number(to.fraction)))
+            x = (
+                integer(step, inputs, self)
+                if inputs
+                else rounded(torch.ldexp(images.double(), torch.tensor(to.fraction)))
+            )
             low, high = limits(step, to)
             if saturated is not None:
                 relu = bool(step.clamp)
@@ -232,15 +128,7 @@ def reciprocal(count: int) -> tuple[int, int]:
 
 def requantized(x: Tensor, places: int | Tensor) -> Tensor:
     """Integers shifted right by so many places, to nearest, ties up (to the left exactly)."""
-    return _rounded(torch.ldexp(x, -torch.as_tensor(places, dtype=torch.int64)))
-
-
-def _rounded(x: Tensor) -> Tensor:
-    return torch.floor(x + 0.5)
-
-
-def _number(value: int) -> Tensor:
-    return torch.tensor(value)
+    return rounded(torch.ldexp(x, -torch.as_tensor(places, dtype=torch.int64)))
 
 
 def _weighted(step: Step, x: Tensor, weight: Tensor) -> Tensor:
@@ -268,7 +156,7 @@ def real(
         weights = IntegerWeights.of(levels, codes.reshape(len(codes), -1), bias, given)
         network.weights[step.name] = weights
         y = _finished(step, given.quantize(x), weights, codes.shape)
-        y = torch.ldexp(y, _per_channel(torch.from_numpy(weights.unit), y) - given.fraction - _extra(weights))
+        y = torch.ldexp(y, _per_channel(torch.from_numpy(weights.unit), y) - given.fraction - weights.extra)
         return y.clamp(*step.clamp) if step.clamp else y
     if step.op == "add":
         y = inputs[0] + inputs[1]
@@ -291,7 +179,7 @@ def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor
         return requantized(y, _per_channel(torch.from_numpy(shifts(step, network)), y))
     if step.op == "add":
         most = max(f.fraction for f in given)
-        a, b = (torch.ldexp(x, _number(most - f.fraction)) for x, f in zip(inputs, given, strict=True))
+        a, b = (torch.ldexp(x, torch.tensor(most - f.fraction)) for x, f in zip(inputs, given, strict=True))
         return requantized(a + b, most - to.fraction)
     if step.op == "average_pool":
         factor, exponent = reciprocal(step.count)
@@ -306,7 +194,7 @@ def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor
 def shifts(step: Step, network: IntegerNetwork) -> Array:
     """[C]: places to the right from a layer's sum to its output format."""
     weights, given = network.weights[step.name], network.formats[step.inputs[0]]
-    result: Array = given.fraction + _extra(weights) - weights.unit - network.formats[step.name].fraction
+    result: Array = given.fraction + weights.extra - weights.unit - network.formats[step.name].fraction
     return result
 
 
@@ -318,10 +206,6 @@ def limits(step: Step, to: Format) -> tuple[int, int]:
         value if math.isinf(value) else math.floor(math.ldexp(value, to.fraction) + 0.5) for value in step.clamp
     )
     return int(max(low, to.low)), int(min(high, to.high))
-
-
-def _extra(weights: IntegerWeights) -> int:
-    return SCALE_FRACTION if weights.factor else 0
 
 
 def _per_channel(values: Tensor, y: Tensor) -> Tensor:

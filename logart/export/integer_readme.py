@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from logart.export.integer_graph import ACCUMULATOR_BITS
+from logart.export.integer_formats import ACCUMULATOR_BITS
 
 
 def table(graph: dict[str, Any]) -> str:
@@ -65,9 +65,8 @@ def readme(graph: dict[str, Any]) -> str:
 _README = """\
 # An integer network without multiplications
 
-Made from the packed network {file} (SHA-256 {sha256}).
-Activations of convolutions and linear layers have {a_bit} bits; formats were chosen from {n} calibration images of
-{data}.
+Made from the packed network {file} (SHA-256 {sha256}). Activations of convolutions and linear layers have {a_bit}
+bits; formats were chosen from {n} calibration images of {data}.
 
 `python run.py` computes the network for the golden images with NumPy alone and compares every value with `golden/`;
 `python run.py INPUT.npy OUTPUT.npy` computes it for other images. `run.py` is the definition in code; this page in
@@ -76,16 +75,13 @@ words.
 ## Numbers
 
 Every value is an array of integers of the format in `graph.json`, `values`: `bits` wide, two's complement where
-`signed`, standing
-for integer · 2^-fraction. The input `{input}` is {sign} with fraction {fraction}: an image, preprocessed (pixels in
-0..1 less mean
-{mean}, over std {std}), becomes floor(x · 2^{fraction} + 1/2), cut to the format's range. The output `{output}` are
-the logits, with
-fraction {out_fraction}.
+`signed`, standing for integer · 2^-fraction. The input `{input}` is {sign} with fraction {fraction}: an image,
+preprocessed (pixels in 0..1 less mean {mean}, over std {std}), becomes floor(x · 2^{fraction} + 1/2), cut to the
+format's range. The output `{output}` are the logits, with fraction {out_fraction}.
 
 "Shift right by r, to nearest, ties up" is (x + 2^(r-1)) >> r with an arithmetic shift; r = 0 is nothing; r < 0 is x
-<< -r. "Saturate" is
-to cut to `low` … `high` of the node, both included: the ends of the format, or of a ReLU (low 0) or ReLU6 in it.
+<< -r. "Saturate" is to cut to `low` … `high` of the node, both included: the ends of the format, or of a ReLU (low
+0) or ReLU6 in it.
 
 ## Operations, `nodes` of `graph.json` in the order they run
 
@@ -106,14 +102,14 @@ Windows have `kernel`, `stride` and `padding` [[top, bottom], [left, right]]; pa
 ## A layer
 
 In `layers/NAME`: `codes` [the weight's shape], `codebook.npy` [G, 2^n, 2 + A], `unit.npy` [C], `bias.npy` [C],
-`requantize.npy` [C].
-Row c of the weight has codebook c // (C / G). An entry of a codebook is sign, shift and A add-shifts; the weight is
+`requantize.npy` [C]. Row c of the weight has codebook c // (C / G). An entry of a codebook is sign, shift and A
+add-shifts; the weight is
 
     sign · 2^shift · (1 + Σ_j ±2^-|k_j|)        k_j > 0 adds, k_j < 0 subtracts, k_j = 0 is no term
 
-So a weight is a few terms ±2^e. Channel c counts in units of 2^unit[c]: a term gives the activation shifted left by e
-- unit[c], and
-none where that is negative. The table lists how many were left out so that the accumulator fits {accumulator} bits.
+So a weight is a few terms ±2^e. Channel c counts in units of 2^unit[c]: a term gives the activation shifted left by
+e - unit[c], and none where that is negative. The table lists how many were left out so that the accumulator fits
+{accumulator} bits.
 
 1. Σ of all terms, added or subtracted: the accumulator.
 2. Where `factor` is not empty: the sum times the integer `factor[c]`, by its signed powers of two in `factors`.
@@ -121,11 +117,17 @@ none where that is negative. The table lists how many were left out so that the 
 4. Shifted right by `requantize[c]`, to nearest, ties up.
 5. Saturate.
 
-`codes.hex` and `codebook.hex` are for `$readmemh`: a number a line, row-major, two's complement in whole hex digits;
-a word of
-`codebook.hex`, bit 15 first: bit 15 zero level, bit 14 negative, bit 13 the add-shifts apply, bits 12 to 0 shift.
-`accumulator_bits` of a
-node is the width of the worst case of steps 1 to 3 over all inputs of the format: no input can make it overflow.
+`codes.hex` and `codebook.hex` are for `$readmemh`: a number a line, row-major, two's complement in whole hex
+digits; a word of `codebook.hex`, bit 15 first: bit 15 zero level, bit 14 negative, bit 13 the add-shifts apply,
+bits 12 to 0 shift. `accumulator_bits` of a node is the width of the worst case of steps 1 to 3 over all inputs of
+the format: no input can make it overflow.
+
+## Simulation
+
+`rtl/` has the same in SystemVerilog: `make` there runs each layer and the whole network on the first golden images
+with Icarus Verilog and compares every output. `layers/NAME/params.svh` and the `.hex` files are what the engines
+read: `levels.hex` is the codebook as words of terms, the first in the lowest bits, each {{used, negative, 12-bit
+exponent}}.
 
 ## Widths and what was measured
 

@@ -3,10 +3,9 @@
     python run.py                      compare with golden/, exit code 1 where a bit differs
     python run.py INPUT.npy OUT.npy    integers [n, C, H, W] in input format -> logits [n, classes] in output format
 
-Activations are only ever shifted, added, subtracted, compared and moved: never multiplied, never floating point. What
-each
-operation does is said in its function; README.md says it in words. This file needs nothing but NumPy and its own
-folder.
+Activations are only ever shifted, added, subtracted, compared and moved: never multiplied, never floating point.
+What each operation does is said in its function; README.md says it in words. This file needs nothing but NumPy and
+its own folder.
 """
 
 from __future__ import annotations

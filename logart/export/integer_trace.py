@@ -1,8 +1,7 @@
 """A network traced into the few operations that have an integer form; anything else is refused by name.
 
 torch.fx follows the forward once, with layers and torch's own modules as leaves, and one example gives every shape.
-ReLU and
-ReLU6 behind a layer or a residual sum become the range that this step saturates to.
+ReLU and ReLU6 behind a layer or a residual sum become the range that this step saturates to.
 """
 
 from __future__ import annotations

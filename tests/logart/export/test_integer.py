@@ -23,7 +23,8 @@ from logart.export import integer_reference
 from logart.export.__main__ import main
 from logart.export.hardware import HardwareLevels
 from logart.export.integer_export import _source, export_integer
-from logart.export.integer_graph import ACCUMULATOR_BITS, Format, IntegerWeights, reciprocal
+from logart.export.integer_formats import ACCUMULATOR_BITS, Format, IntegerWeights
+from logart.export.integer_graph import reciprocal
 from logart.export.integer_trace import trace
 from logart.networks.digits import DIGITS
 from logart.packed.file import PackedFile
