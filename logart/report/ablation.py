@@ -18,7 +18,7 @@ ROWS = [(grid, search, rounding) for grid, search in _GRIDS for rounding in ("ne
 # Without these the paper's rows are of the grid and the search alone.
 PLAIN = {"scale_search": "none", "asymmetric": "False", "zero_code": "False", "hardware_approx": "False",
          "channel_wise": "True", "first_last_bits": "same", "preset": ""}  # fmt: skip
-FEWEST = 3  # of the paper's rows in a column of its figures
+FEWEST = 6  # of the paper's rows in a column of its figures
 SAID = (
     "Grids and searches of the paper's ablation, rounded to nearest (RTN) and learned (LLR): top-1 accuracy in %, and "
     "below it the drop from the float network in points, ± one standard error by the choice of test images. A number "

@@ -153,7 +153,7 @@ def _environment(escaped: bool) -> Environment:
 
     def breaking(text: str) -> Markup:
         """Long names may break where a reader would break them."""
-        return Markup(re.sub(r"([_:/×]|\.(?=[^\W\d]))", r"\1<wbr>", html.escape(printable(text), False)))
+        return Markup(re.sub(r"([_:/]|\.(?=[^\W\d]))", r"\1<wbr>", html.escape(printable(text), False)))
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escaped, finalize=shown,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip

@@ -135,9 +135,9 @@ def _matrix(section: Section, legend: Mapping[str, Style], sources: Sources) -> 
     best = {bits: max(g.accuracy for g in section.groups if g.bits == bits) for bits in widths}
     cells: dict[str, dict[int, Cell]] = {}
     for g in section.groups:
-        drop = [] if g.drop is None else [f"drop {signed(g.drop)}"]
-        drop += [f"n {g.n}"] * (g.n > 1) + ([] if g.seconds is None else [_time(g)])
-        notes = (" · ".join(drop), *sources.notes(g)) if drop else sources.notes(g)
+        drop = "" if g.drop is None else f"drop {signed(g.drop)}"
+        effort = " · ".join(filter(None, (f"n {g.n}" * (g.n > 1), _time(g))))
+        notes = (*filter(None, (drop, effort)), *sources.notes(g))
         cell = Cell(accuracy_text(g), notes, g.accuracy, strong=g.accuracy == best[g.bits])
         cells.setdefault(g.label, {})[g.bits] = cell
     lines = [
