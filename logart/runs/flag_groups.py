@@ -91,7 +91,8 @@ class TrackFlags:
         add(group, "arch", f"{', '.join(names)} or timm:NAME", default)
         add(group, "checkpoint", "float weights: .pth, .pt, .th, .tar, .bin or .safetensors", OWN)
         add(group, "checkpoint_key", "the entry of the checkpoint that has the weights, such as state_dict_ema, with "
-            "dots between nested ones", "the likeliest; averaged weights only where there are no others", metavar="ENTRY")  # fmt: skip
+            "dots between nested ones", "the likeliest; averaged weights only where there are no others",
+            metavar="ENTRY")  # fmt: skip
         add(group, "model_kwargs", f"for timm.create_model{model_kwargs}", "none", nargs="+", metavar="KEY=VALUE")
         add(group, "num_classes", "outputs of the network", OWN, type=int)
 
