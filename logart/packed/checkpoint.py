@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,14 +21,17 @@ from logart.networks.weights import COUNTER
 from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
+from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
-from logart.quantization.folding import drop_batch_norms
+from logart.quantization.folding import drop_batch_norms, replace_module
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
+from logart.quantization.survey import is_plain
 from logart.text import table
 
 _KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED_TYPES.items()}
 # Arguments of timm's that read files or the network; none of them changes which parameters a network has.
 _FORBIDDEN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_PLAIN = {"Conv2d": nn.Conv2d, "Conv2dSame": Conv2dSame, "Linear": nn.Linear}
 DEQUANTIZE = ("once", "on-the-fly")
 
 
@@ -159,6 +163,9 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
     modules = dict(model.named_modules())
     for name, packed in file.layers.items():
         layer: Any = modules.get(name)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not is_plain(layer) and packed.kind in _PLAIN:  # baked
+            layer = plain_layer(layer, _PLAIN[packed.kind], layer.weight.detach(), layer.bias)
+            replace_module(model, name, layer)
         if layer is None or type(layer) not in QUANTIZED_TYPES or type(layer).__name__ != packed.kind:
             raise PackedFileError(f"the network has no {packed.kind} {name}")
         if layer.weight.shape != packed.shape or layer.weight.dtype != packed.dtype:

@@ -53,6 +53,7 @@ class Report:
         layers: one entry per quantized layer, in the order they run.
         skipped: (name, reason) of every weight that stays float, by the name of its layer or its own.
         n_weights: elements of all the network's weights, quantized or not; see `survey.Survey`.
+        baked: names of the layers whose weight was computed from parameters alone, and is a parameter now.
         folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
         blocks: one entry per learned block.
         rerun: names of the blocks whose inputs were made from the images on, the blocks before run again for it.
@@ -62,6 +63,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     n_weights: int = 0
+    baked: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
     unfolded: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)

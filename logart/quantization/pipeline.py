@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from logart.errors import NetworkError, NoRoomError, PartlyQuantized, one_line
 from logart.quantization import surgery
 from logart.quantization.activations import BothActivations
+from logart.quantization.baking import bake_weights
 from logart.quantization.block_loss import BlockLosses, Loss
 from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
@@ -121,6 +122,7 @@ def quantize_model(
 def _look_at(reference: nn.Module, example: Tensor, config: QuantConfig, report: Report) -> Survey:
     """Fold what can be folded and see what the network does; the report says what stays as it is."""
     try:
+        report.baked = bake_weights(reference, example)
         report.folded, report.unfolded = fold_batch_norms(reference, example, partial(_any_matches, config.skip))
     except (NetworkError, torch.OutOfMemoryError):
         raise
