@@ -17,6 +17,7 @@ SMALL = {
     "block_memory": ("--arch cifar_resnet20 --size 32 --images 4 --batch_size 2", r"layer3\.2\.conv1 .* \d\.\d\d \|"),
     "capture_memory": ("--images 8 --width 4 --size 8 --way 'handed forward'", r"\d"),
     "compensated_rounding": ("--runs 1", r"one sweep of descent"),
+    "families": ("--only timm:resnet10t --stages share packed", r"timm:resnet10t .*'share': 100.0, 'packed': 'ok'"),
     "grid_options cnn": ("--bits 4 --rows compensated --data_path digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
     "grid_options vit": ("--bits 4 --rows compensated --dataset digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
     "handed_forward growth": ("--width 4 --size 8 --images 4 --runs 1", r"from 8 to 16 blocks \d\.\d\d×"),

@@ -98,6 +98,12 @@ def test_parameters_are_shared_not_copied() -> None:
 def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
     quantized = quantize(nn.Conv2d(4, 6, 3), n_bits=3)
     state = quantized.state_dict()
+    extra = state.pop("_extra_state")
+    assert {name: extra[name] for name in ("n_bits", "n_codebooks", "dtype")} == {
+        "n_bits": 3,
+        "n_codebooks": 6,
+        "dtype": "float32",
+    }
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
         "float_weight": ((6, 4, 3, 3), torch.float32),
         "bias": ((6,), torch.float32),
