@@ -27,7 +27,7 @@ from logart.grids.logarithmic import DYNAMIC
 from logart.grids.rounding import dequantize
 from logart.grids.search import choose_codebook
 from logart.quantization import column_rounding, loops_plain
-from logart.quantization.column_rounding import BLOCK, coordinate_descent, error_feedback, quadratic_error
+from logart.quantization.column_rounding import BLOCK, Factor, coordinate_descent, error_feedback, quadratic_error
 
 LAYERS = {"512→512 3×3 convolution": (512, 4608), "3072→768 linear": (768, 3072)}
 DIRECTIONS = 64  # that the inputs share
@@ -45,7 +45,7 @@ def main() -> None:
         order, factor = factorise(a)
         path = loops_plain.correlation_order(a)[0]
         plain, expected = timed(lambda: plain_feed_back(t, order, factor, codebook), args.runs)  # noqa: B023
-        compare("error feedback", lambda: error_feedback(t, a, codebook), plain, expected, args.runs)  # noqa: B023
+        compare("error feedback", lambda: error_feedback(t, Factor.of(a), codebook), plain, expected, args.runs)  # noqa: B023
         with patch.object(column_rounding, "SWEEPS", 1):
             plain, swept = timed(lambda: plain_sweep(expected, t, a, codebook, path), args.runs)  # noqa: B023
             descend = partial(coordinate_descent, expected, t, a, codebook)

@@ -37,6 +37,8 @@ FIELDS = {
     "rounding": "rounding",
     "calib_samples": "calib_samples",
     "batch_size": "batch_size",
+    "damping": "damping",
+    "mirror": "mirror",
     "iters_w": "iters",
     "rrweight": "rrweight",
     "calib_lr": "lr",

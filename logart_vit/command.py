@@ -96,7 +96,7 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
     fields |= {"recon_input": values["optim_mode"], "rounding": "nearest", "head_kl": True, "seed": 0}
     fields |= {} if args.preset is None else preset(args.preset, flags.preset_bits(args, args.w_bit, fields["n_bits"]))
-    flag_fields = FIELDS | {"rounding": "rounding", "seed": "seed"}
+    flag_fields = FIELDS | {"rounding": "rounding", "damping": "damping", "mirror": "mirror", "seed": "seed"}
     fields |= {flag_fields[name]: value for name, value in given(args, flag_fields).items()}
     fields["recon_input"] = MODES[fields["recon_input"]]
     if args.optimize and args.rounding is None:

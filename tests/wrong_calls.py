@@ -156,8 +156,8 @@ FLAGS = [
 LLR = "iters_w 5, {rate} 0.1, rrweight 1, b_start 9, b_end 3, warmup 0.1"
 UNLEARNED = "no stage of this run looks"
 IDLE = [
-    *idle("cache cpu", "no stage of this run captures anything", "--iters_w 0", cnn),
-    *idle("cache cpu", "no stage of this run captures anything", make=vit),
+    *idle("cache cpu", "no stage of this run looks at calibration images", "--iters_w 0", cnn),
+    *idle("cache cpu", "no stage of this run looks at calibration images", make=vit),
     *idle("search_method layer_wise, {search_images} 32", "--scale_method log_2 searches", "--scale_method log_2"),
     *idle("{search_images} 32", "--scale_method linear_mse", "--scale_method linear_mse"),
     *idle("calib_samples 8, batch_size 8, rrweight 1, calib_lr 0.1, b_start 9, b_end 3, warmup 0.1, recon_input float, "

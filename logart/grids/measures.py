@@ -87,6 +87,12 @@ class OutputMoments:
             self.mean_input,
         )
 
+    def __add__(self, other: OutputMoments) -> OutputMoments:
+        """The moments of both's rows; both have the same shift."""
+        names = ("gram", "cross", "energy", "input_sum", "residual_sum", "count")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return OutputMoments(**sums, shift=self.shift, _precision=self._precision)
+
     @property
     def mean_input(self) -> Tensor:
         """[groups, K] float64, the mean of X̂'s rows."""

@@ -36,18 +36,19 @@ def quadratic_error(delta: Tensor, a: Tensor) -> Tensor:
     return ((grouped @ a) * grouped).sum(-1).flatten()
 
 
-def round_compensated(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+def round_compensated(t: Tensor, a: Tensor, codebook: Codebook, factor: Factor | None = None) -> Tensor:
     """Codes near the least (q - T)ᵀA(q - T), never worse than rounding to nearest.
 
     Args:
         t: [C, K] float64.
         a: [G, K, K] float64, positive definite; C is a multiple of G.
         codebook: of the C rows.
+        factor: of a, where it is known.
 
     Returns:
         [C, K] uint8 codes.
     """
-    plain, fed_back = nearest(t, codebook), error_feedback(t, a, codebook)
+    plain, fed_back = nearest(t, codebook), error_feedback(t, factor or Factor.of(a), codebook)
     better = _error(fed_back, t, a, codebook) < _error(plain, t, a, codebook)
     return coordinate_descent(torch.where(better[:, None], fed_back, plain), t, a, codebook)
 
@@ -56,18 +57,43 @@ def _error(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
     return quadratic_error(dequantize(codes, codebook.levels) - t, a)
 
 
-def error_feedback(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
+@dataclass(frozen=True)
+class Factor:
+    """A = UUᵀ with its columns in order of falling diagonal, U upper triangular.
+
+    Attributes:
+        order: [G, K] int64.
+        lower: [G, K, K], U with rows and columns reversed.
+    """
+
+    order: Tensor
+    lower: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor) -> Factor:
+        """Of positive definite matrices a [G, K, K]."""
+        order = a.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        return cls(order, torch.linalg.cholesky(_reordered(a, order.flip(1))))
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """A⁻¹ times each of rows [C, K]."""
+        grouped = rows.unflatten(0, (len(self.order), -1))
+        columns = self.order.flip(1)[:, None].expand_as(grouped)
+        solved = torch.cholesky_solve(grouped.gather(2, columns).mT, self.lower).mT
+        return torch.empty_like(grouped).scatter_(2, columns, solved).flatten(0, 1)
+
+
+def error_feedback(t: Tensor, factor: Factor, codebook: Codebook) -> Tensor:
     """Round column by column, in order of falling diagonal of A, and let the columns to come make up for each error.
 
     The recursion of OBQ and GPTQ (Frantar et al. 2022): once the errors δ = q - T of the columns before are made, the
-    next is rounded where the rest of the row, left real, could still bring the error to its least. With A = UUᵀ, U
-    upper triangular, that is T_k - Σ_j<k δ_j·U[j, k]/U[k, k], so A is never inverted. Arguments and result as
-    `round_compensated`.
+    next is rounded where the rest of the row, left real, could still bring the error to its least. With A = UUᵀ that
+    is T_k - Σ_j<k δ_j·U[j, k]/U[k, k], so A is never inverted. Arguments and result as `round_compensated`.
     """
-    grid, groups, loops = LinearLevels.of(codebook, len(a)), len(a), _loops(a.device)
-    order = a.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    factor = torch.linalg.cholesky(_reordered(a, order.flip(1))).flip(1, 2)
-    factor /= factor.diagonal(dim1=1, dim2=2).clone()[:, None]
+    groups, order = len(factor.order), factor.order
+    grid, loops = LinearLevels.of(codebook, groups), _loops(t.device)
+    upper = factor.lower.flip(1, 2)
+    upper /= upper.diagonal(dim1=1, dim2=2).clone()[:, None]
     columns = order[:, None].expand(-1, t.shape[0] // groups, -1)
     t = t.double().unflatten(0, (groups, -1)).gather(2, columns)
     codes = torch.empty_like(t, dtype=torch.uint8)
@@ -76,7 +102,7 @@ def error_feedback(t: Tensor, a: Tensor, codebook: Codebook) -> Tensor:
         codes[:, :, block], errors = loops.error_feedback(values, inner, t[:, :, block], grid.levels, grid.borders)
         return errors  # type: ignore[no-any-return]
 
-    _blocked_update(t.clone(), factor, round_block)
+    _blocked_update(t.clone(), upper, round_block)
     return torch.empty_like(codes).scatter_(2, columns, codes).flatten(0, 1)
 
 

@@ -10,6 +10,7 @@ T is the real weight that would undo the error made so far. `column_rounding` ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,14 @@ from logart.errors import NetworkError
 from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
 from logart.quantization.cache import Captured
-from logart.quantization.column_rounding import quadratic_error, round_compensated
+from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
+from logart.quantization.damping import choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, per_codebook
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.surgery import Block
 
 if TYPE_CHECKING:
     from logart.quantization.config import QuantConfig
-
-DAMPING = 0.01  # λ as a share of the mean diagonal of X̂ᵀX̂
-RIDGE_FLOOR = 1e-12  # λ per row where inputs are dead, and per row and squared mean: float32 knows no input any better
 
 
 @torch.no_grad()
@@ -53,40 +52,50 @@ def compensate_block(
     for name in block.layers:
         layer, float_layer = quantized.get_submodule(name), reference.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
-        moments = layer_moments(*blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
-        if not all(moment.isfinite().all() for moment in (moments.gram, moments.cross)):
-            raise NetworkError(
-                f"layer {name}: its inputs are so large that their products overflow {layer.weight.dtype}"
-            )
-        w, centred = layer.rows.reshape(layer.shape[0], -1), moments.centred()
-        a = metric(centred)
-        t = target(w, a, centred)
-        wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
-        error = per_codebook(partial(quadratic_error, a=a), layer)
-        codebook = choose_codebook(wanted, config.grid, layer.n_bits, error=error, options=config.grid_options)
-        rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
-        codes = round_compensated(t, a, codebook.select(rows))
-        layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
-        bias = layer.bias if isinstance(layer.bias, Tensor) else None
-        bias = corrected_bias(bias, moments, layer.weight.reshape(w.shape) - w)
-        layer.bias = nn.Parameter(bias.to(w.dtype), requires_grad=False)
-        targets.append(t.to(w.dtype).reshape(layer.shape))
+        measure = partial(layer_moments, *blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
+        targets.append(_compensate_layer(name, layer, measure, len(data[0]), config))
     return targets
 
 
-def metric(moments: OutputMoments, ridge: float = DAMPING) -> Tensor:
-    """A [G, K, K] float64 of centred moments."""
-    gram = moments.gram
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    strength = ridge * diagonal.mean(1) + RIDGE_FLOOR * moments.count * (1 + moments.mean_input.square().mean(1))
-    return gram + torch.diag_embed(strength[:, None].expand_as(diagonal))
+def _compensate_layer(
+    name: str, layer: QuantizedLayer, measure: Callable[..., OutputMoments], images: int, config: QuantConfig
+) -> Tensor:
+    """T of one layer, from what measures its moments."""
+    w = layer.rows.reshape(layer.shape[0], -1)
+    if config.chooses_damping:
+        halves = _halves(measure, images // config.views // 2 * config.views, images)
+        moments = halves[0] + halves[1]
+        _check(name, moments, w.dtype)
+        search = partial(choose_codebook, grid=config.grid, n_bits=layer.n_bits, options=config.grid_options)
+        damping, layer.damping = choose_damping(w, (halves[0].centred(), halves[1].centred()), search)
+    else:
+        moments, layer.damping = measure(), None
+        _check(name, moments, w.dtype)
+        damping = torch.tensor(config.damping, dtype=torch.float64, device=w.device)
+    centred = moments.centred()
+    a = metric(centred, damping)
+    factor = Factor.of(a)
+    t = target(w, factor, centred)
+    wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
+    error = per_codebook(partial(quadratic_error, a=a), layer)
+    codebook = choose_codebook(wanted, config.grid, layer.n_bits, error=error, options=config.grid_options)
+    rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
+    codes = round_compensated(t, a, codebook.select(rows), factor)
+    layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
+    bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    bias = corrected_bias(bias, moments, layer.weight.reshape(w.shape) - w)
+    layer.bias = nn.Parameter(bias.to(w.dtype), requires_grad=False)
+    return t.to(w.dtype).reshape(layer.shape)
 
 
-def target(w: Tensor, a: Tensor, moments: OutputMoments) -> Tensor:
-    """T [C, K] float64 for weights w [C, K], of centred moments."""
-    cross = moments.cross.unflatten(0, (len(a), -1))
-    factor = torch.linalg.cholesky(a)
-    return w.double() + torch.cholesky_solve(cross.mT, factor).mT.flatten(0, 1)
+def _halves(measure: Callable[..., OutputMoments], middle: int, end: int) -> tuple[OutputMoments, OutputMoments]:
+    first = measure(images=range(middle))
+    return first, measure(images=range(middle, end), shift=first.shift)
+
+
+def _check(name: str, moments: OutputMoments, dtype: torch.dtype) -> None:
+    if not all(moment.isfinite().all() for moment in (moments.gram, moments.cross)):
+        raise NetworkError(f"layer {name}: its inputs are so large that their products overflow {dtype}")
 
 
 def corrected_bias(bias: Tensor | None, moments: OutputMoments, delta: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ class QuantConfig:
         scale_search: which factors of the levels are tried, per channel.
         asymmetric, zero_code: how codes are spent, see `grids.reassigned_codes`.
         rounding: how codes are found, a name in `rounding_methods.METHODS`.
+        damping: λ of compensated rounding, as a share of the mean squared input; "auto" chooses it for each layer by
+            images that the estimate has not seen, see `damping.choose_damping`.
+        mirror: whether every calibration image is also seen mirrored, left to right.
         calib_samples: images for LLR and compensated rounding.
         batch_size: images per LLR step, and at a time elsewhere in these stages.
         iters: LLR steps per block; 0 learns nothing.
@@ -87,6 +90,8 @@ class QuantConfig:
     asymmetric: bool = False
     zero_code: bool = False
     rounding: str = "learned"
+    damping: float | str = 0.01
+    mirror: bool = False
     calib_samples: int = 1024
     batch_size: int = 32
     iters: int = 1000
@@ -139,6 +144,10 @@ class QuantConfig:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if self.rounding not in METHODS:
             raise ValueError(f"rounding must be one of {', '.join(METHODS)}, got {self.rounding!r}")
+        if self.damping != "auto" and not 0 <= float(self.damping) < float("inf"):
+            raise ValueError(f"damping must be auto or at least 0, got {self.damping}")
+        if self.chooses_damping and self.calib_samples < 2:
+            raise ValueError(f"calib_samples must be at least 2 with damping auto, got {self.calib_samples}")
         root2(self.hardware_terms)
 
     def _check_budget(self) -> None:
@@ -157,6 +166,16 @@ class QuantConfig:
     def has_budget(self) -> bool:
         """Whether widths are allocated to layers by their effect."""
         return self.bits_budget is not None or self.size_budget is not None
+
+    @property
+    def views(self) -> int:
+        """How many times each calibration image is seen."""
+        return 2 if self.mirror else 1
+
+    @property
+    def chooses_damping(self) -> bool:
+        """Whether compensated rounding runs and chooses its damping."""
+        return self.damping == "auto" and not self.method.uses_dbs
 
     @property
     def searches(self) -> bool:
@@ -252,7 +271,9 @@ def _checked_type(name: str, kind: str, value: Any) -> Any:
         return tuple(value)
     if kind == "bool" and not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
-    if kind == "float" or (kind == "float | None" and value is not None):
+    if kind == "float | str" and value == "auto":
+        return value
+    if kind in ("float", "float | str") or (kind == "float | None" and value is not None):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
         return float(value)

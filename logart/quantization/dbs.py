@@ -160,20 +160,25 @@ def layer_moments(
     *,
     batch_size: int = 32,
     shifted: bool = False,
+    images: range | None = None,
+    shift: Tensor | None = None,
 ) -> OutputMoments:
     """The LW measure of one layer, which must still hold its float weight.
 
     Args:
         float_block, block: what holds the layer in the float network and in the one being quantized.
         float_inputs, inputs: the calls of both, for n images.
-        shifted: take the first rows' mean away from all; for moments that are to be `centred`.
+        shifted: take `shift` or, without it, the first rows' mean away from all; for moments that are to be `centred`.
+        images: which of the images; None is all.
     """
     groups, weight = getattr(layer, "groups", 1), layer.weight
     assert isinstance(weight, Tensor)
     elements = weight[0].numel()
     moments = OutputMoments.zeros(groups, weight.shape[0], elements, weight.device)
-    for start in range(0, len(inputs), batch_size):
-        batch = slice(start, start + batch_size)
+    moments.shift = shift
+    images = range(len(inputs)) if images is None else images
+    for start in images[::batch_size]:
+        batch = slice(start, min(start + batch_size, images.stop))
         _, wanted = run_to(float_block, float_layer, float_inputs[batch])
         x, given = run_to(block, layer, inputs[batch])
         residual = _positions_last(layer, wide(wanted) - wide(given))

@@ -19,6 +19,8 @@ from logart.quantization.surgery import Block
 
 HISTOGRAM_RANGE, HISTOGRAM_BINS = 1.25, 60  # of w over the largest magnitude among its codebook's levels
 
+GENERALISATION = ("damping", "output_error_calibration", "output_error_held_out")  # as `Damping` has them
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -32,6 +34,9 @@ class LayerReport:
         error: the same of the final codes.
         n_changed_codes: how many weights learning put on another level than plain rounding.
         histogram: see `weight_histogram`.
+        damping: what compensated rounding chose, the median of the layer's groups; None where it did not choose.
+        output_error_calibration, output_error_held_out: relative to the output's variance, of codes rounded by one half
+            of the calibration images on this half and on the other; None likewise.
     """
 
     name: str
@@ -43,6 +48,15 @@ class LayerReport:
     error: float
     n_changed_codes: int
     histogram: tuple[int, ...] = ()
+    damping: float | None = None
+    output_error_calibration: float | None = None
+    output_error_held_out: float | None = None
+
+    @property
+    def overfits(self) -> bool:
+        """Whether the output error on images that the estimate has not seen is more than twice that on the others."""
+        seen, unseen = self.output_error_calibration, self.output_error_held_out
+        return seen is not None and unseen is not None and unseen > 2 * seen
 
 
 @dataclass
@@ -105,6 +119,18 @@ class Report:
         more = len(self.skipped) - len(names)
         return f"{line}; float: {', '.join(names)}" + f" and {more} more" * (more > 0)
 
+    def gap_line(self) -> str:
+        """Which layers do worse on images that they were not calibrated on, in a line; empty where none does."""
+        gaps = [layer for layer in self.layers if layer.overfits]
+        if not gaps:
+            return ""
+        worst = max(gaps, key=lambda one: (one.output_error_held_out or 0) / (one.output_error_calibration or 1e-300))
+        return (
+            f"output error of {len(gaps)} of {len(self.layers)} layers more than doubles on images kept back, most of "
+            f"{worst.name}, {worst.output_error_calibration:.2g} to {worst.output_error_held_out:.2g}; "
+            "more calibration images would help"
+        )
+
     def info(self) -> dict[str, Any]:
         """What a packed file says of the whole network, as JSON can say it."""
         return {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
@@ -118,6 +144,7 @@ class Report:
                 "error": float(f"{layer.error:.4g}"),
                 "n_changed_codes": layer.n_changed_codes,
             }
+            | {name: float(f"{getattr(layer, name):.4g}") for name in GENERALISATION if layer.damping is not None}
             for layer in self.layers
         }
 
@@ -126,6 +153,10 @@ def base_mix(spec: CodebookSpec) -> dict[int, int]:
     """How many codebooks have each n_base2; empty on grids without."""
     n_base2 = spec.columns.get("n_base2")
     return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))
+
+
+def _generalisation(layer: QuantizedLayer) -> dict[str, float]:
+    return dict(zip(GENERALISATION, layer.damping or (), strict=False))
 
 
 @torch.no_grad()
@@ -153,6 +184,7 @@ def layer_reports(quantized: nn.Module, blocks: list[Block]) -> list[LayerReport
                     error=float(final.square().sum()) / energy,
                     n_changed_codes=int((codes.reshape(w.shape) != plain).sum()),
                     histogram=weight_histogram(layer),
+                    **_generalisation(layer),
                 )
             )
     return reports

@@ -27,6 +27,7 @@ from logart.grids.plain import stored_spec
 from logart.grids.registry import grid_named
 from logart.grids.rounding import dequantize, nearest, rectified_sigmoid, soft_neighbours, soft_round
 from logart.grids.spec import CodebookSpec, dequantize_packed
+from logart.quantization.damping import Damping
 
 
 class SoftRounding(nn.Module):
@@ -68,6 +69,7 @@ class QuantizedLayer(nn.Module):
         codes: uint8, the weight's shape; None before rounding.
         levels: [G, L] float64.
         spec: what the codebooks are made of.
+        damping: how compensated rounding chose it, where it did.
         n_codebooks: G; rows of the weight are split evenly among codebooks, in order.
         shape: the weight's.
         packed_codes: in a loaded network the packed codes [bytes] uint8, in place of codes and levels.
@@ -83,6 +85,7 @@ class QuantizedLayer(nn.Module):
     packed_codes: Tensor | None
     dtype_marker: Tensor | None
     spec: CodebookSpec | None
+    damping: Damping | None
     n_codebooks: int
     n_bits: int
     shape: torch.Size
@@ -106,7 +109,7 @@ class QuantizedLayer(nn.Module):
         layer.register_module("soft", None)
         layer.n_bits, layer.n_codebooks = n_bits, n_codebooks
         assert weight is not None
-        layer.shape, layer.dtype, layer.spec = weight.shape, weight.dtype, None
+        layer.shape, layer.dtype, layer.spec, layer.damping = weight.shape, weight.dtype, None, None
         return layer
 
     @property

@@ -51,7 +51,7 @@ def estimate_memory(
         held = sum(sizes[i].outputs for i in range(index) if readers[i] > index)
         each = size.inputs + size.outputs + max(size.inputs, size.outputs) + 2 * held
         working = max((forward, *(stage.working_bytes(size, config) for stage in stages)))
-        needs[block.name] = MemoryEstimate(config.images_needed * each, working)
+        needs[block.name] = MemoryEstimate(config.views * config.images_needed * each, working)
     return needs
 
 

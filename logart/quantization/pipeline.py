@@ -84,6 +84,8 @@ def quantize_model(
     device = torch.device(device)
     with own_modes(device):
         images = gather_images(calibration_images, max(2, config.images_needed), input_key, prepare)
+        if config.mirror:  # each beside its own, so that both are always on the same side of a split
+            images = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
         example = images[:2].to(device, copy=True)  # some networks normalise in place
         reference = clone_sharing(model).eval().requires_grad_(False).to(device)
         report = Report()
@@ -176,7 +178,8 @@ class _Work:
         """One stage of all blocks: what was kept is taken over, the rest is worked out and kept."""
         steps, (count, batch_size) = stage.steps(self.config), stage.images(self.config)
         networks = (self.reference, self.quantized, self.blocks)
-        activations = BothActivations(*networks, self._sources, self.images[:count], batch_size, self.cache)
+        images = self.images[: self.config.views * count]
+        activations = BothActivations(*networks, self._sources, images, batch_size, self.cache)
         results: list[StageResult] = []
         with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:
             for index, block in enumerate(self.blocks):
@@ -236,5 +239,5 @@ class _Work:
 
     @cached_property
     def _losses(self) -> BlockLosses:
-        images = self.images[: self.config.calib_samples]
+        images = self.images[: self.config.views * self.config.calib_samples]
         return BlockLosses(self.reference, self.blocks, images, self.config, self.device)

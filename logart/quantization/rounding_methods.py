@@ -140,7 +140,7 @@ class Search(Stage):
         if not self.needs(config):
             return 0
         copies = 2 * PROBES + 4 if config.search_method is SearchMethod.BLOCK_WISE else 4
-        return config.search_samples * (2 + copies) * size.largest
+        return config.views * config.search_samples * (2 + copies) * size.largest
 
     def run(self, task: BlockTask) -> None:
         search_block(
@@ -157,7 +157,8 @@ class Compensate(Stage):
         return "after compensated rounding"
 
     def describe(self, config: QuantConfig) -> str:
-        return f"compensated rounding, {config.calib_samples} images"
+        mirrored = " and their mirror images" * config.mirror
+        return f"compensated rounding, {config.calib_samples} images{mirrored}, damping {config.damping}"
 
     def needs(self, config: QuantConfig) -> frozenset[Capture]:
         return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS})

@@ -59,6 +59,7 @@ SEARCH_IMAGES = When(
 )
 SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
 CALIBRATES = When("compensated rounding or LLR", lambda config: config.method.calibrates)
+COMPENSATES = When("compensated rounding", lambda config: not config.method.uses_dbs)
 LEARNS = When("LLR", lambda config: config.learns)
 MIXES = When("LLR, input `mixed`", lambda config: config.learns and config.recon_input.value == "mixed")
 WEIGHTED = When(
@@ -212,6 +213,11 @@ COLUMNS = (
     _of_config("calib_samples", Part.CALIBRATION, "calibration images seen by LLR and compensated rounding",
                unit="images", when=CALIBRATES),
     _of_config("batch_size", Part.CALIBRATION, "calibration images per LLR step", unit="images", when=CALIBRATES),
+    _of_config("damping", Part.CALIBRATION,
+               "λ of compensated rounding over the mean squared input; `auto`: by images kept back, layer by layer",
+               when=COMPENSATES),
+    _of_config("mirror", Part.CALIBRATION, "`True`: calibration images were seen mirrored, too",
+               when=SEES_IMAGES, idle="False"),
     _of_config("iters_w", Part.LLR, "LLR steps per block; 0: no LLR", "iters", unit="steps", when=LEARNS, idle=0),
     _of_config("lr", Part.LLR, "LLR's learning rate at the start", when=LEARNS),
     _of_config("rrweight", Part.LLR, "weight of the rounding penalty against the reconstruction loss", when=LEARNS),

@@ -137,6 +137,10 @@ class TrackFlags:
         add, group = self.add, "rounding"
         add(group, "rounding", "to nearest, compensated in closed form, learned (LLR), or both in this order", rounding,
             choices=list(METHODS))  # fmt: skip
+        add(group, "damping", "of compensated rounding, a share of the mean squared input; auto: of each layer by what "
+            "holds on images kept back", 0.01, type=_damping, metavar="{auto,VALUE}")  # fmt: skip
+        add(group, "mirror", "calibration images are seen mirrored, too", "off",
+            action=argparse.BooleanOptionalAction)  # fmt: skip
         add(group, "calib_samples", "images for LLR and compensated rounding", type=int)
         add(group, "batch_size", "images per LLR step", type=int)
         add(group, "iters_w", "LLR steps per block; 0 learns nothing", type=int)
@@ -190,6 +194,10 @@ class _InputSize(argparse.Action):
                 self, f"{words}; expected one number, or channels, height and width, with height and width equal"
             )
         setattr(namespace, self.dest, values if len(values) == 3 else values[0])
+
+
+def _damping(text: str) -> float | str:
+    return text if text == "auto" else finite(text)
 
 
 def _other_names(names: Mapping[str, str]) -> Callable[[str], str]:

@@ -125,9 +125,10 @@ def refuse_idle_flags(
     refuse(("search_method", *search), config.searches, f"--scale_method {grid.name} searches nothing")
     closed = f"--rounding {config.rounding} searches in the metric of each layer's inputs"
     refuse(("search_method", *search, "test_before_calibration"), config.method.uses_dbs, closed)
+    refuse(("damping",), not config.method.uses_dbs, f"--rounding {config.rounding} estimates nothing that it damps")
     schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
     refuse((*learning, *schedule), config.learns, unlearned)
-    refuse(("cache",), config.images_needed > 0, "no stage of this run captures anything")
+    refuse(("cache", "mirror"), config.images_needed > 0, "no stage of this run looks at calibration images")
     approximate = ("hardware_approx", "test_with_hardware_approx")
     refuse(approximate, "terms" in grid.options, f"--scale_method {grid.name} has no √2 to approximate")
     refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")

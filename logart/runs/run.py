@@ -22,7 +22,7 @@ from logart.networks.network import Network
 from logart.packed.checkpoint import SizeTable, save_packed, to_packed
 from logart.quantization.cache import Cache, CacheLocation
 from logart.quantization.config import QuantConfig
-from logart.quantization.layer_report import Report
+from logart.quantization.layer_report import GENERALISATION, Report
 from logart.quantization.layers import hardware_approximation
 from logart.quantization.pipeline import quantize_model
 from logart.runs.columns import SETTINGS_OF_COMMAND, Cell, Facts, measured_row, versions
@@ -115,6 +115,8 @@ def run(
             stage_store=folder,
         )
     print(report.share_line(), flush=True)
+    if report.gap_line():
+        print(report.gap_line(), flush=True)
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
@@ -263,7 +265,11 @@ def device_name(device: torch.device) -> str:
 
 
 def layer_table(report: Report) -> str:
-    """The report per layer as text: shape, bits, weight error of plain rounding and final, changed codes, mix."""
+    """The report per layer as text: shape, bits, weight error of plain rounding and final, changed codes, mix.
+
+    Where it was chosen, also the damping, and the output error on images that were and were not calibrated on.
+    """
+    chosen = GENERALISATION if any(layer.damping is not None for layer in report.layers) else ()
     rows = [
         (
             layer.name,
@@ -273,10 +279,12 @@ def layer_table(report: Report) -> str:
             f"{layer.error:.5f}",
             f"{100 * layer.n_changed_codes / math.prod(layer.shape):.1f}%",
             " ".join(f"{k}:{count}" for k, count in layer.base_mix.items()),
+            *(f"{getattr(layer, name):.3g}" for name in chosen),
         )
         for layer in report.layers
     ]
-    head = ("layer", "shape", "bits", "weight error: RTN", "final", "changed", "channels per n_base2")
+    head = ["layer", "shape", "bits", "weight error: RTN", "final", "changed", "channels per n_base2"]
+    head += ["damping", "output error: calibration", "held out"] if chosen else []
     lines = [table(head, rows, text=("layer", "shape", "channels per n_base2"))]
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
     lines += [f"block {name}: reached from the images on, every block before it run again" for name in report.rerun]

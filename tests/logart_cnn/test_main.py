@@ -44,7 +44,8 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     workers results quiet
     calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
+    rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
+    cache
     search_batch_size val_batch_size checkpoint_key class_map class_order calib_path calib_from_val val_limit""".split()
 
 
@@ -80,7 +81,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
         "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": "learned",
         "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False,
-        "layer_bits": {}, "skip": (), "bits_budget": None, "size_budget": None,
+        "layer_bits": {}, "skip": (), "bits_budget": None, "size_budget": None, "damping": 0.01,
+        "mirror": False,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
     assert options == expected and not options.quiet
@@ -176,7 +178,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     assert lines[1] == (
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
         "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 "
-        "batch_size=32 iters_w=4 "
+        "batch_size=32 damping=0.01 mirror=False iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized seed=0 "
         "first_last_bits=same hardware_approx_terms=0"
     )

@@ -55,7 +55,8 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     hardware_approx test_with_hardware_approx test-before-calibration seed device results quiet first_last_bits
     layer_bits skip bits_budget size_budget
     model-kwargs input-size crop-pct mean std interpolation num-classes
-    rounding scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume cache
+    rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
+    cache
     checkpoint_key class_map class_order calib_path calib_from_val val_limit""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
@@ -293,7 +294,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "zero_code": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
         "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
         "layers_by_bits": "4:18",
-        "quantized_weights": "99.617",
+        "quantized_weights": "99.617", "damping": "", "mirror": "False",
     }  # fmt: skip
     assert row["timm_version"] == timm.__version__
     for prefix in ("float_", "search_", ""):

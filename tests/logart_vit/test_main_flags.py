@@ -61,6 +61,9 @@ EFFECTS = {
     "calib_size": Effect("--calib_size 3", {"search_samples": "3"}, given=LAYER_WISE),
     "calib_batch_size": Effect("--calib_batch_size 2", {"search_batch_size": "2"}, given=BLOCK_WISE),  # other probes
     "optim_size": Effect("--optim_size 5", {"calib_samples": "5"}),
+    "damping": Effect("--damping 0.5", {"damping": "0.5"}, given="--rounding compensated --optim_size 6",
+                      unlearned=True),
+    "mirror": Effect("--mirror", {"mirror": "True"}),
     "optim_batch_size": Effect("--optim_batch_size 3", {"batch_size": "3"}),
     "optim_metric": Effect("--optim_metric mse", {"recon_metric": "mse+kl", "temperature": ""}),
     "temperature": Effect("--temperature 1", {"temperature": "1.0"}),
@@ -78,7 +81,7 @@ EFFECTS = {
     "scale_search": Effect("--scale_search", {"scale_search": "grid"}),
     "asymmetric": Effect("--asymmetric", {"asymmetric": "True"}),
     "zero_code": Effect("--zero_code", {"zero_code": "True"}),
-    "rounding": Effect("--rounding both", {"rounding": "both", "search_method": ""}),
+    "rounding": Effect("--rounding both", {"rounding": "both", "search_method": "", "damping": "0.01"}),
     "preset": Effect("--preset paper", {"preset": "paper", "rrweight": "10000.0"}),
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),
     "layer_bits": Effect("--layer_bits *.fc1=2 head=6", {"layer_bits": "*.fc1=2 head=6"}),
@@ -92,8 +95,9 @@ EFFECTS = {
 CLOSED = "--rounding compensated --optim_size 6"
 OTHER_VALUES = {
     "rounding compensated": Effect(
-        CLOSED, {"rounding": "compensated", "search_method": "", "calib_samples": "6", "batch_size": "32"},
-        unlearned=True),
+        CLOSED, {"rounding": "compensated", "search_method": "", "calib_samples": "6", "batch_size": "32",
+                 "damping": "0.01"}, unlearned=True),
+    "damping auto": Effect("--damping auto", {"damping": "auto"}, given=CLOSED, unlearned=True),
     "optim_size compensated": Effect("--optim_size 5", {"calib_samples": "5"}, given=CLOSED, unlearned=True),
     "hardware_approx_terms 4": Effect("--hardware_approx_terms 4", {"hardware_approx_terms": "4"},
                                       given="--hardware_approx"),

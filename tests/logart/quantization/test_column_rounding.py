@@ -25,6 +25,7 @@ from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import choose_codebook
 from logart.quantization import column_rounding, loops_plain
 from logart.quantization.column_rounding import (
+    Factor,
     coordinate_descent,
     error_feedback,
     quadratic_error,
@@ -93,7 +94,7 @@ def plain_descend(codes: Tensor, t: Tensor, a: Tensor, levels: list[float]) -> l
 def test_feed_back_is_the_recursion_with_explicit_inverses(groups: int, size: int) -> None:
     """Also where the columns do not fill the last block."""
     t, a, codebook = correlated(groups, 2, size, seed=size)
-    codes = error_feedback(t, a, codebook)
+    codes = error_feedback(t, Factor.of(a), codebook)
     assert codes.dtype == torch.uint8
     levels = codebook.levels.tolist()
     assert codes.tolist() == [plain_feed_back(row, a[c // 2], levels[c]) for c, row in enumerate(t)]
@@ -118,7 +119,7 @@ def test_descent_never_rises_and_ends_where_no_weight_can_improve(
 ) -> None:
     t, a, codebook = correlated(2, 4, 40, seed=n_bits, n_bits=n_bits)
     random = torch.randint(0, 2**n_bits, t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    starts = {"nearest": nearest(t, codebook), "fed back": error_feedback(t, a, codebook), "random": random}
+    starts = {"nearest": nearest(t, codebook), "fed back": error_feedback(t, Factor.of(a), codebook), "random": random}
     codes = starts.get(start, torch.zeros_like(random))
     given, end = codes.clone(), coordinate_descent(codes, t, a, codebook)
     assert torch.equal(codes, given)
@@ -140,7 +141,7 @@ def test_codes_follow_linear_distance_on_a_log_grid() -> None:
     """1.45 is nearer to 1 than to 2 by distance, not by ratio; A = I leaves nothing else to decide."""
     codebook = log_codebook(torch.tensor([2.0]), 3, 4)
     t, a = torch.tensor([[1.45, -1.45, 1.55, -2.95]], dtype=torch.float64), torch.eye(4, dtype=torch.float64)[None]
-    for codes in (error_feedback(t, a, codebook), coordinate_descent(nearest(t, codebook), t, a, codebook)):
+    for codes in (error_feedback(t, Factor.of(a), codebook), coordinate_descent(nearest(t, codebook), t, a, codebook)):
         assert dequantize(codes, codebook.levels).tolist() == [[1.0, -1.0, 2.0, -2.0]]
 
 
@@ -157,7 +158,7 @@ def test_the_result_is_no_worse_than_feedback_or_nearest(
     codebook = choose_codebook(t, grid, n_bits)
     codes = round_compensated(t, a, codebook)
     reached = plain_error(codes, t, a, codebook)
-    assert_no_worse(reached, plain_error(error_feedback(t, a, codebook), t, a, codebook))
+    assert_no_worse(reached, plain_error(error_feedback(t, Factor.of(a), codebook), t, a, codebook))
     assert_no_worse(reached, plain_error(nearest(t, codebook), t, a, codebook))
     assert torch.equal(codes, coordinate_descent(codes, t, a, codebook))
 

@@ -18,11 +18,13 @@ from logart.networks.data import open_images
 from logart.quantization import compensate
 from logart.quantization.clone import clone_sharing
 from logart.quantization.column_rounding import (
+    Factor,
     error_feedback,
     round_compensated,
 )
-from logart.quantization.compensate import compensate_block, metric, target
+from logart.quantization.compensate import compensate_block
 from logart.quantization.config import QuantConfig
+from logart.quantization.damping import metric, target
 from logart.quantization.dbs import layer_moments
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.pipeline import quantize_model
@@ -92,17 +94,17 @@ def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
     ).centred()
     a, t = plain_metric_and_target(layer, x, x_hat)
     groups = getattr(layer, "groups", 1)
-    found = metric(moments)
+    found = metric(moments, DAMPING)
     assert found.shape == (groups, *a.shape[1:]) and found.dtype == torch.float64
     torch.testing.assert_close(found.repeat_interleave(len(a) // groups, 0), a, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(target(quantized.rows, found, moments), t, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(target(quantized.rows, Factor.of(found), moments), t, rtol=1e-9, atol=1e-10)
     assert float((t - quantized.rows).abs().amax()) > 0.01  # else T = w would pass
 
 
 def test_target_is_the_weight_where_the_prefix_is_exact() -> None:
     layer, quantized, x, _ = double_case("conv")
     moments = layer_moments(layer, quantized, layer, quantized, calls(x), calls(x), shifted=True).centred()
-    assert torch.equal(target(quantized.rows, metric(moments), moments), quantized.rows)
+    assert torch.equal(target(quantized.rows, Factor.of(metric(moments, DAMPING)), moments), quantized.rows)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5])
@@ -145,7 +147,7 @@ def test_hard_inputs_leave_a_definite_metric_and_sane_weights(name: str, build: 
     moments = layer_moments(
         layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=16, shifted=True
     ).centred()
-    assert float(torch.linalg.eigvalsh(metric(moments)).amin()) > 0
+    assert float(torch.linalg.eigvalsh(metric(moments, DAMPING)).amin()) > 0
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=16)
     (t,) = compensate_block(
         nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (calls(x), calls(x_hat)), config
@@ -171,8 +173,8 @@ def test_large_means_cost_no_accuracy_in_float32() -> None:
     ).centred()
     exact = layer.double()
     a, t = plain_metric_and_target(exact, x.double(), x_hat.double())
-    torch.testing.assert_close(metric(moments)[0], a[0], rtol=0, atol=1e-5 * float(a.amax()))
-    found = target(exact.weight.flatten(1), metric(moments), moments)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(metric(moments, DAMPING)[0], a[0], rtol=0, atol=1e-5 * float(a.amax()))
+    found = target(exact.weight.flatten(1), Factor.of(metric(moments, DAMPING)), moments)  # type: ignore[operator, union-attr]
     torch.testing.assert_close(found, t, rtol=0, atol=2e-3)  # the outputs, of 1e4, are float32 too
 
 
@@ -268,9 +270,9 @@ def test_a_trained_network_gains_in_every_channel(monkeypatch: pytest.MonkeyPatc
     images, _ = calibration_images(source, 32, 0, quiet=True)
     seen: list[tuple[Tensor, Tensor, Codebook]] = []
 
-    def watched(*arguments: Tensor | Codebook) -> Tensor:
-        seen.append(arguments)  # type: ignore[arg-type]
-        return round_compensated(*arguments)  # type: ignore[arg-type]
+    def watched(t: Tensor, a: Tensor, codebook: Codebook, factor: Factor) -> Tensor:
+        seen.append((t, a, codebook))
+        return round_compensated(t, a, codebook, factor)
 
     monkeypatch.setattr(compensate, "round_compensated", watched)
     config = QuantConfig(n_bits=3, rounding="compensated", calib_samples=32)
@@ -280,7 +282,11 @@ def test_a_trained_network_gains_in_every_channel(monkeypatch: pytest.MonkeyPatc
     for t, a, codebook in seen:
         reached, fed_back, rounded = (
             torch.tensor(plain_error(how, t, a, codebook), dtype=torch.float64)
-            for how in (round_compensated(t, a, codebook), error_feedback(t, a, codebook), nearest(t, codebook))
+            for how in (
+                round_compensated(t, a, codebook),
+                error_feedback(t, Factor.of(a), codebook),
+                nearest(t, codebook),
+            )
         )
         assert_no_worse(reached.tolist(), fed_back.minimum(rounded).tolist())
         feedback_wins += float((fed_back < rounded).double().mean()) / len(seen)

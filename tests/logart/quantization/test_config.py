@@ -35,6 +35,7 @@ from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMe
         ("b_start", [1.5, float("inf"), float("nan")]),
         ("b_end", [1.0, 0.5, 21.0, float("nan")]),
         ("warmup", [-0.1, 1.1, float("nan")]),
+        ("damping", [-0.1, float("nan"), float("inf"), "much"]),
         ("drop_prob", [-0.1, 1.1, float("nan")]),
         ("temperature", [0.0, -1.0, float("inf"), float("nan")]),
         ("hardware_terms", [1, 5, -1]),
@@ -124,6 +125,7 @@ def test_a_pattern_that_matches_nothing_is_named(pattern: str) -> None:
         ("warmup", [0.0, 1.0]),
         ("drop_prob", [0.0, 1.0]),
         ("hardware_terms", [0, 2, 3, 4]),
+        ("damping", [0.0, 10.0, "auto"]),
     ],
 )
 def test_values_at_the_ends_are_taken(field: str, values: list[Any]) -> None:
@@ -139,6 +141,7 @@ def test_every_field_has_a_test_of_its_range() -> None:
         "asymmetric",
         "zero_code",
         "head_kl",
+        "mirror",
         "seed",
     }
 

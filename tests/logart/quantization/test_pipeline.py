@@ -399,7 +399,7 @@ def test_both_keeps_what_has_the_lower_block_error(monkeypatch: pytest.MonkeyPat
     assert fingerprint(undone) == fingerprint(compensated)
     kept = compensated.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in undone.state_dict().items())
-    monkeypatch.setattr(compensate, "round_compensated", lambda t, a, codebook: nearest(t, codebook))
+    monkeypatch.setattr(compensate, "round_compensated", lambda t, a, codebook, factor: nearest(t, codebook))
     poor, (model, images) = run(rounding="compensated")[0], small_resnet()
     seen: dict[str, nn.Module] = {}
     config = QuantConfig(**BASE | {"rounding": "both", "iters": 200})

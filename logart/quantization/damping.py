@@ -1,0 +1,102 @@
+"""Damping chosen by images that the estimate has not seen.
+
+A and T are estimates from few images. Without damping they fit these images and no others: in a layer of 960 inputs
+with 2,048 rows the output error on other images may be thirty times as large. So each half of the images gives an
+estimate, for several dampings from the strongest on, and the codes rounded by it are judged by the moments of the
+other half; it ends where that error has risen twice. Few channels, error feedback alone and codebooks near the weight
+itself tell dampings apart, so the grid is searched once, with the damping that was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logart.grids.grid import Codebook
+from logart.grids.measures import OutputMoments
+from logart.grids.rounding import dequantize
+from logart.quantization.column_rounding import Factor, error_feedback, quadratic_error
+
+SHARES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+CHANNELS = 64  # of each group that take part: enough to tell dampings apart
+RIDGE_FLOOR = 1e-12  # λ per row where inputs are dead, and per row and squared mean: float32 knows no input any better
+
+
+def metric(moments: OutputMoments, share: float | Tensor) -> Tensor:
+    """A [G, K, K] float64 of centred moments, λ a share of the mean diagonal, one or [G]."""
+    a = moments.gram.clone()
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    strength = share * diagonal.mean(1) + RIDGE_FLOOR * moments.count * (1 + moments.mean_input.square().mean(1))
+    diagonal += strength[:, None]
+    return a
+
+
+def target(w: Tensor, factor: Factor, moments: OutputMoments) -> Tensor:
+    """T [C, K] float64 for weights w [C, K], of centred moments and their A."""
+    return w.double() + factor.solve(moments.cross)
+
+
+class Damping(NamedTuple):
+    """What was chosen for a layer, and what its codes are worth on images that the estimate has not seen.
+
+    Attributes:
+        share: λ over the mean squared input, the median of the layer's groups.
+        error_seen, error_unseen: the output error over the output's variance, of codes rounded by the moments of one
+            half of the images: on this half and on the other.
+    """
+
+    share: float
+    error_seen: float
+    error_unseen: float
+
+
+def choose_damping(
+    w: Tensor, halves: tuple[OutputMoments, OutputMoments], search: Callable[[Tensor], Codebook]
+) -> tuple[Tensor, Damping]:
+    """The damping of each group with which codes from one half have the least output error on the other.
+
+    Args:
+        w: [C, K].
+        halves: centred moments of each half of the images.
+        search: the codebook of each of some rows [C', K], on which they are rounded.
+
+    Returns:
+        Shares of the mean squared input [G] float64, and what they come to.
+    """
+    w, codebook, parts = _some_rows(w, halves, search)
+    errors: list[Tensor] = []
+    for share in SHARES:
+        errors.append(_errors(w, parts[0], parts[1], share, codebook) + _errors(w, parts[1], parts[0], share, codebook))
+        unseen = [float(error[1].sum()) for error in errors[-3:]]
+        if len(unseen) == 3 and unseen[0] < unseen[1] < unseen[2]:
+            break
+    table = torch.stack(errors)
+    best = table[:, 1].argmin(0)
+    seen, unseen_error = table[best, :, torch.arange(len(best), device=w.device)].sum(0).tolist()
+    variance = max(sum(float(quadratic_error(w, half.gram).sum()) for half in parts), 1e-300)
+    chosen = torch.tensor(SHARES, dtype=torch.float64, device=w.device)[best]
+    return chosen, Damping(float(chosen.median()), seen / variance, unseen_error / variance)
+
+
+def _some_rows(
+    w: Tensor, halves: Sequence[OutputMoments], search: Callable[[Tensor], Codebook]
+) -> tuple[Tensor, Codebook, list[OutputMoments]]:
+    """Evenly spread rows of every group, at most `CHANNELS`: their weights, codebooks and moments."""
+    groups = len(halves[0].gram)
+    per_group = len(w) // groups
+    some = torch.arange(0, per_group, -(-per_group // CHANNELS), device=w.device)
+    rows = (torch.arange(groups, device=w.device)[:, None] * per_group + some).flatten()
+    parts = [replace(half, cross=half.cross[rows], energy=half.energy[rows]) for half in halves]
+    return w[rows].double(), search(w[rows]), parts
+
+
+def _errors(w: Tensor, fit: OutputMoments, other: OutputMoments, share: float, codebook: Codebook) -> Tensor:
+    """Output errors [2, G], on the half that codes are fitted to and on the other."""
+    factor = Factor.of(metric(fit, share))
+    codes = error_feedback(target(w, factor, fit), factor, codebook)
+    delta = dequantize(codes, codebook.levels) - w
+    return torch.stack([half.error(delta).reshape(len(factor.order), -1).sum(1) for half in (fit, other)])
