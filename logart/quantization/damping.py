@@ -21,12 +21,13 @@ from logart.grids.measures import OutputMoments
 from logart.grids.rounding import dequantize
 from logart.quantization.column_rounding import Factor, error_feedback, quadratic_error
 
+DAMPING = 0.01  # where nothing is chosen
 SHARES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 CHANNELS = 64  # of each group that take part: enough to tell dampings apart
 RIDGE_FLOOR = 1e-12  # λ per row where inputs are dead, and per row and squared mean: float32 knows no input any better
 
 
-def metric(moments: OutputMoments, share: float | Tensor) -> Tensor:
+def metric(moments: OutputMoments, share: float | Tensor = DAMPING) -> Tensor:
     """A [G, K, K] float64 of centred moments, λ a share of the mean diagonal, one or [G]."""
     a = moments.gram.clone()
     diagonal = a.diagonal(dim1=1, dim2=2)

@@ -26,7 +26,8 @@ from logart.quantization import surgery
 from logart.quantization.budget import Budget, allocate_bits
 from logart.quantization.clone import clone_sharing
 from logart.quantization.column_rounding import quadratic_error, round_compensated
-from logart.quantization.compensate import corrected_bias, metric
+from logart.quantization.compensate import corrected_bias
+from logart.quantization.damping import metric
 from logart.quantization.dbs import per_codebook, unfold
 from logart.quantization.layers import QuantizedLayer
 
