@@ -50,6 +50,10 @@ class OffloadedTensor:
         self.held, self.dtype, self.device = held, dtype, device
         self.shape = held.shape
 
+    def __getitem__(self, rows: slice) -> OffloadedTensor:
+        """Some of its rows, which stay where they are."""
+        return OffloadedTensor(self.held[rows], self.dtype, self.device)
+
     def load(self, rows: slice = slice(None)) -> Tensor:
         """Its rows, a copy."""
         return self.held[rows].to(self.device, self.dtype, copy=True)
@@ -93,6 +97,17 @@ class Captured:
         stacked = (torch.stack([rows[i] for i in chosen]) for rows in self._rows)
         like = (column[0] for column in self._columns)
         return self._tree(tensor.to(to.device, to.dtype) for tensor, to in zip(stacked, like, strict=True))
+
+    def part(self, images: slice) -> Captured:
+        """The same of consecutive images, no copy."""
+        start, stop, _ = images.indices(len(self))
+        first, parts = 0, []
+        for batch, size in zip(self._batches, self._sizes, strict=True):
+            rows = slice(max(start - first, 0), min(stop - first, size))
+            if rows.start < rows.stop:
+                parts.append(tree_map(lambda leaf, rows=rows: leaf[rows] if _is_stored(leaf) else leaf, batch))
+            first += size
+        return Captured(parts)
 
     def _slice(self, column: Sequence[Tensor | OffloadedTensor], index: slice) -> Tensor:
         start, stop, _ = index.indices(len(self))

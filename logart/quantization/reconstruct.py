@@ -44,7 +44,8 @@ class BlockReport:
 
     Attributes:
         name: the block's name in the network.
-        error_before, error_learned: reconstruction error over all captured images, before and after LLR.
+        error_before, error_learned: reconstruction error before and after LLR, over all captured images or, behind
+            the closed form, over those held out of both.
         kept: "learned", or "before" where learning brought no improvement and was reverted.
         losses: reconstruction loss of some steps, evenly spaced, without the penalty.
         capture_seconds: time to capture inputs and targets, importance included.
@@ -97,6 +98,7 @@ def learn_rounding(
     progress: Callable[[int, float], None] = lambda step, value: None,
     float_inputs: Captured | None = None,
     starts: list[Tensor] | None = None,
+    judge: tuple[Captured, Captured] | None = None,
 ) -> BlockReport:
     """Learn the rounding of one block's layers; they hold codes before and after.
 
@@ -111,17 +113,20 @@ def learn_rounding(
         float_inputs: the float block's. If given, each element of a step's input is drawn: from
             `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
         starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
+        judge: inputs and targets of other images: the learned codes stay where the error on these is no larger than
+            before. Without it, it is measured on those learned from.
 
     Raises:
         NetworkError: the loss is not finite; the message names the block, the step and the image.
     """
     codes_before = [layer.codes for layer in layers]
-    error_before = block_error(block, inputs, targets, loss, config.batch_size)
+    judged = judge or (inputs, targets)
+    error_before = block_error(block, *judged, loss, config.batch_size)
     draw = _Batches(inputs, float_inputs, config)
     for layer, start in zip(layers, starts or itertools.repeat(None), strict=False):
         layer.start_learning(start)
     losses = _learn(name, block, layers, draw, targets, config, loss, progress)
-    error_learned = block_error(block, inputs, targets, loss, config.batch_size)
+    error_learned = block_error(block, *judged, loss, config.batch_size)
     kept = "learned" if error_learned <= error_before else "before"
     if kept == "before":
         for layer, codes in zip(layers, codes_before, strict=True):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from logart.quantization.config import QuantConfig
 
 
+HELD_OUT = 1 / 8  # of the images, neither compensated nor learned with, where LLR follows the closed form
+
+
 @dataclass(frozen=True)
 class BlockTask:
     """One block on its way through a stage.
@@ -54,6 +57,21 @@ class BlockTask:
     def both_inputs(self) -> tuple[Captured, Captured]:
         """What the block is fed in the float network and behind the quantized prefix."""
         return self.captured[Capture.FLOAT_INPUTS], self.captured[Capture.INPUTS]
+
+    def split(self, share: float) -> tuple[BlockTask, Mapping[Capture, Captured] | None]:
+        """The task with all images but the last ones, and what was captured of these: a share of all, at least one.
+
+        Of a single image nothing is held out.
+        """
+        count = len(self.captured[Capture.TARGETS])
+        kept = count - max(1, int(share * count))
+        if kept < 1:
+            return self, None
+        seen, held_out = (
+            {what: each.part(images) for what, each in self.captured.items()}
+            for images in (slice(0, kept), slice(kept, count))
+        )
+        return replace(self, captured=seen), held_out
 
     @property
     def layers(self) -> list[QuantizedLayer]:
@@ -208,25 +226,29 @@ class Learn(Stage):
     def run(self, task: BlockTask) -> BlockReport:
         return self.learn(task, None)
 
-    def learn(self, task: BlockTask, starts: list[Tensor] | None) -> BlockReport:
-        """LLR from the soft weights that equal the float ones, or from the layers' codes towards `starts`."""
+    def learn(
+        self, task: BlockTask, starts: list[Tensor] | None, held_out: Mapping[Capture, Captured] | None = None
+    ) -> BlockReport:
+        """LLR from the soft weights that equal the float ones, or from the layers' codes towards `starts`.
+
+        What was captured of images held out, if any, decides whether the learned codes stay.
+        """
         config, captured = task.config, task.captured
-        float_inputs, inputs = captured.get(Capture.FLOAT_INPUTS), captured.get(Capture.INPUTS)
-        if config.recon_input is not ReconInput.MIXED:  # the other was captured for another stage, or not at all
-            inputs = inputs if config.recon_input is ReconInput.QUANTIZED else float_inputs
-            float_inputs = None
-        assert inputs is not None
+        fed = Capture.FLOAT_INPUTS if config.recon_input is ReconInput.FLOAT else Capture.INPUTS
+        inputs = captured[fed]
+        float_inputs = captured[Capture.FLOAT_INPUTS] if config.recon_input is ReconInput.MIXED else None
+        judge = None if held_out is None else (held_out[fed], held_out[Capture.TARGETS])
         began = time.perf_counter()
         loss = task.loss(captured[Capture.TARGETS].shape)
         ready = time.perf_counter()
         module = task.quantized.get_submodule(task.block.name)
         arguments = (task.block.name, module, task.layers, inputs, captured[Capture.TARGETS], config, loss, task.show)
-        report = learn_rounding(*arguments, float_inputs, starts)
+        report = learn_rounding(*arguments, float_inputs, starts, judge)
         return replace(report, capture_seconds=ready - began, learning_seconds=time.perf_counter() - ready)
 
 
 class CompensateAndLearn(Learn):
-    """Compensated rounding of a block, then LLR from there."""
+    """Compensated rounding of a block, then LLR from there, which stands where images that neither saw agree."""
 
     _closed = Compensate()
 
@@ -240,7 +262,8 @@ class CompensateAndLearn(Learn):
         return max(self._closed.working_bytes(size, config), super().working_bytes(size, config))
 
     def run(self, task: BlockTask) -> BlockReport:
-        return self.learn(task, self._closed.compensate(task))
+        seen, held_out = task.split(HELD_OUT)
+        return self.learn(seen, self._closed.compensate(seen), held_out)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,18 @@ def test_what_was_stored_is_read(place: CacheLocation, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [CacheLocation.DEVICE, *ELSEWHERE])
+def test_a_part_is_what_these_images_have(place: CacheLocation, tmp_path: Path) -> None:
+    cache, values = Cache(CPU, place, tmp_path), torch.randn(9, 2).half().float()
+    captured = Captured([{"a": (cache.store(batch), 5)} for batch in values.split(4)])
+    for first, last in ((0, 9), (0, 4), (3, 9), (8, 9), (5, 7)):
+        part = captured.part(slice(first, last))
+        assert len(part) == last - first and part.shape == (last - first, 2)
+        for index in (slice(None), torch.tensor([last - first - 1, 0])):
+            read = part[index]
+            assert torch.equal(read["a"][0], values[first:last][index]) and read["a"][1] == 5
+
+
+@pytest.mark.parametrize("place", [CacheLocation.DEVICE, *ELSEWHERE])
 def test_the_order_of_dimensions_in_memory_is_kept(place: CacheLocation, tmp_path: Path) -> None:
     """A convolution may sum in another order where it is not."""
     cache = Cache(CPU, place, tmp_path)

@@ -387,30 +387,40 @@ def test_equal_runs_of_compensated_rounding_give_equal_codes_and_biases() -> Non
         assert report.blocks == [] and set(report.seconds) == {"rounded"}
     for codes, state in states[1:]:
         assert codes == states[0][0]
-        assert all(torch.equal(tensor, states[0][1][name]) for name, tensor in state.items())
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        assert all(torch.equal(tensor, states[0][1][name]) for name, tensor in tensors.items())
 
 
 def test_both_keeps_what_has_the_lower_block_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning that goes wrong leaves the closed form as it was, bit for bit; where that is poor, learning stays."""
-    compensated = run(rounding="compensated")[0]
+    count = BASE["calib_samples"]
+    held_out = slice(count * 7 // 8, count)
+    compensated = run(rounding="compensated", calib_samples=held_out.start)[0]
     undone, report = run(rounding="both", lr=100.0, rrweight=1e6, iters=3)
     assert [block.kept for block in report.blocks] == ["before"] * 4
     assert all(block.error_learned > block.error_before > 0 for block in report.blocks)
     assert fingerprint(undone) == fingerprint(compensated)
     kept = compensated.state_dict()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in undone.state_dict().items())
+    tensors = {name: value for name, value in undone.state_dict().items() if isinstance(value, Tensor)}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in tensors.items())
     monkeypatch.setattr(compensate, "round_compensated", lambda t, a, codebook, factor: nearest(t, codebook))
-    poor, (model, images) = run(rounding="compensated")[0], small_resnet()
+    model, images = small_resnet()
+    float_network: list[nn.Module] = []
+    quantize_model(
+        model, QuantConfig(rounding="nearest"), images, on_stage_end=lambda _, network: float_network.append(network)
+    )
+    errors = block_errors(float_network[0], undone, images[held_out])
+    assert errors == pytest.approx([block.error_before for block in report.blocks], rel=1e-4)
     seen: dict[str, nn.Module] = {}
     config = QuantConfig(**BASE | {"rounding": "both", "iters": 200})
     learned, report = quantize_model(
         model, config, images, block_types=["ResidualBlock"], on_stage_end=lambda stage, n: seen.update({stage: n})
     )
     assert [block.kept for block in report.blocks[:3]] == ["learned"] * 3
-    errors = block_errors(seen["float"], learned, images[: BASE["calib_samples"]])
+    errors = block_errors(seen["float"], learned, images[held_out])
     for block, error in zip(report.blocks, errors, strict=True):
         assert error == pytest.approx(min(block.error_before, block.error_learned), rel=1e-4)
-    assert output_error(learned, model, images) < 0.8 * output_error(poor, model, images)
+    assert all(block.error_learned < block.error_before for block in report.blocks[:3])
 
 
 def test_both_starts_from_the_closed_form_and_not_from_nearest() -> None:

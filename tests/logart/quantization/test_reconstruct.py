@@ -40,7 +40,9 @@ def block(seed: int = 0, **settings: Any) -> tuple[nn.Module, nn.Module, Tensor,
 
 def learn(quantized: nn.Module, inputs: Tensor, targets: Tensor, **arguments: Any) -> BlockReport:
     settings = {
-        name: arguments.pop(name) for name in tuple(arguments) if name not in ("loss", "progress", "float_inputs")
+        name: arguments.pop(name)
+        for name in tuple(arguments)
+        if name not in ("loss", "progress", "float_inputs", "judge")
     }
     layers = list(quantized_layers(quantized).values())
     arguments.setdefault("loss", squared_error)
@@ -147,6 +149,21 @@ def test_where_learning_ends_worse_plain_rounding_stays() -> None:
     for layer in quantized_layers(quantized).values():
         assert torch.equal(layer.codes.flatten(1), nearest(layer.rows, layer.codebook))  # type: ignore[union-attr]
         assert torch.equal(layer.weight.flatten(1), layer.levels.gather(1, layer.codes.flatten(1).long()).float())  # type: ignore[union-attr]
+
+
+def test_images_held_out_decide() -> None:
+    """On those learned from the error falls; others, whose targets the old codes meet exactly, have it grow."""
+    _, quantized, inputs, targets = block()
+    before, others = codes_of(quantized), smooth_images(8, 6, 6, 7).relu().float()
+    judge = calls(others), Captured([quantized(others)])
+    report = learn(quantized, inputs, targets, judge=judge)
+    assert report.kept == "before" and report.error_before == 0 < report.error_learned
+    assert torch.equal(codes_of(quantized), before)
+    settings = {"lr": 0.5, "rrweight": 10.0, "iters": 20}
+    worse, better = (block()[1] for _ in range(2))
+    wrong = torch.flip(targets, [1])  # nothing to gain for the images judged by, which learning makes worse
+    assert learn(worse, inputs, wrong, **settings).kept == "learned"
+    assert learn(better, inputs, wrong, judge=(calls(inputs), Captured([targets])), **settings).kept == "before"
 
 
 def test_an_activation_in_place_at_the_start_leaves_the_inputs_alone() -> None:
