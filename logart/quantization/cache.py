@@ -222,11 +222,7 @@ class Cache:
         return self.place
 
     def _free(self) -> dict[CacheLocation, int]:
-        host = int(psutil.virtual_memory().available)
-        device = host
-        if self.device.type == "cuda":  # what torch holds in reserve is free to it too
-            idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            device = torch.cuda.mem_get_info(self.device)[0] + idle
+        host, device = free_bytes(torch.device("cpu")), free_bytes(self.device)
         disk = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
         return {
             CacheLocation.DEVICE: device,
@@ -260,3 +256,11 @@ def _mapped(elements: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
             f"captured tensors of {_mib(elements * dtype.itemsize)} do not fit into {folder or tempfile.gettempdir()} "
             f"({error.strerror})"
         ) from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; what torch holds of a GPU in reserve is free to it, too."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + idle

@@ -10,17 +10,17 @@ T is the real weight that would undo the error made so far. `column_rounding` ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from logart.errors import NetworkError
+from logart.errors import NetworkError, NoRoomError
 from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
-from logart.quantization.cache import Captured
+from logart.quantization.cache import Captured, free_bytes
 from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
 from logart.quantization.damping import choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, per_codebook
@@ -29,6 +29,30 @@ from logart.quantization.surgery import Block
 
 if TYPE_CHECKING:
     from logart.quantization.config import QuantConfig
+
+
+# Matrices [G, K, K] of float64 held at once: moments, centred moments, A, its factor and what reordering and factoring
+# hold beside them; where damping is chosen, the moments of each half and centred ones more.
+MATRICES, MATRICES_OF_HALVES = 7, 2  # measured at K = 3,000: 6.8 and 8.7
+
+
+def matrices_held(config: QuantConfig) -> int:
+    """A bound of how many matrices [G, K, K] of float64 compensated rounding holds at once."""
+    return MATRICES + MATRICES_OF_HALVES * config.chooses_damping
+
+
+def check_room(layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+    """Raise NoRoomError, naming the layer, where second moments and factors do not fit into the memory that is free."""
+    for name, layer in layers.items():
+        groups, elements = getattr(layer, "groups", 1), layer.shape[1:].numel()
+        need = matrices_held(config) * groups * elements**2 * torch.float64.itemsize
+        free = free_bytes(layer.rows.device)
+        if need > free:
+            raise NoRoomError(
+                f"layer {name}: compensated rounding holds up to {need / 2**30:.1f} GiB of second moments of its "
+                f"{elements} inputs, {free / 2**30:.1f} GiB are free on {layer.rows.device}; expected more memory, "
+                "another rounding, or the layer skipped"
+            )
 
 
 @torch.no_grad()

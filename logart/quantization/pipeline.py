@@ -107,6 +107,8 @@ def quantize_model(
         work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store)
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
+            for stage in config.method.stages:
+                stage.check_room(surgery.quantized_layers(quantized), config)
             report.rerun = work.prepare(example)
             for stage in config.method.stages:
                 results = work.each(stage)

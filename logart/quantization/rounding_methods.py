@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from logart.quantization.activations import Capture
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
-from logart.quantization.compensate import compensate_block
+from logart.quantization.compensate import check_room, compensate_block, matrices_held
 from logart.quantization.dbs import PROBES, SearchMethod, search_block
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport, ReconInput, learn_rounding
@@ -131,6 +131,10 @@ class Stage:
         """A bound of what it holds on the computing device beside a block's captured tensors."""
         raise NotImplementedError
 
+    def check_room(self, layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+        """Raise NoRoomError where a layer is too large for it; asked before any work is done."""
+        return
+
     def run(self, task: BlockTask) -> BlockReport | None:
         """Give the block's layers their codes, and codebooks and biases where it decides them."""
         raise NotImplementedError
@@ -182,8 +186,11 @@ class Compensate(Stage):
         return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS})
 
     def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
-        """7 matrices [groups, K, K]: moments, centred moments, A, its inverse and their factors; a batch's tensors."""
-        return 7 * size.gram + 2 * config.batch_size * size.activations
+        """The matrices [groups, K, K] of `compensate.matrices_held`, and a batch's tensors."""
+        return matrices_held(config) * size.gram + 2 * config.batch_size * size.activations
+
+    def check_room(self, layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+        check_room(layers, config)
 
     def run(self, task: BlockTask) -> None:
         self.compensate(task)
@@ -260,6 +267,9 @@ class CompensateAndLearn(Learn):
 
     def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
         return max(self._closed.working_bytes(size, config), super().working_bytes(size, config))
+
+    def check_room(self, layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+        self._closed.check_room(layers, config)
 
     def run(self, task: BlockTask) -> BlockReport:
         seen, held_out = task.split(HELD_OUT)

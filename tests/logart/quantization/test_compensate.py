@@ -1,6 +1,7 @@
 """Compensated rounding against explicit inverses, enumeration and plain loops; in float64, so codes are equal."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from networks import calls
 from quadratic import assert_no_worse, plain_error
 from torch import Tensor, nn
 
-from logart.errors import NetworkError
+from logart.errors import NetworkError, NoRoomError
 from logart.grids.grid import Codebook, ScaleSearch
 from logart.grids.measures import OutputMoments
 from logart.grids.rounding import nearest
@@ -314,3 +315,20 @@ def test_inputs_whose_squares_overflow_are_an_error_that_names_the_layer() -> No
     config = QuantConfig(rounding="compensated", calib_samples=4)
     with pytest.raises(NetworkError, match=r"layer 0: its inputs are so large .* overflow torch.float32"):
         quantize_model(model, config, 1e20 * torch.rand(4, 3, 5, 5), quiet=True)
+
+
+@pytest.mark.parametrize("rounding", ["compensated", "both"])
+def test_moments_that_do_not_fit_are_refused_before_any_work(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VGG's first linear layer has 25,088 inputs: 4.7 GiB a matrix; here the bound is met by a layer of 48."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(48, 4)).eval()
+    need = 7 * 48**2 * 8
+    moments: list[object] = []
+    monkeypatch.setattr(compensate, "layer_moments", lambda *args, **kwargs: moments.append(args))
+    monkeypatch.setattr(compensate, "free_bytes", lambda device: need - 1)
+    config = QuantConfig(rounding=rounding, calib_samples=4)
+    with pytest.raises(NoRoomError, match=r"^layer 2: compensated rounding holds up to .* of its 48 inputs, .* on cpu"):
+        quantize_model(model, config, torch.rand(4, 3, 4, 4), quiet=True)
+    assert moments == []
+    monkeypatch.undo()
+    monkeypatch.setattr(compensate, "free_bytes", lambda device: need)
+    quantize_model(model, replace(config, iters=2), torch.rand(4, 3, 4, 4), quiet=True)
