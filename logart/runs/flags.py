@@ -206,12 +206,12 @@ def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any)
     values = {flag: getattr(config, field) for flag, field in fields.items()}
     values |= {
         "first_last_bits": config.first_last_bits or "same",
-        "bits_budget": config.bits_budget,
-        "size_budget": config.size_budget,
         "hardware_approx_terms": config.hardware_terms,
         "rounding": config.method.name,
         "seed": config.seed,
     }
+    budgets = {"bits_budget": config.bits_budget, "size_budget": config.size_budget}
+    values |= {flag: budget for flag, budget in budgets.items() if budget is not None}
     if config.layer_bits or config.skip:
         values |= {"layer_bits": config.layer_bits, "skip": ",".join(config.skip)}
     values |= others

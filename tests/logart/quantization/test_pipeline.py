@@ -172,6 +172,12 @@ CHANGES: list[dict[str, Any]] = [
     {"rounding": "compensated", "zero_code": True},
     {"rounding": "compensated", "calib_samples": 12},
     {"seed": 1},
+    {"layer_bits": {"stem": 5}},
+    {"skip": ["head"]},
+    {"bits_budget": 3.5},
+    {"size_budget": 1100},
+    {"rounding": "compensated", "damping": 0.3},
+    {"rounding": "compensated", "mirror": True},
 ]
 
 
