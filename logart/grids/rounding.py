@@ -45,10 +45,16 @@ def count_below(borders: Tensor, w: Tensor) -> Tensor:
     Returns:
         [C, K] int64 in 0..B.
     """
+    return torch.searchsorted(borders.contiguous(), off_borders(w), right=True)
+
+
+def off_borders(w: Tensor) -> Tensor:
+    """Float64 values that lie among borders as weights do, none on one from below.
+
+    A weight on a border goes up; one ulp lower, a negative weight on a border goes down: away from zero both.
+    """
     w = w.double()
-    # A weight on a border goes up; one ulp lower, a negative weight on a border goes down: away from zero both.
-    w = torch.where(w < 0, torch.nextafter(w, w.new_tensor(-torch.inf)), w)
-    return torch.searchsorted(borders.contiguous(), w.contiguous(), right=True)
+    return torch.where(w < 0, torch.nextafter(w, w.new_tensor(-torch.inf)), w).contiguous()
 
 
 def lower_neighbour(w: Tensor, codebook: Codebook) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from logart.grids.grid import NO_OPTIONS, Codebook, ErrorFunction, Grid, GridOptions
-from logart.grids.rounding import count_below, dequantize, nearest
+from logart.grids.rounding import count_below, dequantize, nearest, off_borders
 
 # Of candidates held together, about 21 bytes each: 8 bits with scale search has 482,560 a channel.
 _LEVELS_PER_CHUNK = 2**24
@@ -45,7 +45,10 @@ def rounding_errors(w: Tensor, candidates: Sequence[Codebook]) -> Iterator[Tenso
     """
     borders = [candidate.borders for candidate in candidates]
     if sum(b.shape[1] for b in borders) >= w.shape[1]:
-        yield from (rounding_error(w, candidate) for candidate in candidates)
+        exact, compared = w.double(), off_borders(w)  # equal for all candidates
+        for candidate, own in zip(candidates, borders, strict=True):
+            codes = torch.searchsorted(own.contiguous(), compared, right=True)
+            yield candidate.levels.gather(1, codes).sub_(exact)
         return
     every = torch.cat(borders, dim=1).sort(dim=1).values
     interval = count_below(every, w)
