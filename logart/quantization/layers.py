@@ -10,6 +10,7 @@ with the float network, not copied.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from logart.grids.grid import Codebook
 from logart.grids.packing import pack, packed_bytes
 from logart.grids.plain import stored_spec
-from logart.grids.registry import grid_named
+from logart.grids.registry import stored_grid
 from logart.grids.rounding import dequantize, nearest, rectified_sigmoid, soft_neighbours, soft_round
 from logart.grids.spec import CodebookSpec, dequantize_packed
 from logart.quantization.damping import Damping
@@ -261,19 +262,23 @@ class QuantizedLayer(nn.Module):
         if not torch.equal(used, meant.to(used.dtype)):
             raise ValueError("its weight was written to, which its codes do not say; expected a change of the codes")
 
-    def get_extra_state(self) -> dict[str, Any] | None:
-        """What a state dict says beside codes: their width, and what the codebooks are made of; plain values only."""
+    def get_extra_state(self) -> Tensor:
+        """What a state dict says beside codes, their width and what the codebooks are made of: JSON as bytes [n] uint8.
+
+        A tensor, as whatever handles state dicts expects of every entry; empty before rounding.
+        """
         self._check_unwritten()
         if self.spec is None:
-            return None
-        return {
+            return torch.empty(0, dtype=torch.uint8)
+        said = {
             "n_bits": self.n_bits,
             "n_codebooks": self.n_codebooks,
             "dtype": str(self.dtype).removeprefix("torch."),
             "grid": self.spec.grid.name,
             "terms": self.spec.terms,
-            "columns": {name: column.clone() for name, column in self.spec.columns.items()},
+            "columns": {name: column.tolist() for name, column in self.spec.columns.items()},
         }
+        return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing is left to do: `_load_from_state_dict` took it."""
@@ -294,9 +299,10 @@ class QuantizedLayer(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             args[-1].append(f"layer {prefix.removesuffix('.')}: {error}")  # torch raises all of them as one
 
-    def _take_state(self, own: Mapping[str, Tensor | None], extra: Any) -> None:
+    def _take_state(self, own: Mapping[str, Tensor | None], said: Tensor | None) -> None:
         """Hold tensors of a state's kinds and shapes, which torch copies over then, and what they stand for."""
         codes, packed = own["codes"], own["packed_codes"]
+        extra = json.loads(bytes(said.tolist())) if isinstance(said, Tensor) and len(said) else None
         if (codes is not None or packed is not None) and not isinstance(extra, dict):
             raise ValueError("the state has codes, but not what their codebooks are made of (_extra_state)")
         if codes is not None and codes.shape != self.shape:
@@ -306,8 +312,11 @@ class QuantizedLayer(nn.Module):
         held = {name: None if value is None else value.to(device, copy=True) for name, value in own.items()}
         spec, n_bits, dtype = None, self.n_bits, self.dtype
         if isinstance(extra, dict):
-            n_bits, dtype, grid = int(extra["n_bits"]), getattr(torch, extra["dtype"]), grid_named(extra["grid"])
-            columns = {name: column.cpu() for name, column in extra["columns"].items()}
+            n_bits, dtype, grid = int(extra["n_bits"]), getattr(torch, extra["dtype"]), stored_grid(extra["grid"])
+            columns = {
+                name: torch.tensor(column, dtype=torch.float64 if name in grid.floats else torch.int64)
+                for name, column in extra["columns"].items()
+            }
             spec = CodebookSpec.checked(grid, columns, int(extra["terms"]), self.shape, n_bits, dtype)
             if packed is not None and packed.shape != (packed_bytes(self.shape.numel(), n_bits),):
                 raise ValueError(f"the state has {len(packed)} bytes of codes of {n_bits} bits")
