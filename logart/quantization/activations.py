@@ -108,6 +108,7 @@ class Activations:
         modules = self._modules[: index + 1] if self._sources[index] is not None else [self._modules[index]]
         images = (self._images[b].to(self._cache.device) for b in batches)
         replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
+        self._blanks = torch.empty(0)
 
     def _replayed(self, b: int, passed: int) -> Any:
         """What a block that was passed gave, to be changed in place at will."""
