@@ -58,7 +58,8 @@ def compare(model: nn.Module, images: Tensor, settings: dict[str, Any], device: 
             for how in ("once", "on-the-fly")
         ]
     codes = [[layer.codes.cpu() for layer in quantized_layers(net).values()] for net in (here, there, kept)]  # type: ignore[union-attr]
-    state = there.state_dict()
+    # what a state says of codebooks is text, which stays on the CPU
+    state = {name: tensor for name, tensor in there.state_dict().items() if not name.endswith("_extra_state")}
     return {
         "layers": len(report.layers),
         "elsewhere": [name for name, t in state.items() if t.device.type != device.type],

@@ -79,6 +79,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def install() -> torch.device:
     """Make the device known to torch, and lead around it what torch computes without asking the dispatcher."""
     backend_registration._setup_privateuseone_for_python_backend(NAME)
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]  # autocast asks, also to be switched off
     torch.__future__.set_swap_module_params_on_conversion(True)  # else Module.double() changes a wrapper's label only
     numpy, tensor, as_tensor, data_ptr = Tensor.numpy, torch.tensor, torch.as_tensor, torch.UntypedStorage.data_ptr
     generator, adam = torch.Generator, torch.optim.Adam
