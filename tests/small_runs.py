@@ -160,8 +160,8 @@ class Outcome(NamedTuple):
     losses: list[tuple[float, ...]]
 
     def settings(self) -> dict[str, str]:
-        """The row without what is measured."""
-        return {k: v for k, v in self.row.items() if k in SETTINGS}
+        """The row without what is measured, but with how many images it is measured on."""
+        return {k: v for k, v in self.row.items() if k in {*SETTINGS, "val_images"}}
 
 
 @contextmanager

@@ -36,7 +36,8 @@ def test_the_file_is_the_network_that_was_measured(track: str, tmp_path: Path) -
     assert round(found.top1, 3) == float(row["Acc@1"]) < float(row["float_Acc@1"])
     info = PackedFile.read(path).info
     assert info.keys() == {
-        "settings", "layers", "network", "preprocessing", "class_names", "source", "accuracy", "versions", "run"
+        "settings", "layers", "quantized_share", "skipped", "network", "preprocessing", "class_names", "source",
+        "accuracy", "versions", "run",
     }  # fmt: skip
     assert info["layers"].keys() == PackedFile.read(path).layers.keys()
     assert info["accuracy"]["searched"]["top1"] == found.top1
