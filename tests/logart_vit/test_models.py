@@ -118,7 +118,7 @@ def test_who_names_a_tag_gets_those_weights(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(logart.networks.timm_network, "_pretrained", pretrained)
     name = "vit_tiny_patch16_224.augreg_in21k"
-    assert load_network(f"timm:{name}", model_kwargs=VIT, num_classes=5).source == "timm's"
+    assert load_network(f"timm:{name}", model_kwargs=VIT, num_classes=21843).source == "timm's"
     assert asked == [name]
 
 
@@ -300,7 +300,8 @@ def test_a_network_without_blocks_is_refused_before_weights_are_fetched(
 ) -> None:
     monkeypatch.setattr(logart.networks.timm_network, "_pretrained", None)
     fails(f"--model: timm:{name}: no transformer blocks found; expected a vision transformer", f"timm:{name}")
-    fails("(CNNs: python -m logart_cnn.main)", f"timm:{name}", "lost.pth")
+    Path("unread.pth").touch()
+    fails("(CNNs: python -m logart_cnn.main)", f"timm:{name}", "unread.pth")
 
 
 def test_every_block_is_one_of_timms() -> None:
