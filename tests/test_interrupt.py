@@ -69,6 +69,11 @@ MOMENTS = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems start processes otherwise")
+def heed_interrupts() -> None:
+    """A shell's background job, as tests may run in, ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupt_takes_one_line(moment: str, tmp_path: Path) -> None:
     words, line = MOMENTS[moment]
@@ -78,7 +83,7 @@ def test_an_interrupt_takes_one_line(moment: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     process = subprocess.Popen(
         [sys.executable, *words], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        text=True, start_new_session=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stdout is not None
     for text in process.stdout:

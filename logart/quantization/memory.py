@@ -71,6 +71,9 @@ def block_sizes(model: nn.Module, blocks: Sequence[Block], example: Tensor) -> l
     finally:
         for handle in handles:
             handle.remove()
+        for seen in made.values():
+            if seen.inside:  # the forward raised in this block
+                seen.leave()
     return [made[block.name].size(model, block, len(example)) for block in blocks]
 
 
@@ -80,6 +83,17 @@ class _Made(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.inputs = self.outputs = self.activations = self.largest = 0
+        self.inside = False
+
+    def enter(self) -> None:
+        """From here on, what is made counts."""
+        self.inside = True
+        self.__enter__()
+
+    def leave(self) -> None:
+        """From here on, nothing does."""
+        self.inside = False
+        self.__exit__(None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -108,11 +122,11 @@ class _Made(TorchDispatchMode):
 
 def _enter(seen: _Made, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     seen.inputs = _bytes((args, kwargs))
-    seen.__enter__()
+    seen.enter()
 
 
 def _leave(seen: _Made, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    seen.__exit__(None, None, None)
+    seen.leave()
     seen.outputs = _bytes(output)
 
 

@@ -278,3 +278,15 @@ def test_what_half_precision_cannot_hold_is_named() -> None:
     activations = Activations(model, blocks, sources, x, 2, Cache(CPU, CacheLocation.HALF))
     with pytest.raises(NonFiniteError, match="block 0: .* image 1 are too large for half precision; expected another"):
         activations.inputs(0)
+
+
+def test_a_forward_that_raises_leaves_nothing_behind() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no further")
+
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 1), Breaks()))
+    with pytest.raises(ValueError, match="no further"):
+        config = QuantConfig(rounding="compensated")
+        estimate_memory(model, [Block("0", ("0.0",))], [frozenset()], torch.rand(2, 3, 5, 5), config)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
