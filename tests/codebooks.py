@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from logart.grids import search
-from logart.grids.grid import SCALE_UNIT, Codebook, ErrorFunction, Grid, GridOptions
+from logart.grids.grid import SCALE_UNIT, Codebook, CodebookSpec, ErrorFunction, Grid, GridOptions
 from logart.grids.linear import LINEAR_MINMAX, LINEAR_MSE
 from logart.grids.logarithmic import DYNAMIC, actual_scale, half_steps_and_signs, log_candidates, reassigned
 from logart.grids.registry import GRIDS
-from logart.grids.spec import CodebookSpec
 
 LOG_GRIDS = tuple(grid for grid in GRIDS.values() if "n_base2" in grid.integers)
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logart.grids.grid import SCALE_UNIT
-from logart.grids.spec import CodebookSpec
+from logart.grids.grid import SCALE_UNIT, CodebookSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ACTIVATION_BITS = 16

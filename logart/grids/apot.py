@@ -28,8 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logart.grids.grid import SCALE_UNIT, Codebook, Grid, GridOptions, ScaleSearch, Shifts, Spacing, check_bits
-from logart.grids.spec import CodebookSpec
+from logart.grids.grid import (
+    SCALE_UNIT,
+    Codebook,
+    CodebookSpec,
+    Grid,
+    GridOptions,
+    ScaleSearch,
+    Shifts,
+    Spacing,
+    check_bits,
+)
 
 # (halvings, numerator) of the factors tried, from a quarter of what the largest weight asks for to all of it and more;
 # the largest come last, which on equal errors win: without need nothing is clipped.

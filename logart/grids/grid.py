@@ -15,15 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from logart.grids.spec import CodebookSpec
-
 MIN_BITS, MAX_BITS = 2, 8
+_CHECKED_AT_ONCE = 2**18  # channels of a file
 SCALE_UNIT = 32  # a scale of i is i / 32: five shifts of a fraction, no multiplier
 
 ErrorFunction = Callable[[Tensor], Tensor]
@@ -61,6 +59,75 @@ class GridOptions:
 
 
 NO_OPTIONS = GridOptions()
+
+
+@dataclass(frozen=True)
+class CodebookSpec:
+    """What rebuilds the codebooks of C channels.
+
+    Attributes:
+        grid: whose they are.
+        columns: by name, `grid.integers` says which: [C] int64, or [C, ...] float64 for `grid.floats`.
+        terms: how √2 is approximated (`root2`); 0 where there is none, or it is exact.
+    """
+
+    grid: Grid
+    columns: Mapping[str, Tensor]
+    terms: int = 0
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        first = next(iter(self.columns.values()))
+        return len(first) if first.ndim else 0
+
+    def select(self, channels: slice | Tensor) -> CodebookSpec:
+        """The spec of some channels."""
+        return replace(self, columns={name: column[channels] for name, column in self.columns.items()})
+
+    def to(self, device: torch.device) -> CodebookSpec:
+        """The same on a device."""
+        return replace(self, columns={name: column.to(device) for name, column in self.columns.items()})
+
+    def codebook(self, n_bits: int, dtype: torch.dtype = torch.float32) -> Codebook:
+        """The codebooks, with 2^n levels a channel, for weights of `dtype`."""
+        return self.grid.codebook(self.columns, n_bits, self.terms, dtype)
+
+    def short(self) -> CodebookSpec:
+        """The same in the grid's order, without columns whose channels all have the value of an absent one."""
+        kept = {}
+        for name, absent in self.grid.integers.items():
+            column = self.columns.get(name)
+            if column is not None and (absent is None or bool((column != absent).any())):
+                kept[name] = column
+        return replace(self, columns=kept)
+
+    @classmethod
+    def checked(
+        cls, grid: Grid, columns: Mapping[str, Tensor], terms: int, shape: torch.Size, n_bits: int, dtype: torch.dtype
+    ) -> CodebookSpec:
+        """The spec of columns that a file claims; ValueError where no layer of such weights [*shape] has them."""
+        required = {name for name, absent in grid.integers.items() if absent is None}
+        if not required <= set(columns) <= set(grid.integers):
+            raise ValueError(f"the grid {grid.name} has other integers than {', '.join(columns):.80}")
+        spec = cls(grid, {name: columns[name] for name in grid.integers if name in columns}, terms)
+        for name, column in spec.columns.items():
+            floats = name in grid.floats
+            fits = column.dtype == (torch.float64 if floats else torch.int64) and (floats or column.ndim == 1)
+            if not fits or column.ndim == 0 or len(column) != spec.channels:
+                raise ValueError(f"{name} is {list(column.shape)} {column.dtype}")
+        if not spec.channels or shape[0] % spec.channels:
+            raise ValueError(f"{spec.channels} codebooks for {shape[0]} rows")
+        for start in range(0, spec.channels, _CHECKED_AT_ONCE):
+            spec.select(slice(start, start + _CHECKED_AT_ONCE))._check(start, n_bits, dtype)
+        return spec
+
+    def _check(self, first: int, n_bits: int, dtype: torch.dtype) -> None:
+        for name, channels in self.grid.wrong(self.columns, n_bits, dtype).items():
+            if channels.any():
+                channel = int(channels.nonzero()[0])
+                value = self.columns[name][channel].tolist()
+                raise ValueError(f"channel {first + channel}: {name} {value!s:.60} is out of range at {n_bits} bits")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logart.grids.grid import Codebook, Grid, GridOptions, ScaleSearch, Spacing, check_bits
-from logart.grids.spec import CodebookSpec
+from logart.grids.grid import Codebook, CodebookSpec, Grid, GridOptions, ScaleSearch, Spacing, check_bits
 
 SHRUNK = range(21, 101)  # per cent of the range that `linear_mse` tries
 

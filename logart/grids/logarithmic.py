@@ -20,10 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logart.grids.grid import SCALE_UNIT, Codebook, Grid, GridOptions, ScaleSearch, Shifts, Spacing, check_bits
+from logart.grids.grid import (
+    SCALE_UNIT,
+    Codebook,
+    CodebookSpec,
+    Grid,
+    GridOptions,
+    ScaleSearch,
+    Shifts,
+    Spacing,
+    check_bits,
+)
 from logart.grids.reassigned_codes import move_codes, unused_codes, zero_smallest_negative
 from logart.grids.root2 import ADD_SHIFTS, ExactRoot2Error, root2
-from logart.grids.spec import CodebookSpec
 
 # What scale search multiplies the levels with, 3/8 to 5/4 in steps of 1/32; below 1 the largest weights are clipped,
 # for finer small levels. 1 comes last, which on equal errors wins.

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from logart.grids.grid import check_bits
+from logart.grids.grid import CodebookSpec, check_bits
+from logart.grids.rounding import dequantize
 
+_DEQUANTIZED_AT_ONCE = 2**18  # levels or weights
 _CHUNK_SIZE = 2**15  # groups of 8 codes worked on at a time: what is held beside is a few MiB
 
 
@@ -61,3 +63,21 @@ def unpack(packed: Tensor, n_bits: int, count: int) -> Tensor:
         every = (words[:, None] >> n_bits * place & 2**n_bits - 1).to(torch.uint8).reshape(-1)
         codes[start : start + 8 * _CHUNK_SIZE] = every[: count - start]
     return codes
+
+
+def dequantize_packed(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight [*shape] that packed codes stand for, of G codebooks that share its rows evenly.
+
+    Some channels, and of a channel some weights, at a time: all levels, or the indices of all weights, would take far
+    more memory than the weights.
+    """
+    codes = unpack(packed, n_bits, shape.numel()).reshape(spec.channels, -1)
+    weight = torch.empty(codes.shape, dtype=dtype, device=packed.device)
+    size = max(1, _DEQUANTIZED_AT_ONCE // max(2**n_bits, codes.shape[1]))
+    for start in range(0, spec.channels, size):
+        part = slice(start, start + size)
+        levels = spec.select(part).codebook(n_bits, dtype).levels.to(packed.device)
+        for first in range(0, codes.shape[1], _DEQUANTIZED_AT_ONCE):
+            columns = slice(first, first + _DEQUANTIZED_AT_ONCE)
+            weight[part, columns] = dequantize(codes[part, columns], levels).to(dtype)
+    return weight.reshape(shape)

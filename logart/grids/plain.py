@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logart.grids.grid import Codebook, Grid, Spacing
-from logart.grids.spec import CodebookSpec
+from logart.grids.grid import Codebook, CodebookSpec, Grid, Spacing
 
 
 @dataclass(frozen=True)

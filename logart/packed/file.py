@@ -3,7 +3,7 @@
 Any reader of safetensors shows its tensors:
 
     LAYER.codes       uint8: the codes of the weight in its own order, n bits each (`grids.packing`)
-    LAYER.INTEGER     one value per codebook: `top_half_step`, `n_base2`, ... (`grids.spec`), in the shortest type
+    LAYER.INTEGER     one value per codebook: `top_half_step`, `n_base2`, ... (`grids.grid`), in the shortest type
     other names       everything else of the network's state, as PyTorch names it
 
 One metadata entry, `logart`, is JSON, an object of

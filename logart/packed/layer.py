@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logart.grids.grid import MAX_BITS, MIN_BITS
-from logart.grids.packing import packed_bytes, unpack
+from logart.grids.grid import MAX_BITS, MIN_BITS, CodebookSpec
+from logart.grids.packing import dequantize_packed, packed_bytes, unpack
 from logart.grids.registry import stored_grid
-from logart.grids.spec import CodebookSpec, dequantize_packed
 
 KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}

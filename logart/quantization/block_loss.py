@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
 from logart.quantization.importance import IMPORTANCE_IMAGES, PerturbationImportance
+from logart.quantization.settings import ReconMetric, Settings
 from logart.quantization.surgery import Block
 
-if TYPE_CHECKING:
-    from logart.quantization.config import QuantConfig
-
 Loss = Callable[[Tensor, Tensor], Tensor]  # of (output, target), a scalar
-
-
-class ReconMetric(str, Enum):
-    """What LLR minimises between a block's output and the float one's."""
-
-    MSE = "mse"
-    MAE = "mae"
-    HESSIAN_PERTURB = "hessian_perturb"
 
 
 class BlockLosses:
     """The reconstruction loss of each block of a float network; arguments as for `quantize_model`."""
 
     def __init__(
-        self, reference: nn.Module, blocks: Sequence[Block], images: Tensor, config: QuantConfig, device: torch.device
+        self, reference: nn.Module, blocks: Sequence[Block], images: Tensor, config: Settings, device: torch.device
     ) -> None:
         self._reference, self._config, self._head = reference, config, blocks[-1].name
         if config.recon_metric is ReconMetric.HESSIAN_PERTURB:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +24,20 @@ from logart.quantization.column_rounding import Factor, quadratic_error, round_c
 from logart.quantization.damping import choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, per_codebook
 from logart.quantization.layers import QuantizedLayer
+from logart.quantization.settings import Settings
 from logart.quantization.surgery import Block
-
-if TYPE_CHECKING:
-    from logart.quantization.config import QuantConfig
-
 
 # Matrices [G, K, K] of float64 held at once: moments, centred moments, A, its factor and what reordering and factoring
 # hold beside them; where damping is chosen, the moments of each half and centred ones more.
 MATRICES, MATRICES_OF_HALVES = 7, 2  # measured at K = 3,000: 6.8 and 8.7
 
 
-def matrices_held(config: QuantConfig) -> int:
+def matrices_held(config: Settings) -> int:
     """A bound of how many matrices [G, K, K] of float64 compensated rounding holds at once."""
-    return MATRICES + MATRICES_OF_HALVES * config.chooses_damping
+    return MATRICES + MATRICES_OF_HALVES * (config.damping == "auto")
 
 
-def check_room(layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+def check_room(layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
     """Raise NoRoomError, naming the layer, where second moments and factors do not fit into the memory that is free."""
     for name, layer in layers.items():
         groups, elements = getattr(layer, "groups", 1), layer.shape[1:].numel()
@@ -57,7 +53,7 @@ def check_room(layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> Non
 
 @torch.no_grad()
 def compensate_block(
-    reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, Captured], config: QuantConfig
+    reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, Captured], config: Settings
 ) -> list[Tensor]:
     """Give every layer of a block its codebook, codes and bias, in the order they run; they hold float weights before.
 
@@ -82,11 +78,11 @@ def compensate_block(
 
 
 def _compensate_layer(
-    name: str, layer: QuantizedLayer, measure: Callable[..., OutputMoments], images: int, config: QuantConfig
+    name: str, layer: QuantizedLayer, measure: Callable[..., OutputMoments], images: int, config: Settings
 ) -> Tensor:
     """T of one layer, from what measures its moments."""
     w = layer.rows.reshape(layer.shape[0], -1)
-    if config.chooses_damping:
+    if config.damping == "auto":
         halves = _halves(measure, images // config.views // 2 * config.views, images)
         moments = halves[0] + halves[1]
         _check(name, moments, w.dtype)

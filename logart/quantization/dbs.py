@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from timm.layers import Conv2dSame, pad_same
@@ -18,10 +16,8 @@ from logart.grids.search import choose_codebook, squared_error
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, run_to
 from logart.quantization.layers import QuantizedLayer
+from logart.quantization.settings import SearchMethod, Settings
 from logart.quantization.surgery import Block
-
-if TYPE_CHECKING:
-    from logart.quantization.config import QuantConfig
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
 # Of unfolded patches held at once, 8 MB in float32: they stay in a processor's cache. Twice K rows at least, so that
@@ -29,16 +25,8 @@ PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 
 _PATCH_ELEMENTS = 1 << 21
 
 
-class SearchMethod(str, Enum):
-    """Which error DBS minimises per channel: of the weight, the layer's output or the block's output."""
-
-    TENSOR_WISE = "tensor_wise"
-    LAYER_WISE = "layer_wise"
-    BLOCK_WISE = "block_wise"
-
-
 def search_block(
-    reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, ...] | None, config: QuantConfig
+    reference: nn.Module, quantized: nn.Module, block: Block, data: tuple[Captured, ...] | None, config: Settings
 ) -> None:
     """Give every layer of a block its codebook, in the order they run, and round it to nearest.
 

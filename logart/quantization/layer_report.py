@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logart.grids.grid import CodebookSpec
 from logart.grids.rounding import nearest
 from logart.grids.search import rounding_error
-from logart.grids.spec import CodebookSpec
 from logart.quantization import surgery
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport

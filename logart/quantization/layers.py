@@ -22,12 +22,11 @@ from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
-from logart.grids.grid import Codebook
-from logart.grids.packing import pack, packed_bytes
+from logart.grids.grid import Codebook, CodebookSpec
+from logart.grids.packing import dequantize_packed, pack, packed_bytes
 from logart.grids.plain import stored_spec
 from logart.grids.registry import stored_grid
 from logart.grids.rounding import dequantize, nearest, rectified_sigmoid, soft_neighbours, soft_round
-from logart.grids.spec import CodebookSpec, dequantize_packed
 from logart.quantization.damping import Damping
 
 

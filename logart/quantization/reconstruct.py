@@ -10,8 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +22,9 @@ from logart.quantization.cache import Captured
 from logart.quantization.capture import Call
 from logart.quantization.dbs import wide
 from logart.quantization.layers import QuantizedLayer
-
-if TYPE_CHECKING:
-    from logart.quantization.config import QuantConfig
+from logart.quantization.settings import Settings
 
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
-
-
-class ReconInput(str, Enum):
-    """Whose prefix a block's input comes from while its rounding is learned; mixed draws per element (QDrop)."""
-
-    QUANTIZED = "quantized"
-    FLOAT = "float"
-    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class BlockReport:
     learning_seconds: float = 0.0
 
 
-def penalty_exponent(step: int, config: QuantConfig) -> float | None:
+def penalty_exponent(step: int, config: Settings) -> float | None:
     """β of one step: None (no penalty) during the warm-up, then linear from b_start to b_end."""
     start = config.warmup * config.iters
     if step < start or config.rrweight == 0:
@@ -70,7 +59,7 @@ def penalty_exponent(step: int, config: QuantConfig) -> float | None:
     return config.b_start + (config.b_end - config.b_start) * progress
 
 
-def learning_rate(step: int, config: QuantConfig) -> float:
+def learning_rate(step: int, config: Settings) -> float:
     """Cosine from lr down to 0.3·lr."""
     cosine = (1 + math.cos(math.pi * step / max(config.iters, 1))) / 2
     return config.lr * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * cosine)
@@ -93,7 +82,7 @@ def learn_rounding(
     layers: list[QuantizedLayer],
     inputs: Captured,
     targets: Captured,
-    config: QuantConfig,
+    config: Settings,
     loss: Loss,
     progress: Callable[[int, float], None] = lambda step, value: None,
     float_inputs: Captured | None = None,
@@ -138,7 +127,7 @@ def learn_rounding(
 class _Batches:
     """Random batches of a block's captured inputs, mixed element by element where there are float ones."""
 
-    def __init__(self, inputs: Captured, float_inputs: Captured | None, config: QuantConfig) -> None:
+    def __init__(self, inputs: Captured, float_inputs: Captured | None, config: Settings) -> None:
         self._inputs, self._float_inputs, self._config = inputs, float_inputs, config
         self._order = torch.Generator().manual_seed(config.seed)
         self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
@@ -162,7 +151,7 @@ def _learn(
     layers: list[QuantizedLayer],
     batches: _Batches,
     targets: Captured,
-    config: QuantConfig,
+    config: Settings,
     loss: Loss,
     progress: Callable[[int, float], None],
 ) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,11 @@ from logart.quantization.activations import Capture
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
 from logart.quantization.compensate import check_room, compensate_block, matrices_held
-from logart.quantization.dbs import PROBES, SearchMethod, search_block
+from logart.quantization.dbs import PROBES, search_block
 from logart.quantization.layers import QuantizedLayer
-from logart.quantization.reconstruct import BlockReport, ReconInput, learn_rounding
+from logart.quantization.reconstruct import BlockReport, learn_rounding
+from logart.quantization.settings import ReconInput, SearchMethod, Settings
 from logart.quantization.surgery import Block
-
-if TYPE_CHECKING:
-    from logart.quantization.config import QuantConfig
-
 
 HELD_OUT = 1 / 8  # of the images, neither compensated nor learned with, where LLR follows the closed form
 
@@ -49,7 +46,7 @@ class BlockTask:
     reference: nn.Module
     quantized: nn.Module
     captured: Mapping[Capture, Captured]
-    config: QuantConfig
+    config: Settings
     loss: Callable[[torch.Size], Loss]
     show: Callable[[int, float], None] = lambda done, loss: None
 
@@ -107,31 +104,31 @@ class Stage:
     event = "rounded"
     learns = False
 
-    def result(self, config: QuantConfig) -> str:
+    def result(self, config: Settings) -> str:
         """What a network is called behind this stage: "after LLR"."""
         raise NotImplementedError
 
-    def describe(self, config: QuantConfig) -> str:
+    def describe(self, config: Settings) -> str:
         """What the stage does with these settings, in a few words; empty where the grid says it all."""
         return ""
 
-    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+    def needs(self, config: Settings) -> frozenset[Capture]:
         """Which tensors of a block it looks at."""
         raise NotImplementedError
 
-    def images(self, config: QuantConfig) -> tuple[int, int]:
+    def images(self, config: Settings) -> tuple[int, int]:
         """How many calibration images it looks at, and how many at a time."""
         return config.calib_samples, config.batch_size
 
-    def steps(self, config: QuantConfig) -> int:
+    def steps(self, config: Settings) -> int:
         """Steps of the progress bar per block."""
         return 1
 
-    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """A bound of what it holds on the computing device beside a block's captured tensors."""
         raise NotImplementedError
 
-    def check_room(self, layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
         """Raise NoRoomError where a layer is too large for it; asked before any work is done."""
         return
 
@@ -145,16 +142,17 @@ class Search(Stage):
 
     title, event = "DBS", "searched"
 
-    def result(self, config: QuantConfig) -> str:
+    def result(self, config: Settings) -> str:
         return "after DBS" if config.searches else "after rounding"
 
-    def needs(self, config: QuantConfig) -> frozenset[Capture]:
-        return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS} if config.searches_data else ())
+    def needs(self, config: Settings) -> frozenset[Capture]:
+        looks = config.searches and config.search_method is not SearchMethod.TENSOR_WISE
+        return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS} if looks else ())
 
-    def images(self, config: QuantConfig) -> tuple[int, int]:
+    def images(self, config: Settings) -> tuple[int, int]:
         return config.search_samples, config.search_batch_size
 
-    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """Of a layer, its inputs of all search images twice, and 4 times its outputs (LW: residual, a candidate's
         outputs, their difference, its square) or 2·probes + 4 times (BW: vjps of residual and probes, twice while
         batches are joined, a candidate's outputs and products).
@@ -175,21 +173,21 @@ class Compensate(Stage):
 
     title = "compensate"
 
-    def result(self, config: QuantConfig) -> str:
+    def result(self, config: Settings) -> str:
         return "after compensated rounding"
 
-    def describe(self, config: QuantConfig) -> str:
+    def describe(self, config: Settings) -> str:
         mirrored = " and their mirror images" * config.mirror
         return f"compensated rounding, {config.calib_samples} images{mirrored}, damping {config.damping}"
 
-    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+    def needs(self, config: Settings) -> frozenset[Capture]:
         return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS})
 
-    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """The matrices [groups, K, K] of `compensate.matrices_held`, and a batch's tensors."""
         return matrices_held(config) * size.gram + 2 * config.batch_size * size.activations
 
-    def check_room(self, layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
         check_room(layers, config)
 
     def run(self, task: BlockTask) -> None:
@@ -205,15 +203,15 @@ class Learn(Stage):
 
     title, learns = "LLR", True
 
-    def result(self, config: QuantConfig) -> str:
+    def result(self, config: Settings) -> str:
         return "after LLR"
 
-    def describe(self, config: QuantConfig) -> str:
+    def describe(self, config: Settings) -> str:
         mix = f" {config.drop_prob:g}" if config.recon_input is ReconInput.MIXED else ""
         how = f"{config.recon_metric.value}, {config.recon_input.value}{mix} input"
         return f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})"
 
-    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+    def needs(self, config: Settings) -> frozenset[Capture]:
         fed = {
             ReconInput.QUANTIZED: {Capture.INPUTS},
             ReconInput.FLOAT: {Capture.FLOAT_INPUTS},
@@ -221,10 +219,10 @@ class Learn(Stage):
         }
         return frozenset({*fed[config.recon_input], Capture.TARGETS})
 
-    def steps(self, config: QuantConfig) -> int:
+    def steps(self, config: Settings) -> int:
         return config.iters
 
-    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """A batch's activations and their gradients, and 26 times the weights: α and Adam's moments, the levels on
         either side, the soft weight, the gradients, and what was float64 at the start.
         """
@@ -259,16 +257,16 @@ class CompensateAndLearn(Learn):
 
     _closed = Compensate()
 
-    def describe(self, config: QuantConfig) -> str:
+    def describe(self, config: Settings) -> str:
         return f"{self._closed.describe(config)}, {super().describe(config)}"
 
-    def needs(self, config: QuantConfig) -> frozenset[Capture]:
+    def needs(self, config: Settings) -> frozenset[Capture]:
         return self._closed.needs(config) | super().needs(config)
 
-    def working_bytes(self, size: BlockSize, config: QuantConfig) -> int:
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
         return max(self._closed.working_bytes(size, config), super().working_bytes(size, config))
 
-    def check_room(self, layers: Mapping[str, QuantizedLayer], config: QuantConfig) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
         self._closed.check_room(layers, config)
 
     def run(self, task: BlockTask) -> BlockReport:
@@ -309,7 +307,7 @@ class RoundingMethod:
         """Whether `calib_samples` and `batch_size` act."""
         return any(stage.event == "rounded" for stage in self.stages)
 
-    def describe(self, config: QuantConfig) -> str:
+    def describe(self, config: Settings) -> str:
         """What rounds, in a few words."""
         return ", ".join(filter(None, (stage.describe(config) for stage in self.stages))) or "plain rounding"
 

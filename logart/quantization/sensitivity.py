@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +26,10 @@ from logart.quantization.budget import Budget, allocate_bits
 from logart.quantization.clone import clone_sharing
 from logart.quantization.column_rounding import quadratic_error, round_compensated
 from logart.quantization.compensate import corrected_bias
+from logart.quantization.config import QuantConfig
 from logart.quantization.damping import metric
 from logart.quantization.dbs import per_codebook, unfold
 from logart.quantization.layers import QuantizedLayer
-
-if TYPE_CHECKING:
-    from logart.quantization.config import QuantConfig
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 SENSITIVITY_IMAGES = 128

@@ -304,7 +304,7 @@ def test_values_of_another_kind(write: Writer, name: str, values: list[str], exp
 
 
 def test_a_member_of_the_wrong_enum(write: Writer) -> None:
-    text = "from logart.quantization.reconstruct import ReconInput as R\nclass Config:\n    search_method = R.MIXED\n"
+    text = "from logart.quantization.settings import ReconInput as R\nclass Config:\n    search_method = R.MIXED\n"
     assert ": search_method must be one of tensor_wise, layer_wise, block_wise; got " in refused(write(text))
 
 

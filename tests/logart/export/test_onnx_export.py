@@ -24,9 +24,9 @@ import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import UserError
 from logart.export.onnx_export import export_onnx
+from logart.grids.grid import CodebookSpec
 from logart.grids.linear import LINEAR_MINMAX
 from logart.grids.logarithmic import DYNAMIC
-from logart.grids.spec import CodebookSpec
 from logart.networks.network import network_recipe
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.surgery import quantized_layers

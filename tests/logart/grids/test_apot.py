@@ -20,10 +20,10 @@ from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.export.hardware import HardwareLevels
 from logart.export.hardware_export import export_hardware, read_export
 from logart.grids.apot import APOT, SCALES, unit_levels
+from logart.grids.grid import CodebookSpec
 from logart.grids.plain import stored_spec
 from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import squared_error
-from logart.grids.spec import CodebookSpec
 from logart.packed.file import PackedFile
 from logart.packed.inspect import describe
 from logart.quantization.surgery import quantized_layers

@@ -10,7 +10,7 @@ from torch import nn
 
 import logart.packed.inspect
 from logart import QuantConfig, quantize_model, save_packed
-from logart.grids.spec import CodebookSpec
+from logart.grids.grid import CodebookSpec
 from logart.packed.file import PackedFile
 from logart.packed.inspect import main
 

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logart.grids import spec as spec_module
-from logart.grids.grid import Codebook, Grid, ScaleSearch, Spacing
+from logart.grids import grid as grid_module
+from logart.grids.grid import Codebook, CodebookSpec, Grid, ScaleSearch, Spacing
 from logart.grids.linear import LINEAR_MINMAX
 from logart.grids.logarithmic import DYNAMIC, log_codebook
 from logart.grids.plain import PLAIN_LINEAR, PLAIN_LOG, plain_codebook, stored_spec
 from logart.grids.registry import GRIDS
-from logart.grids.spec import CodebookSpec
 
 LOG_COLUMNS, LINEAR_COLUMNS = tuple(DYNAMIC.integers), tuple(LINEAR_MINMAX.integers)
 
@@ -146,7 +145,7 @@ def checked(claimed: dict[str, Tensor], rows: int = 2) -> CodebookSpec:
 
 
 def test_channels_are_named_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec_module, "_CHUNK_SIZE", 3)
+    monkeypatch.setattr(grid_module, "_CHECKED_AT_ONCE", 3)
     claimed = {"top_half_step": torch.zeros(8).long(), "n_base2": torch.tensor([0, 0, 0, 0, 0, 0, 0, 9])}
     with pytest.raises(ValueError, match="channel 7: n_base2 9 is out of range at 4 bits"):
         checked(claimed, rows=8)
