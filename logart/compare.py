@@ -1,8 +1,16 @@
-"""`python -m logart.compare`: packed files and runs on the same images."""
+"""Packed files and runs on the same images: `python -m logart.compare --help`. The work is in `report.compare`."""
 
 from __future__ import annotations
 
-from logart.report.compare import main
+import sys
+
+from logart.interrupt import run_entry
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    return run_entry("logart-compare", "logart.report.compare", argv)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

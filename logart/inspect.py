@@ -1,8 +1,16 @@
-"""`python -m logart.inspect`: what a packed file holds."""
+"""What a packed file holds: `python -m logart.inspect --help`. The work is in `packed.inspect`."""
 
 from __future__ import annotations
 
-from logart.packed.inspect import main
+import sys
+
+from logart.interrupt import run_entry
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    return run_entry("logart-inspect", "logart.packed.inspect", argv)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -55,6 +55,9 @@ raise SystemExit(run_command(FlagParser(prog="command"), command, []))
 MOMENTS = {
     "the CNN track imports": (["-m", "logart_cnn.main"], "logart-cnn: interrupted; nothing was recorded"),
     "the transformer track imports": (["-m", "logart_vit.main"], "logart-vit: interrupted; nothing was recorded"),
+    "inspect imports": (["-m", "logart.inspect"], "logart-inspect: interrupted; nothing was recorded"),
+    "report imports": (["-m", "logart.report"], "logart-report: interrupted; nothing was recorded"),
+    "compare imports": (["-m", "logart.compare"], "logart-compare: interrupted; nothing was recorded"),
     "a sweep's first row imports": (
         [str(ROOT / "scripts" / "ablation.py"), "cnn"],
         "ablation: interrupted; the same call goes on with the rows that are missing",

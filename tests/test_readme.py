@@ -26,8 +26,8 @@ from logart.export.__main__ import main as export_main
 from logart.networks.digits import DIGITS
 from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main
-from logart.report.__main__ import build_parser as build_report_parser
-from logart.report.__main__ import main as report_main
+from logart.report.command import build_parser as build_report_parser
+from logart.report.command import main as report_main
 from logart.report.compare import build_parser as build_compare_parser
 from logart.report.compare import main as compare_main
 from logart_cnn import models

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from results_rows import NEAREST, row, write_csv
 
-from logart.report.__main__ import main, report_files
 from logart.report.charts import Chart
+from logart.report.command import main, report_files
 from logart.report.groups import Group, groups_of
 from logart.report.page import Plot
 from logart.report.paper import KEYS, paper_figures

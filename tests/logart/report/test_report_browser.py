@@ -96,7 +96,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         return ["--run", str(folder / "run")]
 
     def address(name: str) -> str:
-        from logart.report.__main__ import main
+        from logart.report.command import main
 
         if name not in made:
             out = folder / f"report of {name}"
@@ -218,7 +218,7 @@ HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</scrip
 
 
 def test_a_hostile_file_runs_nothing(browser: Any, tmp_path: Path) -> None:
-    from logart.report.__main__ import main
+    from logart.report.command import main
 
     made = [(grid, bits) for grid in ("a", "b", "c") for bits in (3, 4)]
     rows = [row(arch=HOSTILE, config=HOSTILE, scale_method=grid, bits=bits) for grid, bits in made]

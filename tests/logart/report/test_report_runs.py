@@ -19,7 +19,7 @@ from logart import QuantConfig, quantize_model, save_packed
 from logart.packed.file import PackedFile
 from logart.packed.inspect import base_mix
 from logart.quantization.layer_report import HISTOGRAM_BINS
-from logart.report.__main__ import main
+from logart.report.command import main
 from logart.report.page import Paragraph, Table
 from logart.report.run_charts import base_mix as base_mix_chart
 from logart.report.run_charts import block_errors, histograms, losses
