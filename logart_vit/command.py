@@ -46,6 +46,8 @@ FIELDS = {
     "b_end": "b_end",
     "warmup": "warmup",
 }
+# flags that no config file sets, too
+FLAG_FIELDS = FIELDS | {"rounding": "rounding", "damping": "damping", "mirror": "mirror", "seed": "seed"}
 MODES = {"qinp": ReconInput.QUANTIZED, "rinp": ReconInput.FLOAT, "qdrop": ReconInput.MIXED}
 LOADING = {"val_batch_size": 1, "num_workers": 0}  # and the least value of each
 
@@ -96,12 +98,11 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
     fields |= {"recon_input": values["optim_mode"], "rounding": "nearest", "head_kl": True, "seed": 0}
     fields |= {} if args.preset is None else preset(args.preset, flags.preset_bits(args, args.w_bit, fields["n_bits"]))
-    flag_fields = FIELDS | {"rounding": "rounding", "damping": "damping", "mirror": "mirror", "seed": "seed"}
-    fields |= {flag_fields[name]: value for name, value in given(args, flag_fields).items()}
+    fields |= {FLAG_FIELDS[name]: value for name, value in given(args, FLAG_FIELDS).items()}
     fields["recon_input"] = MODES[fields["recon_input"]]
     if args.optimize and args.rounding is None:
         fields["rounding"] = METHODS[fields["rounding"]].with_steps
-    config = flags.build_config(args, flag_fields, fields)
+    config = flags.build_config(args, FLAG_FIELDS, fields)
     _refuse_idle_flags(args, config)
     return config, loading
 
@@ -150,7 +151,7 @@ def command(args: argparse.Namespace) -> None:
     columns = flags.network_columns(args, network, "vit", source)
     columns["config"] = args.config
     mode = next(name for name, value in MODES.items() if value is config.recon_input)
-    settings = flags.settings_line(config, FIELDS, optim_mode=mode, **loading)
+    settings = flags.settings_line(config, FLAG_FIELDS, optim_mode=mode, **loading)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
     job.do(lambda: load_calibration(source, indices, config.seed, quiet=options.quiet))
 

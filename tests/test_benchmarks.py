@@ -14,6 +14,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory of a Linux process")
 SMALL = {
+    "accuracy cnn": ("--settings n_bits=8 --rounding nearest --data_path digits", r"n_bits=8, .*top1 9\d.* kl 0\.0"),
     "block_memory": ("--arch cifar_resnet20 --size 32 --images 4 --batch_size 2", r"layer3\.2\.conv1 .* \d\.\d\d \|"),
     "capture_memory": ("--images 8 --width 4 --size 8 --way 'handed forward'", r"\d"),
     "compensated_rounding": ("--runs 1", r"one sweep of descent"),
