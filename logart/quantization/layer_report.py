@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class LayerReport:
         damping: what compensated rounding chose, the median of the layer's groups; None where it did not choose.
         output_error_calibration, output_error_held_out: relative to the output's variance, of codes rounded by one half
             of the calibration images on this half and on the other; None likewise.
+        output_errors: in the network as a whole, see `fidelity.layer_output_errors`; empty where nobody measured.
     """
 
     name: str
@@ -51,6 +54,7 @@ class LayerReport:
     damping: float | None = None
     output_error_calibration: float | None = None
     output_error_held_out: float | None = None
+    output_errors: tuple[float | None, ...] = ()
 
     @property
     def overfits(self) -> bool:
@@ -145,6 +149,7 @@ class Report:
                 "n_changed_codes": layer.n_changed_codes,
             }
             | {name: float(f"{getattr(layer, name):.4g}") for name in GENERALISATION if layer.damping is not None}
+            | ({"output_errors": [e and float(f"{e:.3g}") for e in layer.output_errors]} if layer.output_errors else {})
             for layer in self.layers
         }
 
@@ -160,7 +165,11 @@ def _generalisation(layer: QuantizedLayer) -> dict[str, float]:
 
 
 @torch.no_grad()
-def layer_reports(quantized: nn.Module, blocks: list[Block]) -> list[LayerReport]:
+def layer_reports(
+    quantized: nn.Module,
+    blocks: list[Block],
+    output_errors: Mapping[str, tuple[float | None, ...]] = MappingProxyType({}),
+) -> list[LayerReport]:
     """The report of every layer of a network that was quantized and still knows its float weights."""
     layers = surgery.quantized_layers(quantized)
     reports = []
@@ -185,6 +194,7 @@ def layer_reports(quantized: nn.Module, blocks: list[Block]) -> list[LayerReport
                     n_changed_codes=int((codes.reshape(w.shape) != plain).sum()),
                     histogram=weight_histogram(layer),
                     **_generalisation(layer),
+                    output_errors=output_errors.get(name, ()),
                 )
             )
     return reports

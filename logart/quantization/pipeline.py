@@ -23,6 +23,7 @@ from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources, trace_sources
+from logart.quantization.fidelity import layer_output_errors
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.images import gather_images
 from logart.quantization.layer_report import Report, layer_reports
@@ -47,6 +48,7 @@ def quantize_model(
     prepare: Callable[[Any], Any] | None = None,
     block_types: Sequence[str] = (),
     row_groups: Mapping[str, int] = MappingProxyType({}),
+    held_out_images: Tensor | None = None,
     device: torch.device | str = "cpu",
     quiet: bool = True,
     on_stage_end: Callable[[str, nn.Module], None] = lambda stage, model: None,
@@ -64,6 +66,7 @@ def quantize_model(
         block_types: class names of the blocks to reconstruct; without any, each layer is its own block.
         row_groups: by the last part of a layer's name, into how many groups its rows fall that get a codebook each
             where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
+        held_out_images: other images [n, C, H, W]; layers' output errors are measured on them, for the report.
         device: where to compute, and where the result is.
         quiet: no progress bars.
         on_stage_end: called with ("float", folded float model), then with the event of each stage of the rounding
@@ -115,7 +118,9 @@ def quantize_model(
                 report.seconds[stage.event] = sum(done.seconds for done in results)
                 report.blocks += [done.report for done in results if done.report is not None]
                 on_stage_end(stage.event, quantized)
-        report.layers = layer_reports(quantized, blocks)
+        seen_images = images if config.images_needed else None
+        output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images)
+        report.layers = layer_reports(quantized, blocks, output_errors)
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
     quantized.packed_info = info  # type: ignore[assignment]
     if report.quantized_share < 0.99:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from logart.quantization.fidelity import KINDS
 from logart.report.charts import Chart, Panel, data, domain, quantity, tooltip
 from logart.report.runs import Run, RunBlock, RunLayer
 from logart.report.styles import COLOURS
@@ -12,6 +13,7 @@ from logart.report.styles import COLOURS
 A_PAGE = 24  # small panels in one plot
 ROW = 17  # pixels of a layer's or block's line
 BEFORE, AFTER = "before", "after"
+CODES = {"nearest": "rounded to nearest", "final": "as it is"}  # by the words of `fidelity.KINDS`
 
 
 def _pages(items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -49,6 +51,36 @@ def block_errors(run: Run, name: str) -> Chart | None:
     }  # fmt: skip
     alt = "Per block, the error of its output before and after learnable rounding, on a logarithmic axis."
     return Chart(name, f"{run.name}: output error of each block", alt, (panel,), height=ROW * len(blocks) + 60)
+
+
+def output_errors(run: Run, name: str) -> Chart | None:
+    """Each layer's output error, rounded to nearest and as it is, by images; None where it was not measured."""
+    panels, layers = [], [layer for layer in run.layers if any(layer.output_errors)]
+    kinds = [kind.split(", ") for kind in KINDS]
+    points = [
+        {"layer": layer.name, "images": images, "codes": CODES[codes], "error": error, "shown": f"{error:.4g}"}
+        for layer in layers for (images, codes), error in zip(kinds, layer.output_errors, strict=True) if error
+    ]  # fmt: skip
+    if len(layers) < 2:
+        return None
+    ends = [float(str(point["error"])) for point in points]
+    x = quantity("error", "output error over the output's variance", type="log",
+                 domain=[min(ends) / 1.3, max(ends) * 1.3], axis={"format": "~g", "tickCount": 4})  # fmt: skip
+    colour = {"field": "codes", "type": "nominal", "title": None,
+              "scale": {"domain": list(CODES.values()), "range": [COLOURS[1], COLOURS[0]]},
+              "legend": {"orient": "top", "title": None}}  # fmt: skip
+    for images in dict.fromkeys(point["images"] for point in points):
+        panels.append({
+            "title": {"text": f"{images} images", "fontSize": 11},
+            "height": ROW * len(layers),
+            "data": data([point for point in points if point["images"] == images]),
+            "mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
+            "encoding": {"y": _names("layer", [layer.name for layer in layers]), "x": x, "color": colour,
+                         "tooltip": tooltip("layer", "codes", "shown")},
+        })  # fmt: skip
+    alt = "Per layer, how far its output is from the float network's, with codes rounded to nearest and the final ones."
+    title = f"{run.name}: output error of each layer, through the whole network"
+    return Chart(name, title, alt, tuple(panels), height=ROW * len(layers) + 60)
 
 
 def base_mix(run: Run, name: str) -> Chart | None:

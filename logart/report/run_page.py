@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from logart.report.groups import signed
 from logart.report.page import Block, Cell, Details, Heading, Paragraph, Plot, Table
-from logart.report.run_charts import base_mix, block_errors, histograms, losses
+from logart.report.run_charts import base_mix, block_errors, histograms, losses, output_errors
 from logart.report.runs import Run, RunLayer
 from logart.runs.headline import size_text
 
@@ -19,7 +19,8 @@ def run_blocks(run: Run, prefix: str) -> list[Block]:
     if not run.floats:
         blocks.append(Paragraph("A packed file holds no float weights: the histograms are of the quantized weights, "
                                 "and loss curves are not known."))  # fmt: skip
-    drawn = [chart for chart in (block_errors(run, f"{prefix}_blocks"), base_mix(run, f"{prefix}_base_mix")) if chart]
+    kinds = {"output_errors": output_errors, "blocks": block_errors, "base_mix": base_mix}
+    drawn = [chart for name, draw in kinds.items() if (chart := draw(run, f"{prefix}_{name}"))]
     blocks += map(Plot, drawn)
     blocks.append(_layers(run.layers))
     if run.blocks:

@@ -15,6 +15,7 @@ import torch
 from logart.errors import UserError, one_line
 from logart.packed.file import PackedFile, PackedLayer
 from logart.packed.inspect import base_mix
+from logart.quantization.fidelity import KINDS
 from logart.quantization.layer_report import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from logart.runs.run_folder import FORMAT, PACKED, REPORT
 
@@ -24,6 +25,7 @@ class RunLayer:
     """What became of a layer; errors and `n_changed_codes` are None where nobody said.
 
     Attributes:
+        output_errors: of the layer in the whole network, in the order of `fidelity.KINDS`; may be empty.
         histogram: counts in equal bins on ±`reach` of its codebook's largest magnitude.
         levels: of a channel of the most common base mix, else of the first, in the same unit.
     """
@@ -40,6 +42,7 @@ class RunLayer:
     reach: float
     levels: list[float]
     more: dict[str, float] = field(default_factory=dict)
+    output_errors: tuple[float | None, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -141,6 +144,7 @@ def _packed_run(name: str, file: PackedFile, size: int) -> Run:
                 n_changed_codes if type(n_changed_codes) is int and n_changed_codes >= 0 else None,
                 *code_histogram(layer),
                 common_levels(layer),
+                output_errors=_output_errors(known),
             )
         )
     return Run(name, _measured(file.info), layers, [], [], False, size, _rest(file))
@@ -161,6 +165,7 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile, size: 
             HISTOGRAM_RANGE,
             common_levels(file.layers[entry["name"]]),
             _more(entry),
+            _output_errors(entry),
         )
         for entry in account["layers"]
     ]
@@ -196,9 +201,15 @@ def _rest(file: PackedFile) -> int:
 
 def _more(entry: Mapping[str, Any]) -> dict[str, float]:
     """Errors that a run's report has beside those that every one has."""
-    known = ("error", "error_nearest", "error_before", "error_learned")
+    known = ("error", "error_nearest", "error_before", "error_learned", "output_errors")
     found = {name: _error(value) for name, value in entry.items() if "error" in name and name not in known}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _output_errors(entry: Mapping[str, Any]) -> tuple[float | None, ...]:
+    """In the order of `fidelity.KINDS`; empty where a run has none."""
+    values = entry.get("output_errors")
+    return tuple(map(_error, values)) if isinstance(values, list) and len(values) == len(KINDS) else ()
 
 
 def _mix(values: Mapping[str, Any]) -> dict[int, int]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from logart.errors import NetworkError, NonFiniteError, NoRoomError, PartlyQuantized, SettingError, UserError, one_line
 from logart.grids.root2 import ROOT2_TEXT
-from logart.networks.data import ImageSource
+from logart.networks.data import ImageSource, Split
 from logart.networks.evaluate import Accuracy, accuracy
 from logart.networks.loader import validation_batches
 from logart.networks.network import Network
 from logart.packed.checkpoint import SizeTable, save_packed, to_packed
 from logart.quantization.cache import Cache, CacheLocation
 from logart.quantization.config import QuantConfig
+from logart.quantization.fidelity import N_IMAGES
 from logart.quantization.layer_report import GENERALISATION, Report
 from logart.quantization.layers import hardware_approximation
 from logart.quantization.pipeline import quantize_model
@@ -99,7 +100,7 @@ def run(
     Raises:
         UserError: the network cannot be quantized, an image cannot be read or the row cannot be written.
     """
-    stages = _Stages(source, config, options, folder)
+    stages, held_out = _Stages(source, config, options, folder), _some(source.val)
     with _naming(options.network_flags, names), warnings.catch_warnings():
         warnings.simplefilter("ignore", PartlyQuantized)  # printed below
         quantized, report = quantize_model(
@@ -108,6 +109,7 @@ def run(
             images,
             block_types=network.block_types,
             row_groups=network.row_groups,
+            held_out_images=held_out,
             device=options.device,
             quiet=options.quiet,
             on_stage_end=stages.on_stage_end,
@@ -146,6 +148,12 @@ def run(
     if left.problems:
         raise UserError("; ".join(left.problems))
     return report
+
+
+def _some(split: Split) -> Tensor:
+    """Images [n, C, H, W] of a split, evenly spread: `N_IMAGES`, or all where there are fewer."""
+    places = torch.linspace(0, len(split) - 1, min(N_IMAGES, len(split))).round().int().tolist()
+    return torch.stack([split[place][0] for place in places])
 
 
 class _Left(NamedTuple):

@@ -1,0 +1,120 @@
+"""How true each layer's output is to the float network's: through both whole networks, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from logart.grids.rounding import nearest
+from logart.quantization.layers import QuantizedLayer
+from logart.quantization.surgery import quantized_layers
+
+N_IMAGES = 64  # of either kind: outputs have many positions, and so few tell layers apart
+_AT_ONCE = 8  # images: a batch's outputs of all layers are held
+
+# The order of `LayerReport.output_errors`: on which images, and with which codes.
+KINDS = ("calibration, nearest", "calibration, final", "held out, nearest", "held out, final")
+
+
+@torch.no_grad()
+def layer_output_errors(
+    reference: nn.Module, quantized: nn.Module, calibration: Tensor | None, held_out: Tensor | None
+) -> dict[str, tuple[float | None, ...]]:
+    """Of every quantized layer that runs as a module its output errors, in the order of `KINDS`; None: not measured.
+
+    An error is Σ(y - ŷ)² / Σ(y - mean y)², y the layer's outputs in the float network and ŷ those in the quantized
+    one, behind its quantized prefix; means are per channel. "nearest" takes the same codebooks with codes rounded to
+    nearest and the float biases.
+
+    Args:
+        reference: the float network.
+        quantized: the one that was made of it, rounded; unchanged in the end.
+        calibration, held_out: images [n, ...], of which the first `N_IMAGES` are looked at; None leaves these out.
+    """
+    found: list[Mapping[str, float]] = []
+    for images in (calibration, held_out):
+        if images is None:
+            found += [{}, {}]
+            continue
+        with _rounded_to_nearest(reference, quantized):
+            found.append(output_errors(reference, quantized, images[:N_IMAGES]))
+        found.append(output_errors(reference, quantized, images[:N_IMAGES]))
+    names = dict.fromkeys(name for errors in found for name in errors)
+    return {name: tuple(errors.get(name) for errors in found) for name in names}
+
+
+@torch.no_grad()
+def output_errors(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
+    """The relative squared error of each quantized layer's output on images [n, ...], see `layer_output_errors`."""
+    sums: dict[str, _Sums] = {}
+    waiting: dict[str, list[Tensor]] = {}
+    with ExitStack() as hooks:
+        for name in quantized_layers(quantized):
+            of = sums.setdefault(name, _Sums())
+            taken = waiting.setdefault(name, [])
+            hooks.callback(reference.get_submodule(name).register_forward_hook(partial(_keep, taken)).remove)
+            hooks.callback(quantized.get_submodule(name).register_forward_hook(partial(_compare, taken, of.add)).remove)
+        device = next(quantized.parameters()).device
+        for batch in images.split(_AT_ONCE):
+            reference(batch.to(device, copy=True))  # some networks normalise in place
+            quantized(batch.to(device, copy=True))
+    return {name: of.relative() for name, of in sums.items() if of.count}
+
+
+def _keep(taken: list[Tensor], module: nn.Module, args: object, output: Tensor) -> None:
+    taken.append(_channels_last(module, output).clone())
+
+
+def _compare(
+    taken: list[Tensor], add: Callable[[Tensor, Tensor], None], module: nn.Module, args: object, output: Tensor
+) -> None:
+    add(taken.pop(0), _channels_last(module, output))
+
+
+def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
+    """A layer's output as [n·positions, C]."""
+    return (output.movedim(1, -1) if isinstance(module, nn.Conv2d) else output).reshape(-1, _channels(module))
+
+
+def _channels(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
+class _Sums:
+    """The squared error of a layer's outputs and their variance, batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._error, self._total, self._squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+
+    def add(self, wanted: Tensor, given: Tensor) -> None:
+        wanted, given = wanted.double(), given.double()
+        self.count += len(wanted)
+        self._error = self._error.to(wanted.device) + (wanted - given).square().sum()
+        self._total = self._total.to(wanted.device) + wanted.sum(0)
+        self._squares = self._squares.to(wanted.device) + wanted.square().sum(0)
+
+    def relative(self) -> float:
+        variance = float((self._squares - self._total.square() / self.count).sum())
+        return float(self._error) / max(variance, 1e-300)
+
+
+@contextmanager
+def _rounded_to_nearest(reference: nn.Module, quantized: nn.Module) -> Iterator[None]:
+    """While the context lasts, codes are rounded to nearest on the same codebooks, and biases are the float ones."""
+    with ExitStack() as undo:
+        for name, layer in quantized_layers(quantized).items():
+            undo.callback(layer.snapshot())
+            _round_to_nearest(layer, reference.get_submodule(name))
+        yield
+
+
+def _round_to_nearest(layer: QuantizedLayer, float_layer: nn.Module) -> None:
+    layer.set_codes(nearest(layer.rows, layer.codebook))
+    layer.bias = float_layer.bias
