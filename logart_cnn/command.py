@@ -46,6 +46,10 @@ FIELDS = {
     "b_end": "b_end",
     "warmup": "warmup",
     "recon_input": "recon_input",
+    "n_bits_a": "n_bits_a",
+    "input_bits_a": "input_bits_a",
+    "head_bits_a": "head_bits_a",
+    "act_scale": "act_scale",
     "seed": "seed",
 }
 SHOWN_INPUTS = (ReconInput.QUANTIZED.value, ReconInput.FLOAT.value)
@@ -73,6 +77,7 @@ def build_parser() -> FlagParser:
     shared.grid()
     shared.search()
     shared.rounding(d["rounding"], {shown: shown for shown in SHOWN_INPUTS} | OTHER_INPUTS)
+    shared.activations()
     shared.run()
     shared.output()
     parser.flag("--save_calib_list", group="output", default="none", metavar="FILE",
@@ -99,7 +104,9 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
     search = ("search_samples", "search_batch_size")
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("calib_samples", "batch_size")}
-    refuse_without_effect(args, images, config.method.calibrates, why)
+    refuse_without_effect(args, images, config.calibrates, why)
+    acts = ("input_bits_a", "head_bits_a", "act_scale")
+    flags.refuse_idle_activations(args, config, bits="n_bits_a", names=acts)
     refuse_without_effect(args, {"iters_w": "--iters_w"}, would, why)
     lists = {name: f"--{name}" for name in ("calib_augment", *LIST_FLAGS)}
     refuse_without_effect(args, lists, config.images_needed > 0, "no stage of this run looks at calibration images")

@@ -45,6 +45,10 @@ FIELDS = {
     "b_start": "b_start",
     "b_end": "b_end",
     "warmup": "warmup",
+    "a_bit": "n_bits_a",
+    "qconv_a_bit": "input_bits_a",
+    "qhead_a_bit": "head_bits_a",
+    "act_scale": "act_scale",
 }
 # flags that no config file sets, too
 FLAG_FIELDS = FIELDS | {"rounding": "rounding", "damping": "damping", "mirror": "mirror", "seed": "seed"}
@@ -74,6 +78,7 @@ def build_parser() -> FlagParser:
     shared.add("rounding", "drop_prob", "with qdrop, the probability of the quantized prefix's element", type=finite)
     shared.add("rounding", "optimize", "learn the rounding (LLR); without it the run ends after DBS", "off",
               action="store_true")  # fmt: skip
+    shared.activations()
     shared.run()
     shared.add("run", "config", "a .py file with a class Config, whose code is run",
               "the settings of configs/4bit/best.py, built in")  # fmt: skip
@@ -117,7 +122,9 @@ def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
     search = ("calib_size", "calib_batch_size")
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("optim_size", "optim_batch_size")}
-    refuse_without_effect(args, images, config.method.calibrates, why)
+    refuse_without_effect(args, images, config.calibrates, why)
+    acts = ("qconv_a_bit", "qhead_a_bit", "act_scale")
+    flags.refuse_idle_activations(args, config, bits="a_bit", names=acts)
     mixes = config.recon_input is ReconInput.MIXED
     refuse_without_effect(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")
     weighs = config.recon_metric is ReconMetric.HESSIAN_PERTURB

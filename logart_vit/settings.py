@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from logart.errors import UserError, did_you_mean, near_or_all
+from logart.grids.activations import FLOAT_BITS, ActScale
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
 
 OPTIM_METRICS = ("hessian_perturb", "mse", "mae")
 OPTIM_MODES = ("qinp", "rinp", "qdrop")
-FLOAT_BITS = 32
+ACT_SCALES = tuple(scale.value for scale in ActScale)
 
 
 class Config:
@@ -23,7 +24,10 @@ class Config:
 
     Attributes:
         w_bit: bits per weight, 2 to 8, for every layer but the first and last if `first_last_bits` says otherwise.
-        a_bit: bits per activation; 32, for activations stay in float.
+        a_bit: bits of the input of every quantized layer, 2 to 16; 32 leaves activations float.
+        qconv_a_bit, qhead_a_bit: the same of the patch embedding and of the head alone; None is the same as `a_bit`.
+        act_scale: steps between the levels of activations, of `ACT_SCALES`: powers of two, any, or as the hardware
+            approximation has it.
         first_last_bits: bits of the first and last layer, 2 to 8; None is the same as `w_bit`.
         channel_wise: one codebook per output channel, or one per layer.
         scale_method: the grid, by its name.
@@ -51,6 +55,9 @@ class Config:
 
     w_bit: int = 4
     a_bit: int = FLOAT_BITS
+    qconv_a_bit: int | None = None
+    qhead_a_bit: int | None = None
+    act_scale: str = "auto"
     first_last_bits: int | None = None
     channel_wise: bool = True
     scale_method: str = "dynamic"
@@ -82,6 +89,7 @@ CHOICES = {
     "scale_method": tuple(GRIDS),
     "search_method": tuple(method.value for method in SearchMethod),
     "scale_search": tuple(search.value for search in ScaleSearch),
+    "act_scale": ACT_SCALES,
     "optim_metric": OPTIM_METRICS,
     "optim_mode": OPTIM_MODES,
 }
@@ -154,8 +162,6 @@ def _checked(name: str, value: Any, where: str) -> Any:
     fits = kind is bool if isinstance(value, bool) else isinstance(value, (int, float) if kind is float else kind)
     if not fits:
         raise UserError(f"{where}: {name} must be {TYPE_NAMES[kind]}; got {shown}")
-    if name == "a_bit" and value != FLOAT_BITS:
-        raise UserError(f"{where}: a_bit must be {FLOAT_BITS}, because activations stay in float; got {shown}")
     return float(value) if kind is float else value
 
 

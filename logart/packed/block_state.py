@@ -14,49 +14,72 @@ from torch import Tensor, nn
 
 from logart.packed.checkpoint import packed_layer
 from logart.packed.file import PackedFile, PackedFileError
+from logart.quantization.activation_quantizer import ActivationQuantizer, Measured
 from logart.quantization.damping import Damping
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
-from logart.quantization.state import StageResult
+from logart.quantization.state import StageResult, Stored
 
 
-def save_state(path: Path, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
-    """Write the state of a unit's rounded layers; OSError where that fails, and no half file."""
+def save_state(path: Path, own: Mapping[str, Stored], done: StageResult) -> None:
+    """Write the state of a block's rounded layers and of its quantizers; OSError where that fails, and no half file."""
+    layers, quantizers = _layers(own), _quantizers(own)
     packed = {name: packed_layer(layer) for name, layer in layers.items()}
-    biases = {name: layer.bias.detach() for name, layer in layers.items() if isinstance(layer.bias, Tensor)}
+    rest = {f"{name}.bias": layer.bias.detach() for name, layer in layers.items() if isinstance(layer.bias, Tensor)}
+    rest |= {f"{name}.{kind}": tensor for name, q in quantizers.items() for kind, tensor in q.tensors().items()}
     info = {"seconds": done.seconds, "report": done.report and asdict(done.report)}
     info["damping"] = {name: layer.damping for name, layer in layers.items()}
-    PackedFile(packed, biases, info).write(path)
+    info["measured"] = {name: quantizer.measured for name, quantizer in quantizers.items()}
+    PackedFile(packed, rest, info).write(path)
 
 
-def load_state(path: Path, layers: Mapping[str, QuantizedLayer]) -> StageResult:
-    """Give layers that hold their float weights the codes, codebooks and biases of `save_state`.
+def load_state(path: Path, own: Mapping[str, Stored]) -> StageResult:
+    """Give layers that hold their float weights, and quantizers without levels, those of `save_state`.
 
     Raises:
-        PackedFileError: the file is damaged or is another unit's; the layers are as they were.
+        PackedFileError: the file is damaged or is another block's; everything is as it was.
     """
     file = PackedFile.read(path)
-    done, damping = _done(path, file.info, layers)
+    layers, quantizers = _layers(own), _quantizers(own)
+    done, damping, measured = _done(path, file.info, layers, quantizers)
     for name, layer in layers.items():
         packed = file.layers.get(name)
         if packed is None or (packed.shape, packed.n_bits, packed.dtype) != (layer.shape, layer.n_bits, layer.dtype):
             raise PackedFileError(f"{path} is no state of layer {name}")
+    for name, quantizer in quantizers.items():
+        levels = {key.removeprefix(f"{name}."): t for key, t in file.rest.items() if key.startswith(f"{name}.")}
+        try:
+            quantizer.take(levels)
+        except ValueError as error:
+            raise PackedFileError(f"{path} is no state of {name} ({error})") from error
+        quantizer.measured = measured[name]
     for name, layer in layers.items():
         packed, device = file.layers[name], layer.rows.device
         codebook = packed.spec.codebook(packed.n_bits, packed.dtype).to(device)
         layer.set_codebook(codebook, packed.unpacked().to(device).reshape(layer.n_codebooks, -1))
         layer.damping = damping[name]
-        if name in file.rest:
-            layer.bias = nn.Parameter(file.rest[name].to(device), requires_grad=False)
+        if f"{name}.bias" in file.rest:
+            layer.bias = nn.Parameter(file.rest[f"{name}.bias"].to(device), requires_grad=False)
     return done
 
 
-def _done(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> tuple[StageResult, dict[str, Damping | None]]:
+def _layers(own: Mapping[str, Stored]) -> dict[str, QuantizedLayer]:
+    return {name: each for name, each in own.items() if isinstance(each, QuantizedLayer)}
+
+
+def _quantizers(own: Mapping[str, Stored]) -> dict[str, ActivationQuantizer]:
+    return {name: each for name, each in own.items() if isinstance(each, ActivationQuantizer)}
+
+
+def _done(
+    path: Path, info: Mapping[str, Any], layers: Iterable[str], quantizers: Iterable[str]
+) -> tuple[StageResult, dict[str, Damping | None], dict[str, Measured]]:
     try:
-        report, damping = info["report"], info["damping"]
+        report, damping, measured = info["report"], info["damping"], info["measured"]
         result = StageResult(
             float(info["seconds"]), report and BlockReport(**report | {"losses": tuple(report["losses"])})
         )
-        return result, {name: damping[name] and Damping(*map(float, damping[name])) for name in names}
+        chosen = {name: damping[name] and Damping(*map(float, damping[name])) for name in layers}
+        return result, chosen, {name: Measured(*map(float, measured[name])) for name in quantizers}
     except (KeyError, TypeError, ValueError) as error:
         raise PackedFileError(f"{path} is no state of a block") from error

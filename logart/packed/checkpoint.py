@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from logart.errors import UserError, one_line
+from logart.grids.activations import MAX_BITS_A
 from logart.networks.builders import find_builder
 from logart.networks.weights import COUNTER
 from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
+from logart.quantization.activation_quantizer import INPUT, attach
 from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
 from logart.quantization.folding import drop_batch_norms, replace_module
@@ -179,6 +181,7 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
         layer.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
         quantized = surgery.replace_layer(model, name, packed.n_bits, packed.spec.channels)
         quantized.set_packed(packed.codes, packed.spec, dequantized_weight=dequantized_weight)
+    _restore_quantizers(model, file)
     state = _rest(model)
     for name, tensor in state.items():
         given = file.rest.get(name)
@@ -193,6 +196,24 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
     rest = OrderedDict(file.rest)
     rest._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # torchvision's MNASNet insists on it
     model.load_state_dict(rest, strict=False, assign=True)  # the float network's own tensors stay as they are
+
+
+def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:
+    """Put activation quantizers where the file has levels of one."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in file.rest.items():
+        owner, _, kind = name.rpartition(".")
+        if owner.endswith(f".{INPUT}"):
+            found.setdefault(owner, {})[kind] = tensor
+    layers = surgery.quantized_layers(model)
+    for name, tensors in found.items():
+        layer = layers.get(name.removesuffix(f".{INPUT}"))
+        if layer is None:
+            raise PackedFileError(f"the network has no quantized layer for {name:.80}")
+        try:
+            attach(layer, MAX_BITS_A).take(tensors)
+        except ValueError as error:
+            raise PackedFileError(f"{name:.80}: {error}") from error
 
 
 def _build(file: PackedFile) -> nn.Module:

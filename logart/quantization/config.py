@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from logart.grids.activations import ActScale
 from logart.grids.grid import ScaleSearch
 from logart.grids.root2 import ROOT2_TEXT
-from logart.quantization.rounding_methods import METHODS, RoundingMethod
+from logart.quantization.activation_stage import Activations
+from logart.quantization.rounding_methods import METHODS, RoundingMethod, Stage
 from logart.quantization.settings import ReconInput, ReconMetric, SearchMethod, Settings
 
 __all__ = ["PRESETS", "QuantConfig", "ReconInput", "ReconMetric", "SearchMethod", "describe", "preset"]
@@ -58,6 +60,16 @@ class QuantConfig(Settings):
         return asked if self.iters else METHODS[asked.without_steps]
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What runs, in this order: the rounding method's stages, and that of the activations."""
+        return (*self.method.stages, *([Activations()] if self.quantizes_activations else []))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calib_samples` and `batch_size` act."""
+        return self.method.calibrates or self.quantizes_activations
+
+    @property
     def learns(self) -> bool:
         """Whether LLR runs."""
         return self.method.learns
@@ -65,7 +77,7 @@ class QuantConfig(Settings):
     @property
     def images_needed(self) -> int:
         """How many calibration images the stages that run look at."""
-        needed = max(stage.images(self)[0] if stage.needs(self) else 0 for stage in self.method.stages)
+        needed = max(stage.images(self)[0] if stage.needs(self) else 0 for stage in self.stages)
         return needed or (self.search_samples if self.has_budget else 0)
 
 
@@ -84,6 +96,9 @@ def describe(config: QuantConfig) -> str:
         words.append(f"{options.scale_search.value} scale search")
     words += [name for name in ("asymmetric", "zero_code") if getattr(options, name)]
     words.append(config.method.describe(config))
+    if config.quantizes_activations:
+        steps = "powers of two" if config.actual_act_scale is ActScale.POW2 else "any step"
+        words.append(f"activations {config.n_bits_a} bits ({steps})")
     words += [f"{pattern} {bits} bits" for pattern, bits in config.layer_bits.items()]
     words += [f"{pattern} float" for pattern in config.skip]
     if options.terms:

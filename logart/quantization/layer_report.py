@@ -15,6 +15,7 @@ from logart.grids.grid import CodebookSpec
 from logart.grids.rounding import nearest
 from logart.grids.search import rounding_error
 from logart.quantization import surgery
+from logart.quantization.activation_stage import ActivationReport
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.surgery import Block
@@ -75,6 +76,7 @@ class Report:
         folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
         blocks: one entry per learned block.
         rerun: names of the blocks whose inputs were made from the images on, the blocks before run again for it.
+        activations: one entry per tensor that is quantized.
         seconds: time in each stage of the rounding method, by its event.
     """
 
@@ -86,6 +88,7 @@ class Report:
     unfolded: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     rerun: list[str] = field(default_factory=list)
+    activations: list[ActivationReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -137,7 +140,10 @@ class Report:
 
     def info(self) -> dict[str, Any]:
         """What a packed file says of the whole network, as JSON can say it."""
-        return {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
+        info: dict[str, Any] = {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
+        if self.activations:
+            info["activations"] = {one.name: one.as_dict() for one in self.activations}
+        return info
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """What became of each layer, by name, as JSON can say it."""

@@ -42,7 +42,7 @@ def estimate_memory(
         example: a few images [n, ...] on its device.
     """
     sizes = block_sizes(reference, blocks, example)
-    stages = [stage for stage in config.method.stages if stage.needs(config)]
+    stages = [stage for stage in config.stages if stage.needs(config)]
     largest = max(size.largest for size in sizes)
     forward = 4 * largest * max((stage.images(config)[1] for stage in stages), default=0)
     readers = last_readers(sources)

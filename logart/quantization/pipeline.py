@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError, PartlyQuantized, one_line
 from logart.quantization import surgery
+from logart.quantization.activation_quantizer import quantizers
+from logart.quantization.activation_stage import activation_reports
 from logart.quantization.activations import BothActivations
 from logart.quantization.baking import bake_weights
 from logart.quantization.block_loss import BlockLosses, Loss
@@ -33,7 +35,7 @@ from logart.quantization.modes import autocast_inside, own_modes
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.rounding_methods import BlockTask, Stage
 from logart.quantization.sensitivity import budgeted_bits
-from logart.quantization.state import StageResult, StageStore
+from logart.quantization.state import StageResult, StageStore, Stored
 from logart.quantization.surgery import Block
 from logart.quantization.survey import Survey, survey
 from logart.runtime import progress_bar
@@ -69,8 +71,9 @@ def quantize_model(
         held_out_images: other images [n, C, H, W]; layers' output errors are measured on them, for the report.
         device: where to compute, and where the result is.
         quiet: no progress bars.
-        on_stage_end: called with ("float", folded float model), then with the event of each stage of the rounding
-            method: ("searched", …) after DBS, ("rounded", …) after compensation and LLR; its time is not counted.
+        on_stage_end: called with ("float", folded float model), then with the event of each stage: ("searched", …)
+            after DBS, ("rounded", …) after compensation and LLR, ("activations", …) once these are quantized; its time
+            is not counted.
         cache: where the inputs and targets of a block are held; without it, on the device.
         stage_store: keeps what each block has come to, and gives it back in a later call with equal arguments, whose
             codes are then the same bit for bit; without it, nothing is kept.
@@ -107,13 +110,14 @@ def quantize_model(
         surgery.replace_layers(quantized, bits, config.channel_wise, row_groups)
         surgery.check_replaced(quantized, example, seen)
         cache = Cache(device) if cache is None else cache
-        work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store)
+        bits_a = config.activation_bits(names, seen.inputs, seen.heads)
+        work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store, bits_a)
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
-            for stage in config.method.stages:
+            for stage in config.stages:
                 stage.check_room(surgery.quantized_layers(quantized), config)
             report.rerun = work.prepare(example)
-            for stage in config.method.stages:
+            for stage in config.stages:
                 results = work.each(stage)
                 report.seconds[stage.event] = sum(done.seconds for done in results)
                 report.blocks += [done.report for done in results if done.report is not None]
@@ -121,6 +125,7 @@ def quantize_model(
         seen_images = images if config.images_needed else None
         output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images)
         report.layers = layer_reports(quantized, blocks, output_errors)
+        report.activations = activation_reports(quantized)
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
     quantized.packed_info = info  # type: ignore[assignment]
     if report.quantized_share < 0.99:
@@ -163,6 +168,7 @@ class _Work:
     quiet: bool
     cache: Cache
     stage_store: StageStore
+    bits_a: Mapping[str, int]
     _sources: list[Sources | None] = field(default_factory=list)
 
     def prepare(self, example: Tensor) -> list[str]:
@@ -187,6 +193,7 @@ class _Work:
         networks = (self.reference, self.quantized, self.blocks)
         images = self.images[: self.config.views * count]
         activations = BothActivations(*networks, self._sources, images, batch_size, self.cache)
+        stage.prepare(self.quantized, self.bits_a)
         results: list[StageResult] = []
         with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:
             for index, block in enumerate(self.blocks):
@@ -196,7 +203,7 @@ class _Work:
                     bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
                     bar.update(before + done - bar.n)
 
-                own = {name: self._layers[name] for name in block.layers}
+                own = self._own(block, stage)
                 done = self.stage_store.restore(stage.title, index, own)
                 if done is None:
                     start = time.perf_counter()
@@ -218,12 +225,20 @@ class _Work:
         report = stage.run(BlockTask(block, self.reference, self.quantized, captured, self.config, loss, show))
         return report and replace(report, capture_seconds=report.capture_seconds + seconds)
 
+    def _own(self, block: Block, stage: Stage) -> dict[str, Stored]:
+        """What a stage may change of a block, by name."""
+        layers = {name: self._layers[name] for name in block.layers if stage.changes_weights}
+        return layers | quantizers(self.quantized.get_submodule(block.name), block.name)
+
     def _with_room(
-        self, layers: Iterable[QuantizedLayer], activations: BothActivations, step: Callable[[], BlockReport | None]
+        self,
+        own: Iterable[Stored],
+        activations: BothActivations,
+        step: Callable[[], BlockReport | None],
     ) -> BlockReport | None:
         """Work on a block; where the GPU runs out of memory, again from the start with captured tensors elsewhere."""
         while True:
-            undo = [layer.snapshot() for layer in layers]
+            undo = [each.snapshot() for each in own]
             try:
                 return step()
             except torch.cuda.OutOfMemoryError as error:

@@ -98,11 +98,13 @@ class Stage:
         title: in the progress bar and in the names of kept states.
         event: what `on_stage_end` is told behind it, "searched" or "rounded".
         learns: the settings of LLR act.
+        changes_weights: a block's layers hold other codes behind it.
     """
 
     title = ""
     event = "rounded"
     learns = False
+    changes_weights = True
 
     def result(self, config: Settings) -> str:
         """What a network is called behind this stage: "after LLR"."""
@@ -130,6 +132,10 @@ class Stage:
 
     def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
         """Raise NoRoomError where a layer is too large for it; asked before any work is done."""
+        return
+
+    def prepare(self, quantized: nn.Module, bits: Mapping[str, int]) -> None:
+        """Put into the network what the stage needs there; `bits` of each layer's input, by its name."""
         return
 
     def run(self, task: BlockTask) -> BlockReport | None:

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from logart.errors import SettingError
+from logart.grids.activations import FLOAT_BITS, MAX_BITS_A, MIN_BITS_A, ActScale
 from logart.grids.grid import MAX_BITS, MIN_BITS, Grid, GridOptions, ScaleSearch
 from logart.grids.registry import grid_named
 from logart.grids.root2 import root2
@@ -80,6 +81,10 @@ class Settings:
             (`sensitivity`, `budget`); `n_bits` becomes the budget, rounded up.
         size_budget: in place of it, the bytes of all packed codes: of each layer weights·bits / 8, rounded up.
             Codebooks, biases and what stays float do not count.
+        n_bits_a: 2 to 16, of the input of every quantized layer; 32 leaves activations float.
+        input_bits_a, head_bits_a: the same of the network's input layers and heads; None is the same as `n_bits_a`.
+        act_scale: whether the levels of activations are steps of a power of two; AUTO is POW2 with a hardware
+            approximation, else FLOAT.
     """
 
     n_bits: int = 4
@@ -114,6 +119,10 @@ class Settings:
     skip: Sequence[str] = ()
     bits_budget: float | None = None
     size_budget: int | None = None
+    n_bits_a: int = FLOAT_BITS
+    input_bits_a: int | None = None
+    head_bits_a: int | None = None
+    act_scale: ActScale = ActScale.AUTO
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value of another type or out of its range, naming the field."""
@@ -148,6 +157,14 @@ class Settings:
         if self.damping != "auto" and not 0 <= float(self.damping) < float("inf"):
             raise ValueError(f"damping must be auto or at least 0, got {self.damping}")
         root2(self.hardware_terms)
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        for name in ("n_bits_a", "input_bits_a", "head_bits_a"):
+            bits = getattr(self, name)
+            if bits not in (None, FLOAT_BITS) and not MIN_BITS_A <= bits <= MAX_BITS_A:
+                raise ValueError(f"{name} must be {MIN_BITS_A} to {MAX_BITS_A}, or {FLOAT_BITS} (float), got {bits}")
+        object.__setattr__(self, "act_scale", ActScale(self.act_scale))
 
     def _check_budget(self) -> None:
         if self.bits_budget is not None and self.size_budget is not None:
@@ -165,6 +182,18 @@ class Settings:
     def has_budget(self) -> bool:
         """Whether widths are allocated to layers by their effect."""
         return self.bits_budget is not None or self.size_budget is not None
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the inputs of layers are quantized, too."""
+        return self.n_bits_a != FLOAT_BITS
+
+    @property
+    def actual_act_scale(self) -> ActScale:
+        """What AUTO comes to."""
+        if self.act_scale is ActScale.AUTO:
+            return ActScale.POW2 if self.hardware_terms else ActScale.FLOAT
+        return self.act_scale
 
     @property
     def views(self) -> int:
@@ -221,6 +250,15 @@ class Settings:
         for pattern, width in self.layer_bits.items():
             bits |= dict.fromkeys(_matching("layer_bits", pattern, layers), width)
         return bits
+
+    def activation_bits(self, layers: Sequence[str], inputs: Sequence[str], heads: Sequence[str]) -> dict[str, int]:
+        """The bit width of each layer's input, of those that are quantized; arguments as `bits_of`."""
+        if not self.quantizes_activations:
+            return {}
+        bits = dict.fromkeys(layers, self.n_bits_a)
+        for names, width in ((inputs, self.input_bits_a), (heads, self.head_bits_a)):
+            bits |= {name: width for name in names if name in bits and width is not None}
+        return {name: width for name, width in bits.items() if width != FLOAT_BITS}
 
 
 def _matching(setting: str, pattern: str, layers: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a run keeps of a block that is finished, so that a later run can resume after it.
 
-A block's state is a packed file of its own: codes, codebooks and biases of its layers, which is all that the stages
-after it see of it.
+A block's state is a packed file of its own: codes, codebooks, biases and activation levels of its layers, which
+is all that the stages after it see of it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from logart.quantization.activation_quantizer import ActivationQuantizer
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
+
+Stored = QuantizedLayer | ActivationQuantizer
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class StageStore:
         """The width of each layer under a budget: what was kept, else allocated now."""
         return allocate()
 
-    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
-        """Give a block's layers what was kept of this stage; None, and nothing done, if nothing was."""
+    def restore(self, stage: str, index: int, own: Mapping[str, Stored]) -> StageResult | None:
+        """Give a block's layers and quantizers what was kept of this stage; None, and nothing done, if nothing was."""
         return None
 
-    def save(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
-        """Keep what a stage made of a block's layers."""
+    def save(self, stage: str, index: int, own: Mapping[str, Stored], done: StageResult) -> None:
+        """Keep what a stage made of them."""
 
     def warn(self, message: str) -> None:
         """A line on stderr, past the progress bars there."""

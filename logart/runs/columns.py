@@ -31,6 +31,7 @@ class Part(Enum):
     IMAGES = "calibration images"
     CALIBRATION = "compensated and learned rounding"
     LLR = "learned rounding"
+    ACTIVATIONS = "activations"
     DEFAULTS = "defaults"
     SEED = "seed"
     ACCURACY = "accuracy"
@@ -58,8 +59,9 @@ SEARCH_IMAGES = When(
     lambda config: config.searches_data or config.has_budget and not config.method.calibrates,
 )
 SEES_IMAGES = When("any stage that looks at calibration images", lambda config: config.images_needed > 0)
-CALIBRATES = When("compensated rounding or LLR", lambda config: config.method.calibrates)
+CALIBRATES = When("compensated rounding, LLR, quantized activations", lambda config: config.calibrates)
 COMPENSATES = When("compensated rounding", lambda config: not config.method.uses_dbs)
+ACTIVATIONS = When("quantized activations", lambda config: config.quantizes_activations)
 LEARNS = When("LLR", lambda config: config.learns)
 MIXES = When("LLR, input `mixed`", lambda config: config.learns and config.recon_input.value == "mixed")
 WEIGHTED = When(
@@ -106,7 +108,8 @@ class Facts:
 
     def accuracy(self, stage: str, top: int) -> Cell:
         """In %, of a stage or of the final network; None where it was not measured."""
-        measured = self.accuracies.get(self.final if stage == "final" else stage)
+        event = {"final": self.final, "weights": self.of_weights}.get(stage, stage)
+        measured = self.accuracies.get(event)
         return None if measured is None else round(measured.top1 if top == 1 else measured.top5, 3)
 
     def against_float(self, place: int) -> Cell:
@@ -116,9 +119,14 @@ class Facts:
         return None if found is None else round(found[place], 3)
 
     @property
+    def of_weights(self) -> str:
+        """The stage behind which weights are quantized and activations are not yet; "" where that is all there is."""
+        return self.config.method.stages[-1].event if self.config.quantizes_activations else ""
+
+    @property
     def final(self) -> str:
         """The stage that gives the final network."""
-        return "rounded" if CALIBRATES.holds(self.config) else "searched"
+        return self.config.stages[-1].event
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,14 @@ COLUMNS = (
     _of_config("drop_prob", Part.LLR, "share of a `mixed` input taken from the quantized prefix", unit="probability",
                when=MIXES),
     _of_config("temperature", Part.LLR, "of the KL divergence behind `hessian_perturb`", when=WEIGHTED),
+    _of_config("bits_a", Part.ACTIVATIONS, "width of the input of every quantized layer", "n_bits_a", unit="bits",
+               when=ACTIVATIONS),
+    _of_config("input_bits_a", Part.ACTIVATIONS, "the same of the input layers, where it differs", unit="bits",
+               when=ACTIVATIONS),
+    _of_config("head_bits_a", Part.ACTIVATIONS, "the same of the heads, where it differs", unit="bits",
+               when=ACTIVATIONS),
+    _of_config("act_scale", Part.ACTIVATIONS, "steps between levels of activations: `pow2` or `float` (any)",
+               "actual_act_scale", when=ACTIVATIONS),
     Column("hardware_approx", Part.GRID,
            "`True`: sqrt 2 is a sum of powers of two during search, rounding and evaluation",
            lambda f: str(bool(f.config.hardware_terms))),
@@ -256,6 +272,8 @@ COLUMNS = (
     _accuracy("float_Acc@5", "float", 5, "of the float network"),
     _accuracy("search_Acc@1", "searched", 1, "after DBS, before LLR"),
     _accuracy("search_Acc@5", "searched", 5, "after DBS, before LLR"),
+    _accuracy("weights_Acc@1", "weights", 1, "of the same weights before activations were quantized"),
+    _accuracy("weights_Acc@5", "weights", 5, "of the same weights before activations were quantized"),
     _accuracy("approx_Acc@1", "approximated", 1, "with the hardware approximation at test only"),
     _accuracy("approx_Acc@5", "approximated", 5, "with the hardware approximation at test only"),
     Column("quantized_weights", Part.COST, "share of the network's weights that was quantized",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from logart.cli import FlagParser, finite
+from logart.grids.activations import FLOAT_BITS, ActScale
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.grids.root2 import ROOT2_TEXT
@@ -19,13 +20,16 @@ from logart.quantization.rounding_methods import METHODS
 from logart.runs.results_file import RESULTS
 
 VAL_BATCH_SIZE, WORKERS = 128, 2
-GROUPS = ("data", "network", "grid", "search", "rounding", "run", "output")
+GROUPS = ("data", "network", "grid", "search", "rounding", "activations", "run", "output")
 # What the CNN track (after BRECQ) and the transformer track (after APHQ-ViT) call the same thing. Each shows its own
 # name and takes both.
 NAMES = {
     "data_path": "dataset",
     "arch": "model",
     "n_bits_w": "w_bit",
+    "n_bits_a": "a_bit",
+    "input_bits_a": "qconv_a_bit",
+    "head_bits_a": "qhead_a_bit",
     "search_samples": "calib_size",
     "search_batch_size": "calib_batch_size",
     "calib_samples": "optim_size",
@@ -153,6 +157,16 @@ class TrackFlags:
         add(group, "b_start", "the penalty's exponent at the start", type=finite)
         add(group, "b_end", "the penalty's exponent at the end", type=finite)
         add(group, "warmup", "share of the steps without the penalty", type=finite)
+
+    def activations(self) -> None:
+        """How the inputs of layers are quantized."""
+        add, group = self.add, "activations"
+        add(group, "n_bits_a", f"bits of the input of every quantized layer, 2 to 16; {FLOAT_BITS} is float", type=int)
+        add(group, "input_bits_a", "the same of the network's input layers alone", "the same", type=int)
+        add(group, "head_bits_a", "the same of the heads alone", "the same", type=int)
+        add(group, "act_scale", "steps between the levels of activations: powers of two, so that requantization is a "
+            "shift, or any; auto: pow2 with --hardware_approx, else float",
+            choices=[scale.value for scale in ActScale])  # fmt: skip
 
     def run(self) -> None:
         """How the run goes about it."""

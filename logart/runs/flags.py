@@ -24,6 +24,7 @@ from logart.runs.run import RunOptions
 from logart.runtime import resolve_device
 
 DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
+ENDS = ("input_bits_a", "head_bits_a")
 DATA_CHOICE = ("class_map", "class_order", "calib_path", "calib_from_val", "val_limit")
 
 
@@ -138,6 +139,12 @@ def refuse_idle_flags(
     )
 
 
+def refuse_idle_activations(args: argparse.Namespace, config: QuantConfig, *, bits: str, names: Sequence[str]) -> None:
+    """Raise UserError for a flag about activations that was given where these stay float; `bits` is what asks."""
+    why = f"without --{bits} activations stay float"
+    refuse_without_effect(args, {name: f"--{name}" for name in names}, config.quantizes_activations, why)
+
+
 def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say of the network and its images, as keywords of both tracks' `load_network`."""
     kwargs = None if args.model_kwargs is None else key_values(args.model_kwargs, "--model_kwargs")
@@ -158,7 +165,7 @@ def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -
     """The flag to name where there are fewer images than asked for: of the stage that looks at most of them."""
     if config.images_needed < 2:
         return data  # two are needed for tracing alone
-    return rounding if config.method.calibrates and config.images_needed == config.calib_samples else search
+    return rounding if config.calibrates and config.images_needed == config.calib_samples else search
 
 
 def run_options(
@@ -206,6 +213,7 @@ def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any)
     values = {flag: getattr(config, field) for flag, field in fields.items()}
     values |= {
         "first_last_bits": config.first_last_bits or "same",
+        **{flag: getattr(config, field) or "same" for flag, field in fields.items() if field in ENDS},
         "hardware_approx_terms": config.hardware_terms,
         "rounding": config.method.name,
         "seed": config.seed,

@@ -64,6 +64,9 @@ def method_name(row: Mapping[str, str]) -> str:
     if row["hardware_approx"] not in ("False", ""):
         terms = ROOT2_TEXT.get(int(row["hardware_approx_terms"] or 0), "1 + 1/2")
         words.append(f"√2 ≈ {terms}{' at test' * (row['hardware_approx'] != 'True')}")
+    if row.get("bits_a"):
+        pow2 = ", powers of two" * (row.get("act_scale") == "pow2")
+        words.append(f"{row['bits_a']}-bit activations{pow2}")
     rounding = ROUNDING_NAMES.get(row["rounding"], row["rounding"])
     if not row["preset"]:
         words.append(rounding)

@@ -143,7 +143,7 @@ def run(
         if left.sizes is not None:
             print(f"{left.sizes}\nsaved as {options.save}")
         print(headline([row]))
-        seconds = [f"{stage.title} {report.seconds[stage.event]:.1f} s" for stage in config.method.stages]
+        seconds = [f"{stage.title} {report.seconds[stage.event]:.1f} s" for stage in config.stages]
         print(", ".join([*seconds, f"total {facts.total_seconds:.1f} s"]) + f"; {left.row}" * (not left.problems))
     if left.problems:
         raise UserError("; ".join(left.problems))
@@ -230,15 +230,15 @@ class _Stages:
 
     def on_stage_end(self, stage: str, network: nn.Module) -> None:
         """What `quantize_model` calls: measures, unless another stage goes on from here and nobody asked."""
-        final = stage == self.config.method.stages[-1].event
-        if stage == "float" or final or self.options.test_before_calibration:
+        shown = ("float", self.config.method.stages[-1].event, self.config.stages[-1].event)
+        if stage in shown or self.options.test_before_calibration:
             self.measure(stage, network)
 
     def measure(self, stage: str, network: nn.Module) -> None:
         title = {
             "float": "float",
             "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
-            **{step.event: step.result(self.config) for step in self.config.method.stages},
+            **{step.event: step.result(self.config) for step in self.config.stages},
         }[stage]
         value = None if self.folder is None else self.folder.accuracies.get(stage)
         if value is None:

@@ -30,8 +30,7 @@ from logart.networks.evaluate import Accuracy
 from logart.packed.block_state import load_state, save_state
 from logart.packed.file import PackedFileError
 from logart.quantization.layer_report import Report
-from logart.quantization.layers import QuantizedLayer
-from logart.quantization.state import StageResult, StageStore
+from logart.quantization.state import StageResult, StageStore, Stored
 from logart.runs.columns import Cell
 
 FORMAT = 2
@@ -68,21 +67,21 @@ class RunFolder(StageStore):
             write_json(path, {"bits": bits})
         return bits
 
-    def restore(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer]) -> StageResult | None:
+    def restore(self, stage: str, index: int, own: Mapping[str, Stored]) -> StageResult | None:
         """See `StageStore`; a state that cannot be read is recomputed."""
         path = self._state(stage, index)
         if not path.exists():
             return None
         try:
-            return load_state(path, layers)
+            return load_state(path, own)
         except PackedFileError as error:
             self.warn(f"{error}; the block is recomputed")
             return None
 
-    def save(self, stage: str, index: int, layers: Mapping[str, QuantizedLayer], done: StageResult) -> None:
+    def save(self, stage: str, index: int, own: Mapping[str, Stored], done: StageResult) -> None:
         """See `StageStore`; where there is no room, the run goes on without."""
         with self._room():
-            save_state(self._state(stage, index), layers, done)
+            save_state(self._state(stage, index), own, done)
             self._write_progress()
 
     def measured(self, stage: str, value: Accuracy) -> None:

@@ -17,12 +17,15 @@ from logart.errors import UserError
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
-from logart_vit.settings import OPTIM_METRICS, OPTIM_MODES, Config, load_config
+from logart_vit.settings import ACT_SCALES, OPTIM_METRICS, OPTIM_MODES, Config, load_config
 
 ROOT = Path(__file__).parents[2]
 BEST = {
     "w_bit": 4,
     "a_bit": 32,
+    "qconv_a_bit": None,
+    "qhead_a_bit": None,
+    "act_scale": "auto",
     "first_last_bits": None,
     "channel_wise": True,
     "scale_method": "dynamic",
@@ -49,7 +52,7 @@ BEST = {
 }
 BRECQ = {"optim_metric": "mse", "optim_mode": "qinp"}
 SUBCLASS = "from logart_vit.settings import Config as Base\nclass Config(Base):\n"
-KINDS = {name: type(value) for name, value in BEST.items() if name != "first_last_bits"}
+KINDS = {name: type(value) for name, value in BEST.items() if value is not None}
 
 Writer = Callable[[str], Path]
 
@@ -170,10 +173,11 @@ def test_the_base_itself_is_a_config(write: Writer) -> None:
                 float: st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53),
             }[kind]
             for name, kind in KINDS.items()
-            if kind is not str and name != "a_bit"
+            if kind is not str
         }
         | {
-            "first_last_bits": st.none() | st.integers(),
+            **dict.fromkeys(("first_last_bits", "qconv_a_bit", "qhead_a_bit"), st.none() | st.integers()),
+            "act_scale": st.sampled_from(ACT_SCALES),
             "scale_method": st.sampled_from(list(GRIDS)),
             "search_method": st.sampled_from([method.value for method in SearchMethod]),
             "scale_search": st.sampled_from([search.value for search in ScaleSearch]),
@@ -311,9 +315,3 @@ def test_a_member_of_the_wrong_enum(write: Writer) -> None:
 def test_a_value_shown_over_lines_is_told_in_one(write: Writer) -> None:
     text = "import torch\nclass Config:\n    lr = torch.eye(2)\n"
     assert refused(write(text)) == ": lr must be a number; got tensor([[1., 0.], [0., 1.]])"
-
-
-@pytest.mark.parametrize("bits", [4, 8, 16, 31, 33, 0])
-def test_quantized_activations_are_refused(write: Writer, bits: int) -> None:
-    expected = f": a_bit must be 32, because activations stay in float; got {bits}"
-    assert refused(write(f"class Config:\n    a_bit = {bits}\n")) == expected

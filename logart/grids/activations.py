@@ -1,0 +1,121 @@
+"""Grids of activations, one for a whole tensor: 2^n evenly spaced levels, zero among them.
+
+Signed tensors take step·{-2^(n-1) … 2^(n-1)-1}, others step·{0 … 2^n-1}: two's complement and plain integers, so that
+hardware needs no zero point. These are the linear grid's levels (`linear`) with its zero point at an end or in the
+middle; their codes go up to 16 bits, so that levels are computed where weights look them up.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logart.grids.grid import Grid, GridOptions, ScaleSearch, Spacing, borders_between
+from logart.grids.linear import power_error
+from logart.grids.rounding import count_below, dequantize
+from logart.grids.search import choose_codebook
+
+MIN_BITS_A, MAX_BITS_A, FLOAT_BITS = 2, 16, 32
+_PER_OCTAVE, _OCTAVES = 16, 5  # steps tried: 4.4 % apart, down to 1/32 of the one at which nothing saturates
+
+
+class ActScale(str, Enum):
+    """Which steps an activation grid may have: powers of two (requantization is a shift), or any."""
+
+    AUTO = "auto"  # powers of two with a hardware approximation, else any
+    POW2 = "pow2"
+    FLOAT = "float"
+
+
+class EvenGrid(NamedTuple):
+    """Levels step·{low … high}."""
+
+    step: float
+    low: int
+    high: int
+
+
+def code_range(n_bits: int, signed: bool) -> tuple[int, int]:
+    """The least and the largest integer of so many bits."""
+    return (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if signed else (0, 2**n_bits - 1)
+
+
+def quantize_even(x: Tensor, step: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """The nearest level of each element, ties up, saturated.
+
+    Differentiable in x (straight through within the range, zero beyond) and in the step, as LSQ has it (Esser et al.
+    2020): q - x/step within the range, the end code beyond.
+
+    Args:
+        x: any shape, float16 to float64; computed in float32 at least.
+        step: scalar.
+    """
+    scaled = (x.float() if x.dtype.itemsize < 4 else x) / step
+    nearest = torch.floor(scaled.detach() + 0.5)
+    codes = nearest.clamp(low, high)  # type: ignore[arg-type]
+    if scaled.requires_grad:  # the sum is exact: its parts differ by no more than half
+        codes = torch.where(codes == nearest, scaled + (codes - scaled).detach(), codes)
+    return (codes * step).to(x.dtype)
+
+
+def choose_even_grid(x: Tensor, n_bits: int, *, pow2: bool, extremes: tuple[float, float] | None = None) -> EvenGrid:
+    """The grid of least Σ|x - q|^2.4, the exponent of BRECQ (Li et al. 2021); of equal ones the finest.
+
+    Args:
+        x: finite values, any shape.
+        n_bits: 2 to 16.
+        pow2: whether only powers of two are tried.
+        extremes: the least and the largest of all values where x is a part of them.
+    """
+    x = x.detach().flatten()
+    lowest, highest = (float(end) for end in x.aminmax()) if extremes is None else extremes
+    low, high = code_range(n_bits, lowest < 0)
+    coarsest = max(highest / high, lowest / low if low else 0.0)
+    if not coarsest > 0:
+        return EvenGrid(1.0, low, high)
+    if pow2:
+        top = math.ceil(math.log2(coarsest))
+        steps = [2.0 ** (top - i) for i in range(_OCTAVES + 2)]
+    else:
+        steps = [coarsest * 2 ** (-i / _PER_OCTAVE) for i in range(_PER_OCTAVE * _OCTAVES + 1)]
+    tried = torch.tensor(steps, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    errors = torch.stack([even_error(x, EvenGrid(float(step), low, high)) for step in tried])
+    chosen = len(steps) - 1 - int(errors.flip(0).argmin())
+    return EvenGrid(float(tried[chosen]), low, high)
+
+
+def even_error(x: Tensor, grid: EvenGrid) -> Tensor:
+    """Σ|x - q|^2.4 of a grid, a float64 scalar."""
+    q = quantize_even(x, torch.tensor(grid.step, dtype=torch.float32, device=x.device), grid.low, grid.high)
+    return (q - x).abs().float().pow(2.4).sum(dtype=torch.float64)
+
+
+def choose_log_levels(x: Tensor, grid: Grid, n_bits: int, terms: int = 0) -> Tensor:
+    """Levels [2^n] float64 of a log grid for values from zero on, such as softmax gives: zero and 2^n - 1 magnitudes.
+
+    The grid's codebook whose unused negative codes go to the positive side (`reassigned_codes`), its top by the least
+    error of power 2.4; the smallest level gives way to zero, for thousands of values near zero must not add up.
+
+    Args:
+        x: values from zero on, any shape.
+        grid: `log_2` or `log_sqrt2`.
+        n_bits: 2 to 8.
+        terms: powers of two that stand for √2; 0 is exact.
+    """
+    options = GridOptions(terms, ScaleSearch.HALF_STEP, asymmetric=True)
+    levels = choose_codebook(x.detach().reshape(1, -1), grid, n_bits, error=power_error, options=options).levels[0]
+    levels[0] = 0.0
+    return levels
+
+
+def quantize_log(x: Tensor, levels: Tensor) -> Tensor:
+    """The level [L] of each element, nearest in the log domain; differentiable in x, straight through."""
+    borders = borders_between(levels[None], Spacing.LOG)
+    exact = x.detach().reshape(1, -1)
+    q = dequantize(count_below(borders, exact.float() if x.dtype.itemsize < 4 else exact), levels[None])
+    q = q.reshape(x.shape).to(x.dtype)
+    return x + (q - x).detach() if x.requires_grad else q

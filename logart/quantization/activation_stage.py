@@ -1,0 +1,152 @@
+"""Choosing the levels of activations, block by block, each from what the quantized network before it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logart.errors import NetworkError
+from logart.grids.activations import ActScale, choose_even_grid
+from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, attach, quantizers, watching
+from logart.quantization.activations import Capture
+from logart.quantization.cache import Captured
+from logart.quantization.capture import run_to
+from logart.quantization.rounding_methods import BlockSize, BlockTask, Stage
+from logart.quantization.settings import Settings
+
+SAMPLE = 2**19  # values of an input that errors are measured on: all of them, or so many evenly spaced
+
+
+class Activations(Stage):
+    """Every quantizer of a block gets its levels, in the order they run."""
+
+    title, event, changes_weights = "activations", "activations", False
+
+    def result(self, config: Settings) -> str:
+        return f"with {config.n_bits_a}-bit activations"
+
+    def needs(self, config: Settings) -> frozenset[Capture]:
+        return frozenset({Capture.INPUTS})
+
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
+        """A batch's tensors, and of the values seen the levels, the error and its power."""
+        return 2 * config.batch_size * size.activations + 24 * SAMPLE
+
+    def prepare(self, quantized: nn.Module, bits: Mapping[str, int]) -> None:
+        """Put quantizers, of these bits, before the layers of these names."""
+        for name, n_bits in bits.items():
+            attach(quantized.get_submodule(name), n_bits)
+
+    def run(self, task: BlockTask) -> None:
+        block, inputs = task.quantized.get_submodule(task.block.name), task.captured[Capture.INPUTS]
+        for name, quantizer in _in_order(block, inputs).items():
+            sample, extremes = seen_by(block, quantizer, inputs, task.config.batch_size)
+            if not all(map(math.isfinite, extremes)):
+                raise NetworkError(f"{_joined(task.block.name, name)}: what it is given is not finite")
+            choose_levels(quantizer, sample, extremes, task.config)
+
+
+def _joined(block: str, name: str) -> str:
+    return f"{block}.{name}" if block else name
+
+
+@torch.no_grad()
+def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantizer]:
+    """The quantizers in a block, in the order they run."""
+    found = quantizers(block)
+    names = list(found)
+    ran: list[str] = []
+    with watching(list(found.values()), lambda index, _: ran.append(names[index])):
+        inputs[:1].copy().on(block)
+    return {name: found[name] for name in ran}
+
+
+@torch.no_grad()
+def seen_by(
+    block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size: int
+) -> tuple[Tensor, tuple[float, float]]:
+    """What a quantizer in a block is given: evenly spaced values, at most `SAMPLE`, and the extremes of all.
+
+    Args:
+        inputs: the block's calls for n images.
+        batch_size: images at a time.
+    """
+    parts: list[Tensor] = []
+    ends: list[Tensor] = []
+    stride, first = 1, 0
+    for start in range(0, len(inputs), batch_size):
+        x = run_to(block, quantizer, inputs[start : start + batch_size])[0].flatten()
+        if start == 0:
+            images = min(batch_size, len(inputs))
+            stride = max(1, math.ceil(x.numel() * len(inputs) / (images * SAMPLE)))
+            while math.gcd(stride, x.numel()) > 1:  # else some channels would never be seen
+                stride += 1
+        ends += x.aminmax()
+        parts.append(x[first::stride].clone())
+        first = (first - x.numel()) % stride
+    return torch.cat(parts), (float(min(ends)), float(max(ends)))
+
+
+def choose_levels(quantizer: ActivationQuantizer, x: Tensor, extremes: tuple[float, float], config: Settings) -> None:
+    """Give a quantizer the levels of least error on what it is given."""
+    grid = choose_even_grid(x, quantizer.n_bits, pow2=config.actual_act_scale is ActScale.POW2, extremes=extremes)
+    quantizer.set_even(grid)
+    measure(quantizer, x)
+
+
+@torch.no_grad()
+def measure(quantizer: ActivationQuantizer, x: Tensor) -> None:
+    """Note how a quantizer does on what it is given."""
+    low, high = quantizer.ends()
+    error, energy = ((t.abs().double().pow(2.4).sum()) for t in (quantizer(x) - x, x))
+    outside = (x < low) | (x > high)
+    quantizer.measured = Measured(float(error / energy) if energy > 0 else 0.0, float(outside.double().mean()))
+
+
+@dataclass(frozen=True)
+class ActivationReport:
+    """How one tensor of the network was quantized.
+
+    Attributes:
+        name: of the layer that reads it, or of the operand of a product.
+        n_bits: of a code.
+        signed: whether codes have a sign.
+        step: of an even grid; 0 on a log grid.
+        error: on calibration images, Σ|x - q|^2.4 / Σ|x|^2.4.
+        saturated: share of the values there beyond the end levels by more than half a step.
+    """
+
+    name: str
+    n_bits: int
+    signed: bool
+    step: float
+    error: float
+    saturated: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the name, as JSON can say it."""
+        short = {name: float(f"{getattr(self, name):.4g}") for name in ("error", "saturated")}
+        return {"bits": self.n_bits, "signed": self.signed, "step": self.step, **short}
+
+
+def activation_reports(model: nn.Module) -> list[ActivationReport]:
+    """The report of every quantizer of a network, by the name of the layer or operand that it belongs to."""
+    reports = []
+    for name, quantizer in quantizers(model).items():
+        grid, measured = quantizer.even_grid, quantizer.measured or Measured(math.nan, math.nan)
+        reports.append(
+            ActivationReport(
+                name=name.removesuffix("_quantizer").removesuffix(".input"),
+                n_bits=quantizer.n_bits,
+                signed=grid is not None and grid.low < 0,
+                step=0.0 if grid is None else grid.step,
+                error=measured.error,
+                saturated=measured.saturated,
+            )
+        )
+    return reports
