@@ -12,7 +12,7 @@ from pathlib import Path
 from logart.cli import FlagParser
 from logart.export import __main__ as export
 from logart.packed import inspect
-from logart.report import __main__ as report
+from logart.report import command as report
 from logart.report import compare
 from logart_cnn import command as cnn
 from logart_cnn import models as cnn_models

@@ -35,7 +35,7 @@ VIT_KWARGS = "img_size=16 patch_size=8 embed_dim=12 depth=2 num_heads=2"  # 6,23
 SWIN = "swin_tiny_patch4_window7_224"
 SWIN_KWARGS = "img_size=32 window_size=4 embed_dim=8 depths=(1,1) num_heads=(1,2)"
 SURROUNDINGS = {  # columns that two equal runs need not share
-    "utc_time", "search_seconds", "reconstruction_seconds", "total_seconds", "peak_memory_mb", "run_id",
+    "utc_time", "search_seconds", "reconstruction_seconds", "total_seconds", "peak_memory_mb", "run_id", "command",
 }  # fmt: skip
 
 

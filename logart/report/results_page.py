@@ -126,7 +126,7 @@ def _section(section: Section, name: str, legend: Mapping[str, Style], sources: 
         _matrix(section, legend, sources),
         *(Plot(chart) for chart in charts if chart is not None),
         Details(f"All {len(section.groups)} measurements with their settings",
-                (*([Paragraph(same)] if common else []), _all(section, legend, common))),
+                (*([Paragraph(same)] if common else []), _all(section, legend, common), *_commands(section, legend))),
     ]
 
 
@@ -163,6 +163,15 @@ def _all(section: Section, legend: Mapping[str, Style], common: Mapping[str, str
             Cell(", ".join(f"{name} {value}" for name, value in settings(g.row).items() if name not in common)),
         ))  # fmt: skip
     return Table("Every measurement", head, tuple(lines), words=(len(head) - 1,)).without_empty_columns()
+
+
+def _commands(section: Section, legend: Mapping[str, Style]) -> list[Table]:
+    """What the measurements are made by, of the rows that say it."""
+    lines = tuple(
+        (Cell(g.label, style=legend[g.label]), Cell(str(g.bits), (), float(g.bits)), Cell(g.row["command"]))
+        for g in section.groups if g.row.get("command") and g.measures[0].final
+    )  # fmt: skip
+    return [Table("Commands, of the first seed", ("method", "bits", "command"), lines, words=(2,))] if lines else []
 
 
 def accuracy_text(group: Group) -> str:

@@ -80,7 +80,8 @@ def _confusion(run: Run) -> list[Block]:
     agreement = _number(run.row, "agreement")
     same = "" if agreement is None else f" Both give the same answer on {agreement:.2f} % of the images."
     verdict = "chance alone explains that" if p > 0.05 else "that is more than chance explains"
-    said = f"The quantized network loses {lost:.0f} images and wins {won:.0f}: {verdict} (McNemar p {p:.2g}).{same}"
+    images = "image" if lost == 1 else "images"
+    said = f"The quantized network loses {lost:.0f} {images} and wins {won:.0f}: {verdict} (McNemar p {p:.2g}).{same}"
     head = ("", "quantized right", "quantized wrong")
     return [Table("Test images by who has them right", head, rows), Paragraph(said)]
 

@@ -299,6 +299,7 @@ COLUMNS = (
            lambda f: f.packed_bytes or None, unit="bytes"),
     Column("device", Part.SURROUNDINGS, "where the run computed", lambda f: f.device),
     *map(_version, VERSIONS),
+    Column("command", Part.SURROUNDINGS, "what gives these figures again; files and folders by their last names"),
     Column("run_id", Part.SURROUNDINGS,
            "of the settings (before the dash) and of this very run: `--once` looks for the first, `--resume` for both"),
 )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +18,26 @@ from logart.runs.claims import claimed
 from logart.runs.columns import Cell, Facts, settings_row
 from logart.runs.preflight import check_network
 from logart.runs.results_file import new_run_id
-from logart.runs.resume import begun, fingerprint, opened
+from logart.runs.resume import PLACES, begun, fingerprint, opened
 from logart.runs.run import RunOptions, run
+
+_ELSEWHERE = ("results", "save", "save_calib_list", "once", "quiet")  # flags that change nothing of the figures
+
+
+def command_line(track: str, flags: Mapping[str, Any]) -> str:
+    """What a shell would be told to get a run's figures again, with files and folders by their last names.
+
+    Args:
+        track: the entry point, `cnn` or `vit`.
+        flags: by name those that were given, as `resume.flags_to_keep` has them.
+    """
+    words = [f"logart-{track}"]
+    for name, value in flags.items():
+        if name not in _ELSEWHERE:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words.append(f"--{name}")
+            words += [PurePath(one).name if name in PLACES else str(getattr(one, "value", one)) for one in values]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,8 @@ class Job:
         network, source, options = self.network, self.source, self.options
         now = settings_row(Facts(self.config, self.columns, options.test_with_terms))
         # A run that is resumed names its files as it did when it was begun.
-        row = now | {"run_id": new_run_id(now)} if options.resume is None else begun(options.resume)["row"]
+        new = {"run_id": new_run_id(now), "command": command_line(str(now["track"]), self.flags)}
+        row = now | new if options.resume is None else begun(options.resume)["row"]
         with claimed(options.results, str(row["run_id"])) if options.once else nullcontext():
             images, names = load()
             check_network(network.model, images, network.num_classes, flags=options.network_flags)

@@ -363,6 +363,12 @@ def test_settings_that_all_share_are_said_once() -> None:
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'|`$\\frac{_\x1b\u202e\udcff"
 
 
+def test_the_commands_of_rows_that_have_one_are_listed() -> None:
+    rows = [row(command=f"logart-cnn --n_bits_w {bits}" if bits == 3 else "", bits=bits) for bits in (2, 3)]
+    lines = [[cell[0] for cell in line] for table in page_of(*rows).tables for line in table]
+    assert [line[-2:] for line in lines if "logart-cnn" in line[-1]] == [["3", "logart-cnn --n_bits_w 3"]]
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     names = ["arch", "data", "device", "scale_method", "search_method", "config", "lr", "rounding"]
     rows = [row(**{name: HOSTILE, "bits": bits}) for name in names for bits in (3, 4)]
