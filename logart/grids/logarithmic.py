@@ -11,6 +11,7 @@ A codebook is its top half-step and k; where asked for, a scale, codes that were
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -291,3 +292,9 @@ _ROOT2 = _OPTIONS | {"terms"}
 LOG_2 = LogGrid("log_2", "base 2", Spacing.LOG, _COLUMNS, options=_OPTIONS, base2_share=1)
 LOG_SQRT2 = LogGrid("log_sqrt2", "base √2", Spacing.LOG, _COLUMNS, options=_ROOT2, base2_share=0)
 DYNAMIC = LogGrid("dynamic", "dynamic", Spacing.LOG, _COLUMNS, options=_ROOT2)
+
+
+def base_mix(spec: CodebookSpec) -> dict[int, int]:
+    """How many codebooks have each n_base2; empty on grids without."""
+    n_base2 = spec.columns.get("n_base2")
+    return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from logart.cli import FlagParser, run_command
 from logart.errors import UserError, printable
+from logart.grids.logarithmic import base_mix
 from logart.packed.file import PackedFile
 from logart.packed.layer import PackedLayer
 from logart.text import shape_text, table
@@ -35,7 +35,7 @@ def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
         "bits": layer.n_bits,
         "grid": layer.spec.grid.name,
         "codebooks": layer.spec.channels,
-        "base_mix": base_mix(layer),
+        "base_mix": base_mix(layer.spec),
         "root2_terms": layer.spec.terms,
         "scaled": "scale" in layer.spec.columns,
         "bytes": codes + codebooks,
@@ -44,12 +44,6 @@ def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
         "error_nearest": known.get("error_nearest"),
         "n_changed_codes": known.get("n_changed_codes"),
     }
-
-
-def base_mix(layer: PackedLayer) -> dict[int, int]:
-    """How many codebooks have each n_base2; empty on linear grids."""
-    n_base2 = layer.spec.columns.get("n_base2")
-    return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))
 
 
 def describe_codebooks(layer: PackedLayer) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logart.grids.grid import CodebookSpec
+from logart.grids.logarithmic import base_mix
 from logart.grids.rounding import nearest
 from logart.grids.search import rounding_error
 from logart.quantization import surgery
@@ -158,12 +158,6 @@ class Report:
             | ({"output_errors": [e and float(f"{e:.3g}") for e in layer.output_errors]} if layer.output_errors else {})
             for layer in self.layers
         }
-
-
-def base_mix(spec: CodebookSpec) -> dict[int, int]:
-    """How many codebooks have each n_base2; empty on grids without."""
-    n_base2 = spec.columns.get("n_base2")
-    return {} if n_base2 is None else dict(sorted(Counter(n_base2.tolist()).items()))
 
 
 def _generalisation(layer: QuantizedLayer) -> dict[str, float]:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from logart.errors import UserError, one_line
+from logart.grids.logarithmic import base_mix
 from logart.packed.file import PackedFile, PackedLayer
-from logart.packed.inspect import base_mix
 from logart.quantization.fidelity import KINDS
 from logart.quantization.layer_report import HISTOGRAM_BINS, HISTOGRAM_RANGE
 from logart.runs.run_folder import FORMAT, PACKED, REPORT
@@ -138,7 +138,7 @@ def _packed_run(name: str, file: PackedFile, size: int) -> Run:
                 tuple(layer.shape),
                 layer.n_bits,
                 str(known.get("block", "")),
-                base_mix(layer),
+                base_mix(layer.spec),
                 _error(known.get("error_nearest")),
                 _error(known.get("error")),
                 n_changed_codes if type(n_changed_codes) is int and n_changed_codes >= 0 else None,
@@ -238,7 +238,7 @@ def _error(value: Any) -> float | None:
 
 def common_levels(layer: PackedLayer) -> list[float]:
     """The levels of a channel of the most common base mix, else of the first, over their largest magnitude."""
-    mix = base_mix(layer)
+    mix = base_mix(layer.spec)
     first = 0
     if mix:
         common = max(mix, key=lambda k: mix[k])

@@ -16,8 +16,8 @@ from torch import nn
 
 import logart.report.run_charts
 from logart import QuantConfig, quantize_model, save_packed
+from logart.grids.logarithmic import base_mix
 from logart.packed.file import PackedFile
-from logart.packed.inspect import base_mix
 from logart.quantization.layer_report import HISTOGRAM_BINS
 from logart.report.command import main
 from logart.report.page import Paragraph, Table
@@ -44,7 +44,7 @@ def run_folder(folder: Path, packed: Path, **changes: Any) -> Path:
     file = PackedFile.read(packed)
     layers = [
         {"name": name, "shape": list(layer.shape), "n_bits": layer.n_bits, "block": name, "error_nearest": 0.25,
-         "base_mix": {str(k): n for k, n in base_mix(layer).items()}, "error": 0.5, "n_changed_codes": 9,
+         "base_mix": {str(k): n for k, n in base_mix(layer.spec).items()}, "error": 0.5, "n_changed_codes": 9,
          "histogram": [0] * 29 + [7, 5] + [0] * 29}
         for name, layer in file.layers.items()
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_packed_files_histogram_counts_every_code(packed: Path) -> None:
         assert counts == expected.tolist() and sum(counts) == layer.shape.numel()
         levels = common_levels(layer)
         assert len(levels) == 8 and levels == [-level for level in levels[::-1]] and levels[-1] == 1
-        mix = base_mix(layer)
+        mix = base_mix(layer.spec)
         k = max(mix, key=lambda key: mix[key])
         assert sum(round(2 * np.log2(b / a)) == 2 for a, b in zip(levels[4:], levels[5:], strict=False)) >= k - 1
 
@@ -99,7 +99,7 @@ def test_a_packed_file_and_a_run_folder_are_shown(
     first = starting(tables(packed), "Layers")
     for line, (name, layer) in zip(first[1:], PackedFile.read(packed).layers.items(), strict=True):
         assert line[:4] == [name, "×".join(map(str, layer.shape)), "3", info[name]["block"]]
-        assert line[4] == ", ".join(f"{k}: {n}" for k, n in base_mix(layer).items())
+        assert line[4] == ", ".join(f"{k}: {n}" for k, n in base_mix(layer.spec).items())
         assert line[5:] == [f"{info[name]['error_nearest']:.4g}", f"{info[name]['error']:.4g}", "0.0"]
     found = tables(folder)
     assert starting(found, "Layers")[1][5:] == ["0.25", "0.5", "25.0"]  # 9 of 36 weights
