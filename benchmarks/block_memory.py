@@ -16,7 +16,7 @@ from memory import peak_mib, reset_peak, resident_mib
 import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, quantize_model
-from logart.quantization import surgery
+from logart.quantization.blocks import blocks_of_types
 from logart.quantization.clone import clone_sharing
 from logart.quantization.dataflow import trace_sources
 from logart.quantization.folding import fold_batch_norms
@@ -62,7 +62,7 @@ def main() -> None:
     reference = clone_sharing(model).eval().requires_grad_(False)
     fold_batch_norms(reference, images[:2])
     names = survey(reference, images[:2]).layers
-    blocks = surgery.find_blocks(reference, names, types)
+    blocks = blocks_of_types(reference, names, types)
     sources = trace_sources(reference, [reference.get_submodule(block.name) for block in blocks], images[:2])
     needs = estimate_memory(reference, blocks, sources, images[:2], config)
     quantize_model(model, config, images, block_types=types, stage_store=watch)

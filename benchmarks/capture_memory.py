@@ -18,11 +18,11 @@ from torch import nn
 
 from logart.quantization import surgery
 from logart.quantization.activations import Activations
+from logart.quantization.blocks import Block
 from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
 from logart.quantization.dataflow import trace_sources
 from logart.quantization.folding import fold_batch_norms
-from logart.quantization.surgery import Block
 from logart.quantization.survey import survey
 
 MIB = 2**20

@@ -1,6 +1,8 @@
 """What becomes of the smallest network of each timm family, and of torchvision's: one line a network, random weights.
 
     python benchmarks/families.py [--out FILE.csv] [--only timm:NAME torchvision:NAME ...] [--stages share packed ...]
+    python benchmarks/families.py --choose                # write families.csv anew: each family's smallest network
+    python benchmarks/families.py --table --out FILE.csv  # the page in docs, docs/families.md, from the file
 
 Resumable: networks that have a line in the file are passed over. The columns: share of the weights quantized (%), then
 `ok` or the error, for compensated rounding, LLR of two steps, a packed file that loads to the same logits, and
@@ -12,17 +14,18 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import signal
 import tempfile
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import one_line
@@ -30,56 +33,87 @@ from logart.errors import one_line
 STAGES = ("share", "compensated", "learned", "packed", "trace", "export")
 COMPENSATED = QuantConfig(rounding="compensated", calib_samples=2, batch_size=2)
 LEARNED = QuantConfig(calib_samples=2, batch_size=2, iters=2)
+CHOSEN = Path(__file__).with_suffix(".csv")
+PAGE = Path(__file__).parents[1] / "docs/families.md"
+SECONDS = 120  # for each stage of each network
+TORCHVISION = (
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
+    *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32"),
+    *("r3d_18", "mc3_18", "r2plus1d_18", "s3d"),
+    *("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "retinanet_resnet50_fpn"),
+)
+VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
 
 
-def families() -> dict[str, Callable[[], nn.Module]]:
-    """A name and a builder for the smallest network of each family: the one with the fewest parameters."""
-    smallest: dict[str, tuple[int, str]] = {}
+def smallest() -> Iterable[tuple[str, str]]:
+    """Each family of timm's and its network of the fewest parameters."""
+    found: dict[str, tuple[int, str]] = {}
     for name in timm.list_models():
-        module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+        family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 size = sum(p.numel() for p in timm.create_model(name).parameters())
             except Exception:  # some cannot be built without memory
                 continue
-        smallest[module] = min(smallest.get(module, (size, name)), (size, name))
-    found: dict[str, Callable[[], nn.Module]] = {
-        f"timm:{name}": partial(builder, f"timm:{name}") for _, name in sorted(smallest.values())
-    }
-    for name in torchvision.models.list_models(module=torchvision.models):
-        found[f"torchvision:{name}"] = partial(builder, f"torchvision:{name}")
-    return found
+        found[family] = min(found.get(family, (size, name)), (size, name))
+    return [(family, name) for family, (_, name) in sorted(found.items())]
 
 
-def builder(name: str) -> nn.Module:
-    """The network called timm:NAME or torchvision:NAME, with random weights."""
+def all_networks() -> list[str]:
+    """timm:NAME and torchvision:NAME of every network of the sweep."""
+    chosen = [row["network"] for row in csv.DictReader(CHOSEN.open())]
+    return [*(f"timm:{name}" for name in chosen), *(f"torchvision:{name}" for name in TORCHVISION)]
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The network of this name, with random weights, and two inputs of the least size that it is seen to run on."""
     kind, _, name = name.partition(":")
-    if kind == "timm":
-        return timm.create_model(name)  # type: ignore[no-any-return]
-    return torchvision.models.get_model(name, weights=None)  # type: ignore[no-any-return]
+    generator = torch.Generator().manual_seed(0)
+    if kind == "torchvision":
+        kwargs = {"weights_backbone": None} if "resnet50" in name or "_v3_large" in name else {}
+        model = torchvision.models.get_model(name, weights=None, **kwargs).eval()
+        size = (3, 16, 64, 64) if name in VIDEO else (3, 224, 224)
+        return model, torch.randn(2, *size, generator=generator)
+    own = timm.get_pretrained_cfg(name)
+    channels, *default = own.input_size if own is not None else (3, 224, 224)
+    for size in ((128, 128), default):
+        try:
+            model = _sized(name, size)
+            images = torch.randn(2, channels, *size, generator=generator)
+            with torch.no_grad():
+                model(images.clone())
+            return model, images
+        except Exception:  # of any type: the size is not one of its own
+            if size == default:
+                raise
+    raise AssertionError
 
 
-def images_for(model: nn.Module) -> torch.Tensor:
-    """Two images of the network's own size."""
-    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-
-
-def look(build: Callable[[], nn.Module], stages: list[str]) -> dict[str, Any]:
-    """One line of the table."""
+def _sized(name: str, size: Iterable[int]) -> nn.Module:
     torch.manual_seed(0)
-    model = build().eval()
-    images = images_for(model)
+    try:
+        return timm.create_model(name, img_size=tuple(size)).eval()  # type: ignore[no-any-return]
+    except TypeError:
+        return timm.create_model(name).eval()  # type: ignore[no-any-return]
+
+
+def look(name: str, stages: list[str]) -> dict[str, Any]:
+    """One line of the table."""
+    model, images = build(name)
     line: dict[str, Any] = {}
     network: nn.Module | None = None
 
     def attempt(stage: str, function: Callable[[], Any]) -> None:
         if stage in stages:
+            signal.alarm(SECONDS)
             try:
                 line[stage] = function()
             except Exception as error:  # the error is the result
                 line[stage] = f"{type(error).__name__}: {one_line(error):.150}"
+            finally:
+                signal.alarm(0)
 
     def nearest() -> float:
         nonlocal network
@@ -92,42 +126,61 @@ def look(build: Callable[[], nn.Module], stages: list[str]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             save_packed(network, Path(folder) / "net.safetensors")
             again = load_packed(Path(folder) / "net.safetensors", model)
-            return "ok" if torch.equal(again(images), network(images)) else "other logits"
+            return "ok" if _same(again(images.clone()), network(images.clone())) else "other logits"
 
     attempt("share", nearest)
     attempt("compensated", lambda: quantize_model(model, COMPENSATED, images) and "ok")
     attempt("learned", lambda: quantize_model(model, LEARNED, images) and "ok")
     if network is not None:
         attempt("packed", packed)
-        attempt("trace", lambda: torch.jit.trace(network, images, check_trace=False) and "ok")
+        attempt("trace", lambda: torch.jit.trace(network, images, check_trace=False, strict=False) and "ok")
         attempt("export", lambda: torch.export.export(network, (images,)) and "ok")
     return line
 
 
-def main() -> None:
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def _late(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"not through after {SECONDS} s")
+
+
+def sweep(out: Path, networks: Iterable[str], stages: list[str]) -> None:
     """Write the lines that are not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(os.devnull))
-    parser.add_argument("--only", nargs="+", help="timm:NAME or torchvision:NAME, in place of all families")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    done = {row["network"] for row in csv.DictReader(args.out.open())} if args.out.is_file() else set()
-    networks = {name: partial(builder, name) for name in args.only} if args.only else families()
-    with args.out.open("a", newline="") as file:
+    done = {row["network"] for row in csv.DictReader(out.open())} if out.is_file() else set()
+    with out.open("a", newline="") as file:
         writer = csv.DictWriter(file, ["network", *STAGES, "float"], restval="")
         if not done:
             writer.writeheader()
-        for name, build in networks.items():
+        for name in networks:
             if name in done:
                 continue
             try:
-                line = look(build, args.stages)
+                line = look(name, stages)
             except Exception as error:  # it cannot even be built or run
                 line = {"share": f"{type(error).__name__}: {one_line(error):.150}"}
             writer.writerow({"network": name, **line})
             file.flush()
             print(name, line, flush=True)
+
+
+def main() -> None:
+    """One of the three ways of calling it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(os.devnull))
+    parser.add_argument("--only", nargs="+", help="timm:NAME or torchvision:NAME, in place of all families")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--choose", action="store_true", help=f"write {CHOSEN.name} anew and end; takes minutes")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.choose:
+        with CHOSEN.open("w", newline="") as file:
+            csv.writer(file).writerows([("family", "network"), *smallest()])
+        return
+    signal.signal(signal.SIGALRM, _late)
+    sweep(args.out, args.only or all_networks(), args.stages)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def cell(track: str, bits: int, flags: list[str]) -> str:
         reset_peak()
         before, start = resident_mib(), time.perf_counter()
         quantized, _report = quantize_model(
-            network.model, config, images, block_types=network.block_types, row_groups=network.row_groups,
+            network.model, config, images, row_groups=network.row_groups,
             device=options.device,
         )  # fmt: skip
         seconds, memory = time.perf_counter() - start, peak_mib() - before

@@ -31,7 +31,7 @@ from logart_cnn.models import build_network, load_network
 DEPTHS = (4, 8, 16)
 
 
-def cpu_seconds(model: nn.Module, config: QuantConfig, images: Tensor, types: Any = ()) -> float:
+def cpu_seconds(model: nn.Module, config: QuantConfig, images: Tensor, types: Any = None) -> float:
     start = time.perf_counter()
     quantize_model(model, config, images, block_types=types)
     return time.perf_counter() - start
@@ -43,7 +43,7 @@ def network(args: argparse.Namespace) -> None:
         images = torch.randn(args.images, 3, args.size, args.size)
     else:
         loaded = load_network(args.arch, args.checkpoint)
-        model, types = loaded.model, loaded.block_types
+        model, types = loaded.model, None
         source = open_images(args.images_from, loaded.preprocessing, loaded.num_classes)
         images, _ = calibration_images(source, args.images, 0, quiet=True)
     config = QuantConfig(rounding=args.rounding, calib_samples=args.images)

@@ -32,53 +32,6 @@ CIFAR = Preprocessing((3, 32, 32), 1.0, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
 BRECQ_URL = "https://github.com/yhhhli/BRECQ/releases/download/v1.0/"
 PACKAGED = "weights/"  # how the path of weights that come with this package begins
 
-# timm's residual and inception units that take one tensor and give one; other networks go layer by layer.
-TIMM_BLOCKS = (
-    "BasicBlock",
-    "Bottleneck",
-    "Bottle2neck",
-    "BottleneckBlock",
-    "PreBottleneck",
-    "PreActBasic",
-    "PreActBottleneck",
-    "ResBottleneckBlock",
-    "ResNestBottleneck",
-    "SelectiveKernelBasic",
-    "SelectiveKernelBottleneck",
-    "SEBottleneck",
-    "SEResNetBlock",
-    "SEResNetBottleneck",
-    "SEResNeXtBottleneck",
-    "InvertedResidual",
-    "UniversalInvertedResidual",
-    "DepthwiseSeparableConv",
-    "EdgeResidual",
-    "CondConvResidual",
-    "ConvBnAct",
-    "LinearBottleneck",
-    "GhostBottleneck",
-    "RepGhostBottleneck",
-    "DarkBlock",
-    "EdgeBlock",
-    "RepVggBlock",
-    "MobileOneBlock",
-    "XceptionModule",
-    "PreXceptionModule",
-    "HighPerfGpuBlock",
-    "OsaBlock",
-    "NormFreeBlock",
-    "ConvNeXtBlock",
-    "InceptionA",
-    "InceptionB",
-    "InceptionC",
-    "InceptionD",
-    "InceptionE",
-    "Block35",
-    "Block17",
-    "Block8",
-    "Fire",
-)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,7 +40,6 @@ class Entry:
     Attributes:
         about: What it is.
         build: From a state dict and the number of classes.
-        block_types: Class names of the blocks to reconstruct.
         weights: A URL, a path in this package, or "" where it has none of its own.
         rename: The keys of published state dicts, as the network has them.
         preprocessing: The images it expects.
@@ -96,7 +48,6 @@ class Entry:
 
     about: str
     build: Callable[[State, int], nn.Module]
-    block_types: tuple[str, ...]
     weights: str = ""
     rename: Callable[[State], State] = dict
     preprocessing: Preprocessing = IMAGENET
@@ -128,7 +79,6 @@ def _plan(
             None if checkpoint is None else nullcontext(Path(checkpoint)),
             checkpoint_key,
             flag="--arch",
-            find_blocks=_find_blocks,
             model_kwargs=model_kwargs,
             num_classes=num_classes,
             input_size=input_size,
@@ -171,7 +121,7 @@ def _load(arch: str, checkpoint: str | Path | None, checkpoint_key: str | None, 
     state = entry.rename(file.state)
     model = entry.build(state, classes)
     load_state_dict(model, state, flag="--checkpoint", source=file.source)
-    return Network(arch, model, entry.preprocessing, entry.block_types, classes, file.source, file.sha256)
+    return Network(arch, model, entry.preprocessing, classes, file.source, file.sha256)
 
 
 def _weights(entry: Entry, checkpoint: str | Path | None, checkpoint_key: str | None) -> Checkpoint:
@@ -182,11 +132,6 @@ def _weights(entry: Entry, checkpoint: str | Path | None, checkpoint_key: str | 
         return Checkpoint(entry.weights, state, sha256)
     with resources.as_file(resources.files("logart_cnn").joinpath(entry.weights)) as path:
         return read_checkpoint(path)
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, ...]:
-    present = {type(module).__name__ for module in model.modules()}
-    return tuple(block for block in TIMM_BLOCKS if block in present)
 
 
 def _timm_builder(name: str) -> Callable[[State, int], nn.Module]:
@@ -201,30 +146,29 @@ def _cifar(depth: int) -> Entry:
     return Entry(
         f"ResNet-{depth} for CIFAR-10 (He et al., 2016)",
         lambda _, classes: CifarResNet(depth, classes),
-        ("CifarBlock",),
         preprocessing=CIFAR,
         num_classes=10,
     )
 
 
 ENTRIES = {
-    "resnet18": Entry("torchvision's ResNet-18", _torchvision_builder("resnet18"), ("BasicBlock",),
+    "resnet18": Entry("torchvision's ResNet-18", _torchvision_builder("resnet18"),
                       BRECQ_URL + "resnet18_imagenet.pth.tar"),
-    "resnet50": Entry("torchvision's ResNet-50", _torchvision_builder("resnet50"), ("Bottleneck",),
+    "resnet50": Entry("torchvision's ResNet-50", _torchvision_builder("resnet50"),
                       BRECQ_URL + "resnet50_imagenet.pth.tar"),
-    "mobilenetv2": Entry("torchvision's MobileNetV2", _torchvision_builder("mobilenet_v2"), ("InvertedResidual",),
+    "mobilenetv2": Entry("torchvision's MobileNetV2", _torchvision_builder("mobilenet_v2"),
                          BRECQ_URL + "mobilenetv2.pth.tar", rename_mobilenetv2),
-    "regnetx_600m": Entry("RegNetX-600MF (timm's regnetx_006)", _timm_builder("regnetx_006"), ("Bottleneck",),
+    "regnetx_600m": Entry("RegNetX-600MF (timm's regnetx_006)", _timm_builder("regnetx_006"),
                           BRECQ_URL + "regnet_600m.pth.tar", rename_regnet),
-    "regnetx_3200m": Entry("RegNetX-3.2GF (timm's regnetx_032)", _timm_builder("regnetx_032"), ("Bottleneck",),
+    "regnetx_3200m": Entry("RegNetX-3.2GF (timm's regnetx_032)", _timm_builder("regnetx_032"),
                            BRECQ_URL + "regnet_3200m.pth.tar", rename_regnet),
     "mnasnet": Entry("torchvision's MNASNet, of the width that the weights have", build_mnasnet,
-                     ("_InvertedResidual",), BRECQ_URL + "mnasnet.pth.tar", rename_mnasnet),
-    "squeezenet1_1": Entry("torchvision's SqueezeNet 1.1", _torchvision_builder("squeezenet1_1"), ("Fire",),
+                     BRECQ_URL + "mnasnet.pth.tar", rename_mnasnet),
+    "squeezenet1_1": Entry("torchvision's SqueezeNet 1.1", _torchvision_builder("squeezenet1_1"),
                            torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url),
     **{f"cifar_resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56)},
     "digits_resnet": Entry("a small ResNet for the built-in digits", lambda _, n: DigitsResNet(num_classes=n),
-                           ("DigitsBlock",), PACKAGED + "digits_resnet.safetensors", dict, DIGITS, 10),
+                           PACKAGED + "digits_resnet.safetensors", dict, DIGITS, 10),
 }  # fmt: skip
 ARCHS: tuple[str, ...] = tuple(ENTRIES)
 

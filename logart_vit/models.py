@@ -1,11 +1,10 @@
-"""From a name to a trained vision transformer of timm's: its weights, the images it expects, its blocks."""
+"""From a name to a trained vision transformer of timm's: its weights, the images it expects."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from logart.errors import UserError
 from logart.networks.builders import register_builder
 from logart.networks.network import DIGITS_PREPROCESSING, TIMM, Network, Plan, names_table, plan_by, unknown_network
 from logart.networks.timm_network import build_timm, plan_timm
@@ -65,77 +63,6 @@ MODELS: tuple[str, ...] = tuple(ENTRIES)
 RAW_WEIGHTS = Path("checkpoint/vit_raw")  # under the working directory; the layout of AdaLog's repository
 ROW_GROUPS = {"qkv": 3}  # one fused layer for queries, keys and values
 
-# What timm feeds one tensor of the whole batch and takes one tensor from, as "module.class"; several families have a
-# class Block, some of which take more. Embeddings and convolutional stages are blocks where transformer blocks are.
-TRANSFORMER_BLOCKS = (
-    "vision_transformer.Block",
-    "vision_transformer.ResPostBlock",
-    "vision_transformer.ParallelScalingBlock",
-    "vision_transformer.DiffParallelScalingBlock",
-    "vision_transformer.ParallelThingsBlock",
-    "vision_transformer_sam.Block",
-    "swin_transformer.SwinTransformerBlock",
-    "swin_transformer_v2.SwinTransformerV2Block",
-    "swin_transformer_v2_cr.SwinTransformerV2CrBlock",
-    "cait.LayerScaleBlock",
-    "convit.Block",
-    "davit.SpatialBlock",
-    "davit.ChannelBlock",
-    "efficientformer.MetaBlock1d",
-    "efficientformer_v2.EfficientFormerV2Block",
-    "efficientvit_mit.EfficientVitBlock",
-    "efficientvit_msra.EfficientVitBlock",
-    "hiera.HieraBlock",
-    "levit.LevitBlock",
-    "maxxvit.MaxxVitBlock",
-    "maxxvit.ParallelMaxxVitBlock",
-    "maxxvit.TransformerBlock2d",
-    "metaformer.MetaFormerBlock",
-    "mobilevit.MobileVitBlock",
-    "mobilevit.MobileVitV2Block",
-    "nest.TransformerLayer",
-    "nextvit.NextTransformerBlock",
-    "tiny_vit.TinyVitBlock",
-    "visformer.Block",
-    "volo.Outlooker",
-    "volo.Transformer",
-)
-EMBEDDINGS = (
-    "patch_embed.PatchEmbed",
-    "hybrid_embed.HybridEmbed",
-    "vision_transformer_hybrid.HybridEmbed",
-    "swin_transformer_v2_cr.PatchEmbed",
-    "crossvit.PatchEmbed",
-    "davit.Stem",
-    "efficientformer.Stem4",
-    "efficientformer_v2.Stem4",
-    "efficientvit_mit.Stem",
-    "efficientvit_msra.PatchEmbedding",
-    "levit.Stem8",
-    "levit.Stem16",
-    "maxxvit.Stem",
-    "metaformer.Stem",
-    "pit.ConvEmbedding",
-    "tiny_vit.PatchEmbed",
-    "volo.PatchEmbed",
-)
-BETWEEN_BLOCKS = (
-    "swin_transformer.PatchMerging",
-    "swin_transformer_v2.PatchMerging",
-    "swin_transformer_v2_cr.PatchMerging",
-    "byobnet.BottleneckBlock",
-    "davit.Downsample",
-    "efficientformer.MetaBlock2d",
-    "efficientvit_msra.PatchMerging",
-    "levit.LevitDownsample",
-    "maxxvit.MbConvBlock",
-    "maxxvit.ConvNeXtBlock",
-    "nest.ConvPool",
-    "nextvit.NextConvBlock",
-    "tiny_vit.MBConv",
-    "tiny_vit.PatchMerging",
-)
-
 
 def load_network(model: str, checkpoint: str | Path | None = None, **settings: Any) -> Network:
     """A vision transformer: one of `MODELS`, or 'timm:' and a name that timm knows.
@@ -147,7 +74,7 @@ def load_network(model: str, checkpoint: str | Path | None = None, **settings: A
         settings: As for `network.plan_by`.
 
     Raises:
-        UserError: As there; or a network without transformer blocks.
+        UserError: As there.
     """
     return plan_network(model, checkpoint, **settings).load()
 
@@ -174,7 +101,6 @@ def _plan(
         _weights_file(model, entry, checkpoint),
         checkpoint_key,
         flag="--model",
-        find_blocks=partial(_find_blocks, model),
         model_kwargs=model_kwargs,
         defaults=entry.kwargs,
         num_classes=num_classes,
@@ -230,18 +156,6 @@ def names_documentation() -> str:
         classes = entry.kwargs.get("num_classes", config.num_classes)
         rows.append((name, entry.about, size, classes, entry.weights or f"timm's {entry.timm}"))
     return names_table(rows)
-
-
-def _find_blocks(model: str, network: nn.Module) -> tuple[str, ...]:
-    """The class names of the network's blocks; a network without transformer blocks is refused."""
-    present = {f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}" for module in network.modules()}
-    if present.isdisjoint(TRANSFORMER_BLOCKS):
-        raise UserError(
-            f"--model: {model}: no transformer blocks found; expected a vision transformer of timm's whose blocks "
-            "take one tensor (CNNs: python -m logart_cnn.main)"
-        )
-    found = [block for block in EMBEDDINGS + TRANSFORMER_BLOCKS + BETWEEN_BLOCKS if block in present]
-    return tuple(dict.fromkeys(block.partition(".")[2] for block in found))
 
 
 register_builder("vit", build_network)

@@ -114,7 +114,6 @@ def digests(network_name: str) -> dict[str, str]:
                 network.model,
                 QuantConfig(**CALIBRATION | values),
                 images,
-                block_types=network.block_types,
                 row_groups=network.row_groups,
             )
             result[label] = digest(quantized)

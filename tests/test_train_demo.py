@@ -86,7 +86,7 @@ def test_the_shipped_network_tells_the_grids_apart(built_in: BuiltIn, digits: tu
 
     def rounded(method: str) -> float:
         config = QuantConfig(scale_method=method, iters=0)
-        return top1(quantize_model(network.model, config, digits[0], block_types=network.block_types)[0])
+        return top1(quantize_model(network.model, config, digits[0])[0])
 
     dynamic, border = rounded("dynamic"), built_in.float_accuracy - built_in.loss
     assert rounded("log_2") < border

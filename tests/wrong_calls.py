@@ -254,8 +254,6 @@ NETWORKS = [
     cnn("--arch timm:resnt50", "--arch: timm has no model 'resnt50'; did you mean timm:resnet50"),
     vit("--model timm:vit_tiny_patch16_244",
         "--model: timm has no model 'vit_tiny_patch16_244'; did you mean timm:vit_"),
-    vit("--model timm:resnet10t",
-        "--model: timm:resnet10t: no transformer blocks found; expected a vision transformer"),
     cnn("--data_path {images} --arch resnet18 --num_classes 4 --iters_w 0",
         "--checkpoint: could not download http://127.0.0.1:9/resnet18_imagenet.pth.tar"),
     cnn("--arch cifar_resnet20", "--checkpoint: cifar_resnet20 comes without weights; expected a file of them"),

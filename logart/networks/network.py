@@ -27,7 +27,6 @@ class Network:
         arch: The name it was asked for by.
         model: float32, in eval mode.
         preprocessing: The images it expects.
-        block_types: Class names of the blocks to reconstruct; empty means layer by layer.
         num_classes: Its outputs.
         source: Where the weights came from: a file's name, a URL, or timm's name of them.
         sha256: Of the weights' file; for timm's pretrained weights, of the state dict (`state_sha256`).
@@ -39,7 +38,6 @@ class Network:
     arch: str
     model: nn.Module
     preprocessing: Preprocessing
-    block_types: tuple[str, ...]
     num_classes: int
     source: str
     sha256: str

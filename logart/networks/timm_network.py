@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ def plan_timm(
     checkpoint_key: str | None = None,
     *,
     flag: str,
-    find_blocks: Callable[[nn.Module], tuple[str, ...]],
     model_kwargs: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
@@ -47,7 +46,6 @@ def plan_timm(
             timm's pretrained weights.
         checkpoint_key: The entry of the file, as for `weights.read_state_dict`.
         flag: The flag that errors about the name name.
-        find_blocks: From the network, still untrained, to `block_types`; may refuse it.
         model_kwargs: Passed to `timm.create_model`.
         defaults: Likewise, where neither `model_kwargs` nor one of the following says otherwise.
         num_classes: The network's outputs.
@@ -69,7 +67,6 @@ def plan_timm(
         num_classes=num_classes,
         input_size=input_size,
     )
-    blocks = find_blocks(model)
     preprocessing, classes = _timm_preprocessing(model, kwargs), model.num_classes
     if weights is None:
         _check_classes(name, model)
@@ -77,11 +74,11 @@ def plan_timm(
     def load() -> Network:
         if weights is None:
             trained, source = _pretrained(arch, name, kwargs, flag)
-            return Network(arch, trained, preprocessing, blocks, classes, source, state_sha256(trained.state_dict()))
+            return Network(arch, trained, preprocessing, classes, source, state_sha256(trained.state_dict()))
         with weights as path:
             file = read_checkpoint(path, checkpoint_key)
         _load_file(model, file.state, file.source, resize=input_size is not None or "img_size" in asked)
-        return Network(arch, model, preprocessing, blocks, classes, file.source, file.sha256)
+        return Network(arch, model, preprocessing, classes, file.source, file.sha256)
 
     return Plan(preprocessing, classes, load)
 

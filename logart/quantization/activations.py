@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from logart.errors import NetworkError, NonFiniteError
-from logart.quantization.cache import Cache, Captured, OffloadedTensor
-from logart.quantization.capture import Call, replay_to_last
+from logart.quantization.blocks import Block
+from logart.quantization.cache import Cache, Captured, OffloadedTensor, is_stored
+from logart.quantization.capture import Call, only_tensor, replay_to_last
 from logart.quantization.dataflow import Sources
-from logart.quantization.surgery import Block
+from logart.quantization.rows import BlockRows, Rows
 
 
 class Activations:
@@ -30,9 +32,10 @@ class Activations:
         network: the float network, or the one being quantized: a block is passed as it is then.
         blocks: in the order they run.
         sources: of the float network, by `trace_sources`.
-        images: [n, C, H, W].
+        images: [n, C, H, W], or the calls of the network with n images.
         batch_size: how many at a time.
         cache: where activations are held.
+        rows: of the blocks' tensors, by `trace_rows`; without it, one for each image everywhere.
     """
 
     def __init__(
@@ -40,14 +43,18 @@ class Activations:
         network: nn.Module,
         blocks: Sequence[Block],
         sources: Sequence[Sources | None],
-        images: Tensor,
+        images: Tensor | Captured,
         batch_size: int,
         cache: Cache,
+        rows: Sequence[BlockRows] | None = None,
     ) -> None:
         self._network, self._sources, self._cache = network, sources, cache
         self._names = [block.name for block in blocks]
         self._modules = [network.get_submodule(name) for name in self._names]
-        self._images, self._batch_size = images.split(batch_size), batch_size
+        self._rows, self._batch_size = rows, batch_size
+        starts = range(0, len(images), batch_size)
+        self._images = [Call.of(images[start : start + batch_size]) for start in starts]
+        self._sizes = [min(batch_size, len(images) - start) for start in starts]
         self._last_reader = last_readers(sources)
         self._at = 0
         self._inputs: list[Call | None] = [None] * len(self._images)
@@ -59,24 +66,27 @@ class Activations:
         """What a block is called with, of all images: the block that was last asked for, or one further on.
 
         Raises:
-            NetworkError: a block on the way takes anything but one tensor with a row for each image.
+            NetworkError: a block on the way takes no tensor, or one of other rows than `rows` says.
             NonFiniteError: some of it is not finite.
         """
         self._go_to(index)
-        return Captured(self._inputs)
+        return Captured(self._inputs, self._rows_of(index).inputs, self._sizes)
 
     @torch.no_grad()
     def outputs(self, index: int, *, keep_inputs: bool) -> Captured:
         """What it gives, in the place of its inputs or beside them; as `inputs`, of a block that gives one tensor."""
         self._go_to(index)
         self._leave(index, keep_inputs=keep_inputs)
-        outputs = [held[index] for held in self._outputs]
+        outputs = [only_tensor(held[index], self._modules[index]) for held in self._outputs]
+        rows = self._rows_of(index).outputs
         for b, output in enumerate(outputs):
-            if not isinstance(output, Tensor | OffloadedTensor):
-                message = f"{type(self._modules[index]).__name__} gave a {type(output).__name__}"
-                raise NetworkError(f"{message}; what is reconstructed must give one tensor")
-            self._check(output, b)
-        return Captured(outputs)
+            self._check(output, b, rows)
+        return Captured(outputs, rows, self._sizes)
+
+    def _rows_of(self, index: int) -> BlockRows:
+        if self._rows is not None:
+            return self._rows[index]
+        return BlockRows((1,), (1,))
 
     def move(self) -> None:
         """Hold everything where the cache says now."""
@@ -99,14 +109,15 @@ class Activations:
 
         def take(place: int, call: Call) -> None:
             b = batches[place]
-            self._check(call.tensor(self._modules[index]), b)
+            self._check(call, b, self._rows_of(index).inputs)
             self._inputs[b] = self._stored(call, b)
             for passed, output in self._outputs[b].items():
                 if self._last_reader[passed] <= index:
                     self._outputs[b][passed] = tree_map_only((Tensor, OffloadedTensor), _Released, output)
 
         modules = self._modules[: index + 1] if self._sources[index] is not None else [self._modules[index]]
-        images = (self._images[b].to(self._cache.device) for b in batches)
+        to_device = partial(tree_map_only, Tensor, lambda t: t.to(self._cache.device))
+        images = (Call(*to_device(tuple(self._images[b]))) for b in batches)
         replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
         self._blanks = torch.empty(0)
 
@@ -146,19 +157,25 @@ class Activations:
                 self._check_finite(leaf.held, b, "are too large for half precision; expected another cache")
         return stored
 
-    def _check(self, tensor: Tensor | OffloadedTensor, b: int) -> None:
-        """Raise unless a batch's tensor has a row for each image and is finite."""
-        images = len(self._images[b])
-        rows = tensor.shape[0] if tensor.shape else 0
-        if rows != images:
-            message = f"block {self._names[self._at]} has {rows} rows for {images} images"
-            raise NetworkError(f"{message}; expected a row for each")
-        self._check_finite(self._cache.load(tensor), b, "are not finite")
+    def _check(self, tree: Any, b: int, rows: Rows) -> None:
+        """Raise unless each tensor of a batch has its rows for each image and is finite."""
+        tensors, images = [leaf for leaf in tree_leaves(tree) if is_stored(leaf)], self._sizes[b]
+        name = self._names[self._at]
+        if not tensors or len(tensors) != len(rows):
+            raise NetworkError(f"block {name} takes {len(tensors)} tensors; expected {len(rows) or 'one'}")
+        for tensor, each in zip(tensors, rows, strict=True):
+            seen = tensor.shape[0] if tensor.shape else 0
+            if each and seen != each * images:
+                message = f"block {name} has {seen} rows for {images} images"
+                raise NetworkError(f"{message}; expected {'a row' if each == 1 else each} for each")
+            self._check_finite(self._cache.load(tensor), b, "are not finite")
 
     def _check_finite(self, tensor: Tensor, b: int, reason: str) -> None:
         finite = tensor.isfinite()
         if not finite.all():
-            image = b * self._batch_size + int(finite.flatten(1).all(1).logical_not().nonzero()[0])
+            of_rows = finite.flatten(1).all(1) if finite.ndim > 1 else finite.reshape(-1)
+            row = int(of_rows.logical_not().nonzero()[0])
+            image = b * self._batch_size + row * self._sizes[b] // len(of_rows)
             message = f"block {self._names[self._at]}: the activations of calibration image {image} {reason}"
             raise NonFiniteError(message, image)
 
@@ -192,11 +209,12 @@ class BothActivations:
         quantized: nn.Module,
         blocks: Sequence[Block],
         sources: Sequence[Sources | None],
-        images: Tensor,
+        images: Tensor | Captured,
         batch_size: int,
         cache: Cache,
+        rows: Sequence[BlockRows] | None = None,
     ) -> None:
-        how = (blocks, sources, images, batch_size, cache)
+        how = (blocks, sources, images, batch_size, cache, rows)
         self._float, self._quantized = Activations(reference, *how), Activations(quantized, *how)
 
     def capture(self, index: int, needs: Set[Capture]) -> dict[Capture, Captured]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
+from logart.quantization.blocks import Block
 from logart.quantization.importance import IMPORTANCE_IMAGES, PerturbationImportance
 from logart.quantization.settings import ReconMetric, Settings
-from logart.quantization.surgery import Block
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of (output, target), a scalar
 

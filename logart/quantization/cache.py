@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,15 +66,20 @@ class Captured:
     Indexing by a slice or by indices [B] gives such a tree of contiguous tensors, for these images.
 
     Args:
-        batches: equal trees, each tensor with a row for every image of the batch.
+        batches: equal trees.
+        rows: of each tensor, how many rows it has for each image, as `rows.Rows`; without it, one.
+        sizes: how many images are in each batch; without it, as many as rows of the first tensor.
     """
 
-    def __init__(self, batches: Sequence[Any]) -> None:
+    def __init__(
+        self, batches: Sequence[Any], rows: Sequence[int] | None = None, sizes: Sequence[int] | None = None
+    ) -> None:
         self._batches = list(batches)
-        leaves = [[leaf for leaf in tree_leaves(batch) if _is_stored(leaf)] for batch in batches]
+        leaves = [[leaf for leaf in tree_leaves(batch) if is_stored(leaf)] for batch in batches]
         self._columns = list(zip(*leaves, strict=True))  # of each tensor the batches
-        self._sizes = [batch[0].shape[0] for batch in leaves]
-        self._rows: list[list[Tensor]] = []
+        self._rows = [1] * len(self._columns) if rows is None else list(rows)
+        self._sizes = [batch[0].shape[0] for batch in leaves] if sizes is None else list(sizes)
+        self._images: list[list[Tensor]] = []
 
     def __len__(self) -> int:
         return sum(self._sizes)
@@ -81,7 +87,8 @@ class Captured:
     @property
     def shape(self) -> torch.Size:
         """Of the first tensor, of all images."""
-        return torch.Size((len(self), *self._columns[0][0].shape[1:]))
+        first = self._columns[0][0].shape
+        return torch.Size((len(self) * self._rows[0], *first[1:])) if self._rows[0] else first
 
     @property
     def device(self) -> torch.device:
@@ -90,42 +97,66 @@ class Captured:
 
     def __getitem__(self, index: slice | Tensor) -> Any:
         if isinstance(index, slice):
-            return self._tree([self._slice(column, index) for column in self._columns])
-        if not self._rows:  # views
-            self._rows = [[row for held in column for row in _held(held).unbind()] for column in self._columns]
-        chosen = index.tolist()
-        stacked = (torch.stack([rows[i] for i in chosen]) for rows in self._rows)
-        like = (column[0] for column in self._columns)
-        return self._tree(tensor.to(to.device, to.dtype) for tensor, to in zip(stacked, like, strict=True))
+            return self._tree(map(partial(self._slice, index), self._columns, self._rows))
+        if not self._images:  # views
+            self._images = [
+                [image for held in column for image in _held(held).split(rows)] if rows else []
+                for column, rows in zip(self._columns, self._rows, strict=True)
+            ]
+        return self._tree(map(partial(self._gather, index.tolist()), self._columns, self._rows, self._images))
 
     def part(self, images: slice) -> Captured:
         """The same of consecutive images, no copy."""
         start, stop, _ = images.indices(len(self))
-        first, parts = 0, []
+        first, parts, sizes = 0, [], []
         for batch, size in zip(self._batches, self._sizes, strict=True):
-            rows = slice(max(start - first, 0), min(stop - first, size))
-            if rows.start < rows.stop:
-                parts.append(tree_map(lambda leaf, rows=rows: leaf[rows] if _is_stored(leaf) else leaf, batch))
+            some = slice(max(start - first, 0), min(stop - first, size))
+            if some.start < some.stop:
+                parts.append(self.of_images(batch, some))
+                sizes.append(some.stop - some.start)
             first += size
-        return Captured(parts)
+        return Captured(parts, self._rows, sizes)
 
-    def _slice(self, column: Sequence[Tensor | OffloadedTensor], index: slice) -> Tensor:
+    def of_images(self, tree: Any, images: slice) -> Any:
+        """What a tree like those given here, of several images, is for some of them."""
+        rows = iter(self._rows)
+        return tree_map(lambda leaf: _of_images(leaf, next(rows), images) if is_stored(leaf) else leaf, tree)
+
+    def _slice(self, index: slice, column: Sequence[Tensor | OffloadedTensor], rows: int) -> Tensor:
+        if not rows:
+            return _loaded(column[0])
         start, stop, _ = index.indices(len(self))
         parts, first = [], 0
         for held, size in zip(column, self._sizes, strict=True):
-            rows = slice(max(start - first, 0), min(stop - first, size))
-            if rows.start < rows.stop:
-                parts.append(held[rows] if isinstance(held, Tensor) else held.load(rows))
+            some = slice(max(start - first, 0), min(stop - first, size))
+            if some.start < some.stop:
+                parts.append(_loaded(_of_images(held, rows, some)))
             first += size
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
+    def _gather(
+        self, chosen: Sequence[int], column: Sequence[Tensor | OffloadedTensor], rows: int, images: Sequence[Tensor]
+    ) -> Tensor:
+        if not rows:
+            return _loaded(column[0])
+        return torch.cat([images[i] for i in chosen]).to(column[0].device, column[0].dtype)
+
     def _tree(self, tensors: Iterable[Tensor]) -> Any:
         each = iter(tensors)
-        return tree_map(lambda leaf: next(each) if _is_stored(leaf) else leaf, self._batches[0])
+        return tree_map(lambda leaf: next(each) if is_stored(leaf) else leaf, self._batches[0])
 
 
-def _is_stored(leaf: Any) -> bool:
+def is_stored(leaf: Any) -> bool:
+    """Whether it is a tensor, wherever it lives."""
     return isinstance(leaf, Tensor | OffloadedTensor)
+
+
+def _of_images(stored: Tensor | OffloadedTensor, rows: int, images: slice) -> Tensor | OffloadedTensor:
+    return stored[images.start * rows : images.stop * rows] if rows else stored
+
+
+def _loaded(stored: Tensor | OffloadedTensor) -> Tensor:
+    return stored if isinstance(stored, Tensor) else stored.load()
 
 
 def _held(stored: Tensor | OffloadedTensor) -> Tensor:

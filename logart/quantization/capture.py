@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from logart.errors import NetworkError
+from logart.quantization.cache import is_stored
 
 
 class Call(NamedTuple):
@@ -23,6 +24,11 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(inputs: Tensor | Call) -> Call:
+        """A network's inputs: one tensor, or several already."""
+        return inputs if isinstance(inputs, Call) else Call((inputs,), {})
 
     def on(self, module: nn.Module) -> Any:
         """What the module gives; it may begin with an operation in place."""
@@ -32,10 +38,6 @@ class Call(NamedTuple):
         """The same of tensors of its own."""
         return Call(*tree_map_only(Tensor, torch.clone, (self.args, self.kwargs)))
 
-    def rows(self, index: slice) -> Call:
-        """The same for some of the images."""
-        return Call(*tree_map_only(Tensor, lambda t: t[index], (self.args, self.kwargs)))
-
     def tensor(self, module: nn.Module) -> Tensor:
         """The one tensor that `module` is called with; NetworkError for any other call."""
         if len(self.args) != 1 or self.kwargs or not isinstance(self.args[0], Tensor):
@@ -44,6 +46,15 @@ class Call(NamedTuple):
                 f"{sorted(self.kwargs)}; what is reconstructed must take one tensor"
             )
         return self.args[0]
+
+
+def only_tensor(output: Any, module: nn.Module) -> Any:
+    """The one tensor, wherever it lives, in what a module gives; NetworkError where there are none or several."""
+    tensors = [leaf for leaf in tree_leaves(output) if is_stored(leaf)]
+    if len(tensors) != 1:
+        message = f"{type(module).__name__} gave a {type(output).__name__}"
+        raise NetworkError(f"{message}; what is reconstructed must give one tensor")
+    return tensors[0]
 
 
 class _Reached(Exception):
@@ -78,7 +89,7 @@ def intercepted(modules: Sequence[nn.Module], answer: Callable[[int, Call], Any]
 def replay_to_last(
     model: nn.Module,
     modules: Sequence[nn.Module],
-    inputs: Iterable[Tensor],
+    inputs: Iterable[Tensor | Call],
     replay: Callable[[int, int], Any],
     take: Callable[[int, Call], None],
 ) -> None:
@@ -105,7 +116,7 @@ def replay_to_last(
     with intercepted(modules, answer):
         for batch, x in enumerate(inputs):  # noqa: B007
             try:
-                model(x.clone())  # an in-place operation at the start must not reach the caller's images
+                Call.of(x).copy().on(model)  # an in-place operation at the start must not reach the caller's images
             except _Reached:
                 pass
             if not calls:

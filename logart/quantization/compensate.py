@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from logart.errors import NetworkError, NoRoomError
 from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
+from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured, free_bytes
 from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
 from logart.quantization.damping import choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, per_codebook
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.settings import Settings
-from logart.quantization.surgery import Block
 
 # Matrices [G, K, K] of float64 held at once: moments, centred moments, A, its factor and what reordering and factoring
 # hold beside them; where damping is chosen, the moments of each half and centred ones more.

@@ -13,11 +13,11 @@ from logart.errors import NetworkError
 from logart.grids.grid import ErrorFunction
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.grids.search import choose_codebook, squared_error
+from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured
-from logart.quantization.capture import Call, run_to
+from logart.quantization.capture import Call, only_tensor, run_to
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.settings import SearchMethod, Settings
-from logart.quantization.surgery import Block
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
 # Of unfolded patches held at once, 8 MB in float32: they stay in a processor's cache. Twice K rows at least, so that
@@ -108,7 +108,7 @@ def layer_error(
     arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
     groups, shape = getattr(layer, "groups", 1), layer.shape
     _, given = run_to(block, layer, inputs[:1])
-    rows = len(inputs) * given[0].numel() // shape[0]
+    rows = len(inputs) * given.numel() // shape[0]
     if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
         return layer_moments(*arguments, batch_size=batch_size).error
     return layer_residual(*arguments, batch_size=batch_size).error
@@ -262,11 +262,11 @@ def _vjps(
     handle = layer.register_forward_hook(watch)
     try:
         with torch.enable_grad():
-            z = inputs.copy().on(block)
+            z = only_tensor(inputs.copy().on(block), block)
     finally:
         handle.remove()
     with torch.no_grad():
-        residual = float_inputs.copy().on(float_block) - z
+        residual = only_tensor(float_inputs.copy().on(float_block), float_block) - z
     if not z.requires_grad:
         raise NetworkError("no gradient reaches it from its block's output, under no_grad or a checkpoint, say")
     x, y = seen

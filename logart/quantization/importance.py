@@ -11,11 +11,15 @@ gradients that differ by 2ε·Hv, H the Hessian; the importance is the absolute 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from logart.errors import NetworkError
+from logart.quantization.capture import only_tensor
 from logart.quantization.clone import clone_sharing
 
 PERTURBATION = 1e-6
@@ -79,10 +83,12 @@ class PerturbationImportance:
     ) -> Tensor:
         seen: list[Tensor] = []
 
-        def perturb(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def perturb(_: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
+            output = only_tensor(given, block)
             v = torch.randint(0, 2, output.shape, generator=signs).mul_(2).sub_(1).to(output)
             seen.append((output + perturbation * v).detach().requires_grad_())
-            return seen[0].clone()  # autograd forbids an operation in place on a leaf
+            # Clones: autograd forbids an operation in place on a leaf.
+            return tree_map_only(Tensor, lambda _: seen[0].clone(), given)
 
         handle = block.register_forward_hook(perturb)
         try:

@@ -16,9 +16,9 @@ from logart.grids.rounding import nearest
 from logart.grids.search import rounding_error
 from logart.quantization import surgery
 from logart.quantization.activation_stage import ActivationReport
+from logart.quantization.blocks import Block
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport
-from logart.quantization.surgery import Block
 
 HISTOGRAM_RANGE, HISTOGRAM_BINS = 1.25, 60  # of w over the largest magnitude among its codebook's levels
 

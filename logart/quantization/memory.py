@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from logart.quantization.activations import last_readers
+from logart.quantization.blocks import Block
 from logart.quantization.cache import MemoryEstimate
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources
 from logart.quantization.rounding_methods import BlockSize
-from logart.quantization.surgery import Block
 
 
 def estimate_memory(

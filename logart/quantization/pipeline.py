@@ -21,6 +21,7 @@ from logart.quantization.activation_stage import activation_reports
 from logart.quantization.activations import BothActivations
 from logart.quantization.baking import bake_weights
 from logart.quantization.block_loss import BlockLosses, Loss
+from logart.quantization.blocks import Block, blocks_of_types, find_blocks
 from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
@@ -34,9 +35,9 @@ from logart.quantization.memory import estimate_memory
 from logart.quantization.modes import autocast_inside, own_modes
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.rounding_methods import BlockTask, Stage
+from logart.quantization.rows import BlockRows, trace_rows
 from logart.quantization.sensitivity import budgeted_bits
 from logart.quantization.state import StageResult, StageStore, Stored
-from logart.quantization.surgery import Block
 from logart.quantization.survey import Survey, survey
 from logart.runtime import progress_bar
 
@@ -48,7 +49,7 @@ def quantize_model(
     *,
     input_key: str | None = None,
     prepare: Callable[[Any], Any] | None = None,
-    block_types: Sequence[str] = (),
+    block_types: Sequence[str] | None = None,
     row_groups: Mapping[str, int] = MappingProxyType({}),
     held_out_images: Tensor | None = None,
     device: torch.device | str = "cpu",
@@ -65,7 +66,8 @@ def quantize_model(
         calibration_images: a tensor [n, C, H, W], or batches of images as data loaders give them, see
             `images.gather_images`; DBS uses the first `search_samples`, LLR the first `calib_samples`.
         input_key, prepare: where batches are dicts, or are to be made into images first; see there.
-        block_types: class names of the blocks to reconstruct; without any, each layer is its own block.
+        block_types: class names of the blocks to reconstruct, in place of those found (see `blocks`); with an empty
+            list each layer is its own block.
         row_groups: by the last part of a layer's name, into how many groups its rows fall that get a codebook each
             where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
         held_out_images: other images [n, C, H, W]; layers' output errors are measured on them, for the report.
@@ -99,7 +101,11 @@ def quantize_model(
         names = [name for name in seen.layers if name not in dict(report.skipped)]
         if not names:
             raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-        blocks = surgery.find_blocks(reference, names, block_types)
+        blocks = (
+            find_blocks(reference, names, example)
+            if block_types is None
+            else blocks_of_types(reference, names, block_types)
+        )
         stage_store = stage_store or StageStore()
         bits = config.bits_of(names, [*seen.inputs, *seen.heads])
         if config.has_budget:
@@ -170,6 +176,7 @@ class _Work:
     stage_store: StageStore
     bits_a: Mapping[str, int]
     _sources: list[Sources | None] = field(default_factory=list)
+    _rows: list[BlockRows] = field(default_factory=list)
 
     def prepare(self, example: Tensor) -> list[str]:
         """Find out what the inputs of each block are made of, estimate what it needs, decide where that is held.
@@ -179,8 +186,9 @@ class _Work:
         """
         if self.config.images_needed == 0:
             return []
-        modules = [self.reference.get_submodule(block.name) for block in self.blocks]
-        self._sources = trace_sources(self.reference, modules, example)
+        modules = {block.name: self.reference.get_submodule(block.name) for block in self.blocks}
+        self._sources = trace_sources(self.reference, list(modules.values()), example)
+        self._rows = trace_rows(self.reference, modules, example)
         needs = estimate_memory(self.reference, self.blocks, self._sources, example, self.config)
         message = self.cache.choose(needs)
         if not self.quiet:
@@ -192,7 +200,7 @@ class _Work:
         steps, (count, batch_size) = stage.steps(self.config), stage.images(self.config)
         networks = (self.reference, self.quantized, self.blocks)
         images = self.images[: self.config.views * count]
-        activations = BothActivations(*networks, self._sources, images, batch_size, self.cache)
+        activations = BothActivations(*networks, self._sources, images, batch_size, self.cache, self._rows)
         stage.prepare(self.quantized, self.bits_a)
         results: list[StageResult] = []
         with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from logart.errors import NetworkError, NonFiniteError
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
-from logart.quantization.capture import Call
+from logart.quantization.capture import Call, only_tensor
 from logart.quantization.dbs import wide
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.settings import Settings
@@ -70,9 +70,9 @@ def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Los
     """The mean loss of the block, as it rounds now, over all captured images."""
     total = 0.0
     for start in range(0, len(inputs), batch_size):
-        batch = slice(start, start + batch_size)
-        target = targets[batch]
-        total += float(loss(wide(inputs[batch].copy().on(block)), wide(target))) * len(target)
+        batch = slice(start, min(start + batch_size, len(inputs)))
+        output = only_tensor(inputs[batch].copy().on(block), block)
+        total += float(loss(wide(output), wide(targets[batch]))) * (batch.stop - start)
     return total / len(inputs)
 
 
@@ -138,6 +138,10 @@ class _Batches:
         call = self._inputs[chosen]
         return chosen, call if self._float_inputs is None else tree_map(self._mixed, call, self._float_inputs[chosen])
 
+    def some(self, call: Call, places: slice) -> Call:
+        """What was drawn, for some of the images drawn."""
+        return self._inputs.of_images(call, places)  # type: ignore[no-any-return]
+
     def _mixed(self, quantized: Any, exact: Any) -> Any:
         if not isinstance(quantized, Tensor):
             return quantized
@@ -162,7 +166,7 @@ def _learn(
     half = any(layer.rows.dtype.itemsize < 4 for layer in layers)
 
     def part_loss(call: Call, chosen: Tensor) -> Tensor:
-        return loss(wide(call.on(block)), wide(targets[chosen]))
+        return loss(wide(only_tensor(call.on(block), block)), wide(targets[chosen]))
 
     try:
         for step in range(config.iters):
@@ -174,7 +178,7 @@ def _learn(
                 _check_gradients(name, layers, alphas, reconstruction)
             value = reconstruction.item()
             if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
-                raise _non_finite(name, step, value, lambda i: part_loss(call.rows(i), chosen[i]), chosen)  # noqa: B023
+                raise _non_finite(name, step, value, lambda i: part_loss(batches.some(call, i), chosen[i]), chosen)  # noqa: B023
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
             _backward(reconstruction + config.rrweight * penalty, alphas, half)

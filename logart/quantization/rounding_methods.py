@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from logart.quantization.activations import Capture
 from logart.quantization.block_loss import Loss
+from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured
 from logart.quantization.compensate import check_room, compensate_block, matrices_held
 from logart.quantization.dbs import PROBES, search_block
 from logart.quantization.layers import QuantizedLayer
 from logart.quantization.reconstruct import BlockReport, learn_rounding
 from logart.quantization.settings import ReconInput, SearchMethod, Settings
-from logart.quantization.surgery import Block
 
 HELD_OUT = 1 / 8  # of the images, neither compensated nor learned with, where LLR follows the closed form
 

@@ -1,10 +1,9 @@
-"""Changes to a network's structure: replacing layers, finding the blocks to reconstruct."""
+"""Changes to a network's structure: replacing layers, and taking that back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -14,19 +13,6 @@ from logart.errors import NetworkError
 from logart.quantization.folding import replace_module, same_outputs
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.survey import Survey, count_runs
-
-
-@dataclass(frozen=True)
-class Block:
-    """What is reconstructed as one: a block, or a layer outside every block.
-
-    Attributes:
-        name: its name in the network.
-        layers: the names in the network of the quantized layers inside, in the order they run.
-    """
-
-    name: str
-    layers: tuple[str, ...]
 
 
 def replace_layers(
@@ -89,30 +75,3 @@ def to_float(model: nn.Module) -> nn.Module:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Every quantized layer by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-
-
-def find_blocks(model: nn.Module, layers: Sequence[str], block_types: Sequence[str]) -> list[Block]:
-    """Group layers, given in the order they run, into blocks and single layers.
-
-    Args:
-        layers: names of the layers.
-        block_types: class names of blocks; of nested blocks the outermost counts. Without any, each layer is one.
-
-    Raises:
-        ValueError: block types are given and the network has none of them.
-    """
-    blocks: list[str] = []
-    for name, module in model.named_modules():
-        if type(module).__name__ in block_types and not any(_inside(name, block) for block in blocks):
-            blocks.append(name)
-    if block_types and not blocks:
-        raise NetworkError(f"no module of type {', '.join(block_types)} in {type(model).__name__}")
-    members: dict[str, list[str]] = {}
-    for layer in layers:
-        owner = next((block for block in blocks if _inside(layer, block)), layer)
-        members.setdefault(owner, []).append(layer)
-    return [Block(name, tuple(inside)) for name, inside in members.items()]
-
-
-def _inside(name: str, block: str) -> bool:
-    return not block or name == block or name.startswith(block + ".")

@@ -107,7 +107,6 @@ def run(
             network.model,
             config,
             images,
-            block_types=network.block_types,
             row_groups=network.row_groups,
             held_out_images=held_out,
             device=options.device,

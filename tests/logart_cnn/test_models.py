@@ -14,13 +14,14 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-import logart.networks.timm_network
 from logart.errors import UserError
 from logart.networks.data import Preprocessing
 from logart.networks.weights import file_sha256, state_sha256
+from logart.quantization.blocks import find_blocks
+from logart.quantization.survey import survey
 from logart_cnn import models
 from logart_cnn.models import ARCHS, load_network
-from logart_cnn.networks import CifarBlock, CifarResNet, DigitsResNet
+from logart_cnn.networks import CifarBlock, CifarResNet, DigitsBlock, DigitsResNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RELEASE = "https://github.com/yhhhli/BRECQ/releases/download/v1.0/"
@@ -271,6 +272,13 @@ def test_regnetx_in_pycls_layout(hub, server, arch, widths, depths, group):
 # The usual layouts
 
 
+def blocks_of(model, size):
+    """The names of the blocks of two layers and more."""
+    images = torch.rand(2, *size)
+    layers = survey(model, images).layers
+    return [block.name for block in find_blocks(model, layers, images) if len(block.layers) > 1]
+
+
 @pytest.mark.parametrize("arch", STOCK)
 def test_stock_networks_take_their_librarys_layout(hub, arch):
     url, block, blocks, build = STOCK[arch]
@@ -281,8 +289,9 @@ def test_stock_networks_take_their_librarys_layout(hub, arch):
     assert_same_logits(network, reference)
     assert (network.arch, network.source, network.num_classes) == (arch, url, 1000)
     assert network.preprocessing == Preprocessing((3, 224, 224), 0.875, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
-    assert network.block_types == (block,)
-    assert sum(type(module).__name__ == block for module in network.model.modules()) == blocks
+    found = blocks_of(network.model, (3, 64, 64))
+    assert set(found) == {name for name, module in network.model.named_modules() if type(module).__name__ == block}
+    assert len(found) == blocks
     assert not network.model.training and all(p.dtype == torch.float32 for p in network.model.parameters())
 
 
@@ -331,7 +340,7 @@ def test_cifar_resnets(tmp_path, depth, parameters):
     network = load_network(f"cifar_resnet{depth}", tmp_path / "a.th")
     assert_same_logits(network, reference, size=32)
     assert network.preprocessing == Preprocessing((3, 32, 32), 1.0, "bilinear", IMAGENET_MEAN, IMAGENET_STD)
-    assert (network.block_types, network.num_classes, network.source) == (("CifarBlock",), 10, "a.th")
+    assert (network.num_classes, network.source) == (10, "a.th")
     assert sum(type(module).__name__ == "CifarBlock" for module in network.model.modules()) == (depth - 2) // 2
     fails("--checkpoint: cifar_resnet", f"cifar_resnet{depth}")
 
@@ -386,7 +395,9 @@ def test_digits_resnet(tmp_path):
     torch.save(reference.state_dict(), tmp_path / "a.pth")
     network = load_network("digits_resnet", tmp_path / "a.pth")
     assert_same_logits(network, reference, size=8)
-    assert (network.block_types, network.num_classes) == (("DigitsBlock",), 10)
+    assert network.num_classes == 10
+    found = [type(network.model.get_submodule(name)).__name__ for name in blocks_of(network.model, (1, 8, 8))]
+    assert set(found) == {"DigitsBlock"} and len(found) == sum(type(m) is DigitsBlock for m in network.model.modules())
     assert network.preprocessing == Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))
     assert sum(p.numel() for p in reference.parameters()) * 4 < 400_000  # what may be shipped
 
@@ -430,7 +441,7 @@ def test_timm_with_a_checkpoint(tmp_path):
     )
     assert_same_logits(network, reference)
     assert network.preprocessing == Preprocessing((1, 48, 48), 1.0, "bilinear", (0.5,), (0.25,))
-    assert (network.num_classes, network.source, network.block_types) == (7, "a.pth", ("BasicBlock",))
+    assert (network.num_classes, network.source) == (7, "a.pth")
     assert network.sha256 == file_sha256(tmp_path / "a.pth")
 
 
@@ -446,7 +457,7 @@ def test_timms_pretrained_weights(tmp_path):
     kwargs = {"pretrained_cfg_overlay": {"file": str(tmp_path / "a.pth")}}
     network = load_network("timm:lcnet_035", model_kwargs=kwargs)
     assert_same_logits(network, reference)
-    assert (network.source, network.block_types) == ("timm:lcnet_035.untrained", ("DepthwiseSeparableConv",))
+    assert network.source == "timm:lcnet_035.untrained"
     assert network.sha256 == state_sha256(reference.state_dict())
     fails(
         "--num_classes: 7 asked for, but timm's weights for lcnet_035 have 1000",
@@ -456,22 +467,6 @@ def test_timms_pretrained_weights(tmp_path):
     )
     kwargs = {"pretrained_cfg_overlay": {"file": str(tmp_path / "lost.pth")}}
     fails("--arch: no pretrained weights for timm:lcnet_035", "timm:lcnet_035", model_kwargs=kwargs)
-
-
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [
-        ("mobilenetv2_035", ("InvertedResidual", "DepthwiseSeparableConv")),
-        ("repvgg_a0", ("RepVggBlock",)),
-        ("densenet121", ()),
-    ],
-)
-def test_timms_blocks_are_found(monkeypatch, name, blocks):
-    def untrained(arch, name, kwargs, flag):
-        return timm.create_model(name), "none"
-
-    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", untrained)
-    assert load_network(f"timm:{name}").block_types == blocks
 
 
 # Overrides and mistakes

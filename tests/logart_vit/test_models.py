@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,17 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import nn
 
 import logart.networks.timm_network
 from logart.errors import UserError
 from logart.networks.data import Preprocessing
 from logart.networks.network import Network
 from logart.networks.weights import file_sha256, state_sha256
-from logart.quantization.surgery import find_blocks
+from logart.quantization.blocks import find_blocks
 from logart.quantization.survey import survey
 from logart_vit import models
-from logart_vit.models import BETWEEN_BLOCKS, EMBEDDINGS, ENTRIES, MODELS, TRANSFORMER_BLOCKS, load_network
+from logart_vit.models import ENTRIES, MODELS, load_network
 
 TAGS = {
     **{f"vit_{size}": "augreg_in21k_ft_in1k" for size in ("tiny", "small", "base", "large")},
@@ -170,7 +169,7 @@ def test_digits_vit() -> None:
     with resources.as_file(packaged) as path:
         assert (network.source, network.sha256) == ("digits_vit.safetensors", file_sha256(path))
     assert network.preprocessing == Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))
-    assert network.block_types == ("PatchEmbed", "Block") and network.row_groups == {"qkv": 3}
+    assert network.row_groups == {"qkv": 3}
     with torch.no_grad():
         assert network.model(torch.rand(3, 1, 8, 8)).shape == (3, 10) and network.num_classes == 10
     assert sum(p.numel() for p in network.model.parameters()) * 4 < 400_000  # what may be shipped
@@ -230,90 +229,19 @@ def test_mistakes() -> None:
 
 
 def blocks(network: Network) -> list[str]:
-    images = torch.zeros(1, *network.preprocessing.input_size)
+    images = torch.rand(2, *network.preprocessing.input_size)
     layers = survey(network.model, images).layers
-    return [block.name for block in find_blocks(network.model, layers, network.block_types)]
+    return [block.name for block in find_blocks(network.model, layers, images)]
 
 
 def test_the_blocks_of_a_vit() -> None:
     vit("a.pth")
     network = load_network("vit_tiny", "a.pth", model_kwargs=VIT, num_classes=5)
-    assert network.block_types == ("PatchEmbed", "Block")
-    assert blocks(network) == ["patch_embed", "blocks.0", "blocks.1", "head"]
+    assert blocks(network) == ["patch_embed.proj", "blocks.0", "blocks.1", "head"]
 
 
 def test_the_blocks_of_a_swin() -> None:
     saved("a.pth", "swin_tiny_patch4_window7_224", num_classes=5, **SWIN)
     network = load_network("swin_tiny", "a.pth", model_kwargs=SWIN, num_classes=5)
-    assert network.block_types == ("PatchEmbed", "SwinTransformerBlock", "PatchMerging")
-    names = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0"]
-    assert blocks(network) == ["patch_embed", *names, "head.fc"]
-
-
-@pytest.fixture
-def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    def untrained(arch: str, name: str, kwargs: dict[str, Any], flag: str) -> tuple[nn.Module, str]:
-        return timm.create_model(name, **kwargs), "none"
-
-    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", untrained)
-
-
-@pytest.mark.usefixtures("untrained")
-@pytest.mark.parametrize(
-    ("name", "kwargs", "block"),
-    [
-        ("vit_tiny_r_s16_p8_224", {"depth": 1}, "HybridEmbed"),
-        ("vit_small_patch16_18x2_224", {"depth": 1}, "ParallelThingsBlock"),
-        ("deit3_small_patch16_224", {"depth": 1}, "Block"),
-        ("swinv2_cr_tiny_224", {"depths": (1, 1)}, "SwinTransformerV2CrBlock"),
-        ("cait_xxs24_224", {"depth": 1}, "LayerScaleBlock"),
-        ("levit_128s", {}, "LevitBlock"),
-        ("mobilevit_xxs", {}, "MobileVitBlock"),
-        ("pit_ti_224", {}, "Block"),
-        ("tiny_vit_5m_224", {}, "TinyVitBlock"),
-        ("coatnet_0_224", {"depths": (1, 1, 1, 1)}, "TransformerBlock2d"),
-    ],
-)
-def test_blocks_take_one_tensor_and_give_one(name: str, kwargs: dict[str, Any], block: str) -> None:
-    network = load_network(f"timm:{name}", model_kwargs=kwargs)
-    assert block in network.block_types
-    images = torch.rand(2, *network.preprocessing.input_size)
-    layers = survey(network.model, images).layers
-    names = {b.name for b in find_blocks(network.model, layers, network.block_types) if b.name not in layers}
-    calls: list[str] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        assert [type(value) for value in (*args, output)] == [Tensor, Tensor] and not kwargs
-        assert len(args[0]) == len(output) == 2
-        calls.append(type(module).__name__)
-
-    for each in names:
-        network.model.get_submodule(each).register_forward_hook(see, with_kwargs=True)
-    with torch.no_grad():
-        network.model(images)
-    assert len(calls) == len(names) and set(calls) <= set(network.block_types) and block in calls
-
-
-@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "pvt_v2_b0"])  # the last one's take two arguments
-def test_a_network_without_blocks_is_refused_before_weights_are_fetched(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(logart.networks.timm_network, "_pretrained", None)
-    fails(f"--model: timm:{name}: no transformer blocks found; expected a vision transformer", f"timm:{name}")
-    Path("unread.pth").touch()
-    fails("(CNNs: python -m logart_cnn.main)", f"timm:{name}", "unread.pth")
-
-
-def test_every_block_is_one_of_timms() -> None:
-    unknown = set()
-    for block in EMBEDDINGS + TRANSFORMER_BLOCKS + BETWEEN_BLOCKS:
-        module, _, name = block.partition(".")
-        package = "layers" if module in ("patch_embed", "hybrid_embed") else "models"
-        try:
-            found = issubclass(getattr(importlib.import_module(f"timm.{package}.{module}"), name), nn.Module)
-        except (ImportError, AttributeError):
-            found = False
-        if not found:
-            unknown.add(block)
-    # Younger than timm 1.0.3, where hybrid embeddings are in vision_transformer_hybrid.
-    assert unknown <= {"vision_transformer.DiffParallelScalingBlock", "hybrid_embed.HybridEmbed"}
+    names = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample.reduction", "layers.1.blocks.0"]
+    assert blocks(network) == ["patch_embed.proj", *names, "head.fc"]

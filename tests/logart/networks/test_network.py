@@ -14,7 +14,6 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from logart.errors import UserError
-from logart.networks import timm_network
 from logart.networks.data import Preprocessing
 from logart.networks.network import check_counts, override, unknown_network
 from logart.networks.timm_network import plan_timm
@@ -60,8 +59,7 @@ def load(folder: Path, state: dict[str, Tensor] | None, name: str, kwargs: dict[
         torch.save(state, path)
     checkpoint = None if state is None else path
     weights = None if checkpoint is None else nullcontext(checkpoint)
-    blocks = {"flag": "--net", "find_blocks": lambda model: ("Block",)}
-    return plan_timm("mine", name, weights, **blocks, model_kwargs=kwargs, **more).load()
+    return plan_timm("mine", name, weights, flag="--net", model_kwargs=kwargs, **more).load()
 
 
 def fails(message: str, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +81,7 @@ def test_a_file_in_timms_own_layout(tmp_path: Path) -> None:
     assert_holds(loaded.model, state)
     assert (loaded.arch, loaded.source, loaded.num_classes) == ("mine", "weights.pth", 5)
     assert loaded.sha256 == file_sha256(tmp_path / "weights.pth")
-    assert loaded.block_types == ("Block",) and loaded.row_groups == {}
+    assert loaded.row_groups == {}
 
 
 # Old layouts
@@ -212,15 +210,6 @@ def test_pretrained_weights_of_timm(tmp_path: Path) -> None:
     fails("--num_classes: 6 asked for, but timm's weights for vit_tiny", tmp_path, None, VIT_NAME, kwargs)
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(tmp_path / "lost.pth"), "num_classes": 6}
     fails("--net: no pretrained weights for mine", tmp_path, None, VIT_NAME, kwargs)
-
-
-def test_a_refused_network_fetches_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: nn.Module) -> tuple[str, ...]:
-        raise UserError("no")
-
-    monkeypatch.setattr(timm_network, "_pretrained", None)
-    with pytest.raises(UserError, match="^no$"):
-        plan_timm("mine", "lcnet_035", None, flag="--net", find_blocks=refuse)
 
 
 def test_errors_name_the_tracks_flag(tmp_path: Path) -> None:

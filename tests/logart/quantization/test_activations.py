@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from logart import QuantConfig, quantize_model
 from logart.errors import NetworkError
 from logart.quantization.activations import Activations, BothActivations, Capture
+from logart.quantization.blocks import Block
 from logart.quantization.cache import Cache, CacheLocation, Captured
 from logart.quantization.clone import clone_sharing
 from logart.quantization.dataflow import trace_sources
-from logart.quantization.surgery import Block
 
 CPU = Cache(torch.device("cpu"))
 

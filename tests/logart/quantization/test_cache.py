@@ -18,11 +18,12 @@ import logart.quantization.rounding_methods
 from logart import QuantConfig, quantize_model
 from logart.errors import NetworkError, NonFiniteError
 from logart.quantization.activations import Activations, BothActivations
+from logart.quantization.blocks import Block, blocks_of_types
 from logart.quantization.cache import Cache, CacheLocation, Captured, MemoryEstimate, OffloadedTensor
 from logart.quantization.clone import clone_sharing
 from logart.quantization.dataflow import trace_sources
 from logart.quantization.memory import estimate_memory
-from logart.quantization.surgery import Block, find_blocks, quantized_layers
+from logart.quantization.surgery import quantized_layers
 
 CPU = torch.device("cpu")
 ELSEWHERE = [CacheLocation.HALF, CacheLocation.DISK]
@@ -166,7 +167,7 @@ def test_no_more_is_held_than_the_formula_says(
     model, images = small_resnet(n_images=12)
     model.eval().requires_grad_(False)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    found = find_blocks(model, names, blocks)
+    found = blocks_of_types(model, names, blocks)
     config = QuantConfig(calib_samples=12, batch_size=1, **settings)
     sources = trace_sources(model, [model.get_submodule(block.name) for block in found], images[:2])
     needs = estimate_memory(model, found, sources, images[:2], config)

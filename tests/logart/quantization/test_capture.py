@@ -9,6 +9,7 @@ from networks import hooks_of
 from torch import Tensor, nn
 
 from logart.errors import NetworkError
+from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, intercepted, replay_to_last, run_to
 
 
@@ -76,7 +77,7 @@ def test_any_call_is_seen_whole() -> None:
     model, x = Wrapped(lambda m, x: m([x, 1], scale={"a": x + 1})), torch.randn(3, 4)
     (call,) = last_calls(model, [model.inner], [x])
     assert torch.equal(call.args[0][0], x) and call.args[0][1] == 1 and torch.equal(call.kwargs["scale"]["a"], x + 1)
-    part = call.rows(slice(1, 2)).copy()
+    part = Captured([call]).of_images(call, slice(1, 2)).copy()
     part.args[0][0].zero_()
     assert part.kwargs["scale"]["a"].shape == (1, 4) and torch.equal(call.args[0][0], x)
 

@@ -17,6 +17,7 @@ from logart.grids.search import choose_codebook
 from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
 from logart.quantization import compensate
+from logart.quantization.blocks import Block
 from logart.quantization.clone import clone_sharing
 from logart.quantization.column_rounding import (
     Factor,
@@ -29,7 +30,7 @@ from logart.quantization.damping import metric, target
 from logart.quantization.dbs import layer_moments
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.pipeline import quantize_model
-from logart.quantization.surgery import Block, quantized_layers, replace_layers
+from logart.quantization.surgery import quantized_layers, replace_layers
 from logart_cnn.models import load_network
 
 IMAGES = (6, 4, 6, 5)  # neither square nor divisible by the strides
@@ -277,7 +278,7 @@ def test_a_trained_network_gains_in_every_channel(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(compensate, "round_compensated", watched)
     config = QuantConfig(n_bits=3, rounding="compensated", calib_samples=32)
-    _, report = quantize_model(network.model, config, images, block_types=network.block_types)
+    _, report = quantize_model(network.model, config, images)
     assert len(seen) == len(report.layers) > 4
     feedback_wins = descent_wins = 0.0
     for t, a, codebook in seen:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from logart.grids.grid import Codebook, ScaleSearch
 from logart.grids.search import least_error, rounding_error, squared_error
 from logart.quantization import dbs
+from logart.quantization.blocks import Block
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.quantization.surgery import Block, replace_layers
+from logart.quantization.surgery import replace_layers
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -10,13 +10,12 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from logart.errors import NetworkError
+from logart.quantization.blocks import Block, blocks_of_types
 from logart.quantization.clone import clone_sharing
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QuantConv2d, QuantLinear
 from logart.quantization.surgery import (
-    Block,
     check_replaced,
-    find_blocks,
     quantized_layers,
     replace_layers,
 )
@@ -192,14 +191,14 @@ def test_units_group_layers_in_the_order_they_run(types: list[str], blocks: list
     for block in blocks:
         name, _, inside = block.partition(":")
         expected.append(Block(name, tuple(inside.split("+")) if inside else (name,)))
-    assert find_blocks(model, layers, types) == expected
+    assert blocks_of_types(model, layers, types) == expected
 
 
 def test_units_follow_the_forward_not_the_definition() -> None:
     a, b = Inner(nn.Conv2d(3, 3, 1)), Inner(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     model = Graph(lambda m, x: F.relu(m.a(m.b(x))), a=a, b=b)
     layers = survey(model, IMAGES.float()).layers
-    assert find_blocks(model, layers, ["Inner"]) == [Block("b", ("b.0", "b.1")), Block("a", ("a.0",))]
+    assert blocks_of_types(model, layers, ["Inner"]) == [Block("b", ("b.0", "b.1")), Block("a", ("a.0",))]
 
 
 def test_names_that_begin_alike_are_not_inside() -> None:
@@ -207,9 +206,9 @@ def test_names_that_begin_alike_are_not_inside() -> None:
     model = nn.Sequential()
     model.add_module("b1", Inner(convs["b1"]))
     model.add_module("b10", convs["b10"])
-    assert find_blocks(model, ["b1.0", "b10"], ["Inner"]) == [Block("b1", ("b1.0",)), Block("b10", ("b10",))]
+    assert blocks_of_types(model, ["b1.0", "b10"], ["Inner"]) == [Block("b1", ("b1.0",)), Block("b10", ("b10",))]
 
 
 def test_unknown_block_types_are_refused() -> None:
     with pytest.raises(ValueError, match="no module of type Bottleneck, Nothing in Sequential"):
-        find_blocks(nested(), ["0"], ["Bottleneck", "Nothing"])
+        blocks_of_types(nested(), ["0"], ["Bottleneck", "Nothing"])

@@ -53,9 +53,9 @@ def source(image_folder: Path) -> ImageSource:
     return open_images(str(image_folder), Preprocessing((3, 8, 8), 1.0, "bilinear", (0.5,) * 3, (0.3,) * 3), 4)
 
 
-def as_network(model: nn.Module, *block_types: str) -> Network:
+def as_network(model: nn.Module) -> Network:
     """A network as `load_network` would give it."""
-    return Network("small", model, Preprocessing((3, 8, 8), 1.0, "bilinear", (0.5,), (0.5,)), block_types, 4, "", "")
+    return Network("small", model, Preprocessing((3, 8, 8), 1.0, "bilinear", (0.5,), (0.5,)), 4, "", "")
 
 
 class Runs:
@@ -262,24 +262,16 @@ def test_options_reach_the_loader(runs: Runs, monkeypatch: pytest.MonkeyPatch) -
 # Whose mistake it was
 
 
-class TwoTensors(nn.Module):
-    """A block that takes two tensors, which cannot be reconstructed as one."""
+class FailsLate(nn.Module):
+    """A network that is not finite for four images at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.conv(x) + self.conv.bias.sum() * y.mean()  # type: ignore[union-attr]
-
-
-class HoldsTwoTensors(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block, self.head = TwoTensors(), nn.Linear(144, 4)
+        self.head = nn.Linear(192, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(x, x).flatten(1))  # type: ignore[no-any-return]
+        x = x.flatten(1)
+        return self.head(x * torch.nan if len(x) == 4 else x)  # type: ignore[no-any-return]
 
 
 class RunsTwice(nn.Module):
@@ -317,13 +309,13 @@ def test_a_network_that_cannot_be_quantized_is_one_line(
     assert capsys.readouterr().out == "" and runs.rows() == []
 
 
-def test_a_block_that_takes_two_tensors_is_one_line(runs: Runs, source: ImageSource) -> None:
+def test_activations_that_are_not_finite_are_one_line(runs: Runs, source: ImageSource) -> None:
     images, options = (
         torch.randn(4, 3, 8, 8),
         RunOptions(CPU, str(runs.results), workers=0, network_flags="--model"),
     )
-    with pytest.raises(UserError, match="^--model: TwoTensors was called with 2 arguments") as caught:
-        run(as_network(HoldsTwoTensors().eval(), "TwoTensors"), source, images, QUICK, options, {}, 0.0)
+    with pytest.raises(UserError, match="^--model: block head: the activations of calibration image") as caught:
+        run(as_network(FailsLate().eval()), source, images, QUICK, options, {}, 0.0)
     assert "\n" not in str(caught.value) and runs.rows() == []
 
 
