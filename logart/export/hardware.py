@@ -53,6 +53,11 @@ class FixedPoint:
         limit = 2 ** (self.bits - 1)
         return np.clip(np.rint(np.ldexp(x.astype(np.float64), self.fraction)), -limit, limit - 1).astype(np.int64)
 
+    def saturated(self, x: Array) -> int:
+        """How many of x are out of range."""
+        integers, limit = np.rint(np.ldexp(x.astype(np.float64), self.fraction)), 2 ** (self.bits - 1)
+        return int(np.count_nonzero((integers < -limit) | (integers >= limit)))
+
     @property
     def half_unit(self) -> float:
         """How far rounding to nearest moves a number at most."""

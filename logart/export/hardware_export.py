@@ -32,6 +32,7 @@ from logart.export.hardware import (
 )
 from logart.export.hardware_readme import readme
 from logart.export.hardware_run import LayerRun, run_layers
+from logart.export.inputs import GoldenImages
 from logart.export.integer_layer import IntegerLayer
 from logart.grids.root2 import ROOT2_TEXT, ExactRoot2Error
 from logart.networks.weights import file_sha256
@@ -63,7 +64,7 @@ def export_hardware(
     out: str | Path,
     *,
     terms: int | None = None,
-    images: Tensor | None = None,
+    golden: GoldenImages | None = None,
     model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write the hardware export of a packed file, a folder, atomically.
@@ -72,7 +73,7 @@ def export_hardware(
         path: the packed file.
         out: the folder; it must not be there yet, or be empty.
         terms: 2, 3 or 4, what stands for an exact √2.
-        images: float [n, C, H, W], preprocessed: what the golden vectors are of; None writes none.
+        golden: what the golden vectors are of, and what formats are chosen from; None writes no golden vectors.
         model: as for `load_packed`, where the entry points did not build the network.
 
     Returns:
@@ -85,7 +86,7 @@ def export_hardware(
     file = PackedFile.read(path)
     layers = exportable_layers(file, terms)
     with new_folder(Path(out)) as folder:
-        return _write(Path(path), file, layers, images, model, folder)
+        return _write(Path(path), file, layers, golden, model, folder)
 
 
 def read_export(folder: str | Path) -> dict[str, Tensor]:
@@ -162,25 +163,29 @@ def _write(
     path: Path,
     file: PackedFile,
     layers: list[ExportLayer],
-    images: Tensor | None,
+    golden: GoldenImages | None,
     model: nn.Module | None,
     folder: Path,
 ) -> dict[str, Any]:
-    runs, why = run_layers(path, file, {layer.name: layer.packed for layer in layers}, images, model)
+    network = run_layers(path, file, {layer.name: layer.packed for layer in layers}, golden, model)
     entries, costs = [], []
     for layer in layers:
-        run = runs.get(layer.name)
+        run = network.layers.get(layer.name)
         bias = file.rest.get(f"{layer.name}.bias")
-        entry, cost = _write_layer(layer, run, bias, images is not None, folder / layer.folder)
+        entry, cost = _write_layer(layer, run, bias, golden is not None, folder / layer.folder)
         entries.append(entry)
         costs.append(cost)
-    total = Cost.total(cost for cost in costs if cost is not None) if runs else None
+    total = Cost.total(cost for cost in costs if cost is not None) if network.layers else None
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "source": {"file": path.name, "sha256": file_sha256(path), "info": file.info},
-        "images": 0 if images is None else len(images),
-        "not_run": why,
+        "images": 0 if golden is None else len(golden.images),
+        "image_names": [] if golden is None else golden.names,
+        "data": None if golden is None else golden.data,
+        "calibration_images": 0 if golden is None else len(golden.calibration),
+        "not_run": network.not_run,
+        "float_operations": network.float_operations,
         "cost": None if total is None else asdict(total),
         "layers": entries,
     }
@@ -188,8 +193,8 @@ def _write(
     manifest = json.loads(text)
     (folder / "manifest.json").write_text(text, "utf-8")
     (folder / "README.md").write_text(readme(manifest), "utf-8")
-    if images is not None:
-        np.save(folder / "images.npy", images.numpy())
+    if golden is not None:
+        np.save(folder / "images.npy", golden.images.numpy())
     return manifest
 
 
@@ -240,13 +245,13 @@ def write_codes(layer: ExportLayer, folder: Path) -> None:
 
 def _write_golden(layer: ExportLayer, run: LayerRun, bias: Tensor | None, folder: Path) -> dict[str, Any]:
     """Integer inputs, bias and outputs of a layer; their formats."""
-    if not np.isfinite(run.input).all():
+    if not np.isfinite(run.input).all() or not np.isfinite(run.largest):
         raise UserError(f"--inputs: the input of layer {layer.name!r:.80} becomes NaN or infinite")
     folder.mkdir()
     reference = IntegerLayer.plan(
         layer.levels,
         layer.codes,
-        FixedPoint.holding(run.input, ACTIVATION_BITS),
+        FixedPoint.holding(np.array([run.largest]), ACTIVATION_BITS),
         geometry=run.geometry,
         bias=None if bias is None else bias.double().numpy(),
     )
@@ -260,6 +265,7 @@ def _write_golden(layer: ExportLayer, run: LayerRun, bias: Tensor | None, folder
         "input": {**asdict(reference.input), "shape": list(x.shape)},
         "accumulator": asdict(reference.accumulator),
         "output": {**asdict(reference.output), "shape": list(y.shape)},
+        "saturated": reference.input.saturated(run.input),
         "guard": reference.guard,
         "rounded_terms": int(reference.rounded_terms.sum()),
         "error_bound": float(reference.error_bound().max()),

@@ -41,10 +41,14 @@ def approximation(manifest: dict[str, Any]) -> str:
 def readme(manifest: dict[str, Any]) -> str:
     why = manifest["not_run"]
     golden = (
-        f"Golden vectors: of {manifest['images']} images, `images.npy`."
+        f"Golden vectors: of {manifest['images']} images of {manifest['data']}, `images.npy`; formats were chosen from "
+        f"{manifest['calibration_images']}."
         if manifest["images"]
         else "This export has no golden vectors."
     )
+    if manifest["float_operations"]:
+        each = ", ".join(f"{name} ({count})" for name, count in manifest["float_operations"].items())
+        golden += f"\nOutside of these layers the network computes in floating point, which is not exported: {each}."
     run = f" The network was not run ({why}): strides, paddings and counts are unknown." if why else ""
     return _README.format(
         version=manifest["version"],
@@ -102,9 +106,10 @@ network's type (`dtype` of the manifest), which changes only levels at the very 
 
 A number of a format (bits, fraction) is an integer of so many bits in two's complement times 2^-fraction.
 
-1. Activations: `input` format, {bits} bits, the fraction chosen per layer so that the largest magnitude in the golden
-   inputs fits. A real number is rounded to the nearest, ties to even; one out of range saturates to the end of it.
-   None of the golden inputs does. Each layer's input is what the floating-point network with these levels feeds it.
+1. Activations: `input` format, {bits} bits, the fraction chosen per layer so that the largest magnitude that it reads
+   for the calibration images fits. A real number is rounded to the nearest, ties to even; one out of range saturates to
+   the end of it; `saturated` of the golden inputs are. Each layer's input is what the floating-point network with these
+   levels feeds it.
 2. Products: each term ±2^e of a weight (e = shift, or shift - |k_j|) gives the activation shifted left by e + guard,
    added or subtracted. Left shifts are exact. Where `rounded_terms` is 0 there is nothing else. Else so many terms have
    a negative e + guard: they shift right, to nearest, ties up: (x + 2^(s-1)) >> s with s = -(e + guard), one by one.

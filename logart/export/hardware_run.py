@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import Conv2dSame, get_same_padding
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from logart.errors import UserError, one_line
 from logart.export.hardware import Array
+from logart.export.inputs import GoldenImages
 from logart.export.integer_layer import Geometry
 from logart.networks.image_info import preprocessing_of
 from logart.packed.checkpoint import load_packed
@@ -19,57 +24,126 @@ from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
 
+BATCH_SIZE = 32
+_MOVES = ("clone", "_to_copy", "copy_", "cat", "stack", "empty_like", "detach")
+
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What a layer did for some images: its input, how often its weights were used for one, and how."""
+    """What a layer did: its input for the golden images, how often its weights were used for one, how, and the largest
+    magnitude that it read for the images that formats are chosen from."""
 
     input: Array
     positions: int
     geometry: Geometry | None
+    largest: float
+
+
+@dataclass(frozen=True)
+class NetworkRun:
+    """What a network did for some images.
+
+    Attributes:
+        layers: by name, what each quantized layer did.
+        float_operations: how often each operation ran outside of them, by PyTorch's name; views and copies are none.
+        not_run: why nothing is known.
+    """
+
+    layers: dict[str, LayerRun] = field(default_factory=dict)
+    float_operations: dict[str, int] = field(default_factory=dict)
+    not_run: str | None = None
 
 
 def run_layers(
-    path: Path, file: PackedFile, layers: Mapping[str, PackedLayer], images: Tensor | None, model: nn.Module | None
-) -> tuple[dict[str, LayerRun], str | None]:
+    path: Path,
+    file: PackedFile,
+    layers: Mapping[str, PackedLayer],
+    golden: GoldenImages | None,
+    model: nn.Module | None,
+) -> NetworkRun:
     """What each layer does in the network with the exported levels, or why nothing is known of it."""
     try:
         network = load_packed(path, model)
     except PackedFileError as error:
         if model is not None:
             raise
-        if images is not None:
+        if golden is not None:
             raise UserError(f"--inputs: golden vectors need the network; {one_line(error)}") from error
-        return {}, one_line(error)
-    if images is None:
+        return NetworkRun(not_run=one_line(error))
+    if golden is None:
         preprocessing = preprocessing_of(file.info)
         if preprocessing is None:
-            return {}, "the file does not say which images the network takes"
+            return NetworkRun(not_run="the file does not say which images the network takes")
         images = torch.zeros(1, *preprocessing.input_size)
-    quantized = surgery.quantized_layers(network)
-    runs: dict[str, LayerRun] = {}
-
-    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        geometry = geometry_of(module, args[0]) if isinstance(module, nn.Conv2d) else None
-        channels = output.shape[-1] if geometry is None else output.shape[1]
-        runs[name] = LayerRun(
-            args[0].to(torch.float64, copy=True).numpy(), output.numel() // channels // len(images), geometry
-        )
-
-    handles = []
+        golden = GoldenImages(images, images, "")
+    quantized = {name: surgery.quantized_layers(network)[name] for name in layers}
+    dtype = next(iter(layers.values())).dtype
     try:
         for name, layer in layers.items():
-            module = quantized[name]
-            module.set_packed(layer.codes, layer.spec, dequantized_weight=True)
-            handles.append(module.register_forward_hook(lambda m, a, o, name=name: record(name, m, a, o)))
+            quantized[name].set_packed(layer.codes, layer.spec, dequantized_weight=True)
         with torch.no_grad():
-            network(images.to(next(iter(layers.values())).dtype, copy=True))  # some networks normalise in place
+            largest = dict.fromkeys(layers, 0.0)
+
+            def widen(name: str, x: Tensor, output: Tensor) -> None:
+                largest[name] = max(largest[name], float(x.abs().max()))
+
+            with _watched(quantized, widen):
+                for images in golden.calibration.split(BATCH_SIZE):
+                    network(images.to(dtype, copy=True))  # some networks normalise in place
+            return _run(network, quantized, golden.images.to(dtype, copy=True), largest)
     except (RuntimeError, ValueError, AssertionError) as error:  # torch's and timm's answers to a size that is wrong
-        raise UserError(f"--inputs: the network does not take {list(images.shape)} ({one_line(error):.160})") from error
+        seen = list(golden.images.shape)
+        raise UserError(f"--inputs: the network does not take {seen} ({one_line(error):.160})") from error
+
+
+def _run(network: nn.Module, quantized: Mapping[str, Any], images: Tensor, largest: Mapping[str, float]) -> NetworkRun:
+    run, operations = NetworkRun(), _Operations()
+
+    def record(name: str, x: Tensor, output: Tensor) -> None:
+        module = quantized[name]
+        geometry = geometry_of(module, x) if isinstance(module, nn.Conv2d) else None
+        channels = output.shape[-1] if geometry is None else output.shape[1]
+        positions = output.numel() // channels // len(images)
+        run.layers[name] = LayerRun(x.to(torch.float64, copy=True).numpy(), positions, geometry, largest[name])
+        operations.inside = False
+
+    def enter(*_: Any) -> None:
+        operations.inside = True
+
+    with _watched(quantized, record, enter), operations:
+        network(images)
+    run.float_operations.update(sorted(operations.counts.items()))
+    return run
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations while it is not inside a quantized layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.counts = False, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
+        if not self.inside and not view and name not in _MOVES:
+            self.counts[name.removeprefix("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module], after: Any, before: Any = None) -> Iterator[None]:
+    """Call after(name, input, output) behind every forward of a layer, and before() in front of it."""
+    handles = []
+    try:
+        for name, module in layers.items():
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(lambda m, args, y, name=name: after(name, args[0], y)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return runs, None
 
 
 def geometry_of(module: nn.Conv2d, x: Tensor) -> Geometry:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from logart.errors import UserError
 from logart.export.hardware import Array
 from logart.export.hardware_export import ExportLayer, exportable_layers, new_folder, write_codes
+from logart.export.inputs import CALIBRATION_IMAGES, open_source
 from logart.export.integer_formats import Format
 from logart.export.integer_graph import (
     IntegerNetwork,
@@ -28,9 +29,8 @@ from logart.export.integer_readme import readme, table
 from logart.export.integer_rtl import write_rtl
 from logart.export.integer_trace import Step, trace
 from logart.networks.calibration import calibration_images
-from logart.networks.data import ImageSource, open_images
+from logart.networks.data import ImageSource
 from logart.networks.evaluate import accuracy
-from logart.networks.image_info import preprocessing_of
 from logart.networks.loader import validation_batches
 from logart.networks.weights import file_sha256
 from logart.packed.checkpoint import load_packed
@@ -38,7 +38,6 @@ from logart.packed.file import PackedFile
 from logart.runtime import progress_bar
 
 FORMAT, VERSION = "logart-integer", 1
-CALIBRATION_IMAGES = 256
 BATCH_SIZE = 32
 
 
@@ -79,7 +78,7 @@ def export_integer(
     """
     file = PackedFile.read(path)
     layers = {layer.name: layer for layer in exportable_layers(file, terms)}
-    source = _source(file, data)
+    source = open_source(file.info, data)
     network = load_packed(path, model)
     calibration, _ = calibration_images(source, min(CALIBRATION_IMAGES, len(source.train)), seed, quiet=quiet)
     steps = trace(network, calibration[:2])
@@ -140,16 +139,6 @@ def _write_texts(graph: Mapping[str, Any], folder: Path) -> None:
     reference = resources.files("logart.export").joinpath("integer_reference.py").read_text("utf-8")
     (folder / "run.py").write_text(reference, "utf-8")
     (folder / "README.md").write_text(readme(dict(graph)), "utf-8")
-
-
-def _source(file: PackedFile, data: str) -> ImageSource:
-    preprocessing = preprocessing_of(file.info)
-    if preprocessing is None:
-        raise UserError("--integer: the file does not say which images the network takes")
-    classes = file.info.get("class_names")
-    if not isinstance(classes, list):
-        raise UserError("--integer: the file does not say how many classes the network has")
-    return open_images(data, preprocessing, len(classes), flag="--inputs", class_names=classes)
 
 
 def _value(step: Step, network: IntegerNetwork) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_runs import assert_refused
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from logart.errors import UserError
 from logart.export.__main__ import main
 from logart.export.hardware_export import export_hardware, read_export
 from logart.export.hardware_readme import cost_table
+from logart.export.inputs import GoldenImages, golden_images
 from logart.export.onnx_export import check_target
 from logart.grids.grid import ScaleSearch
 from logart.networks.network import DIGITS_PREPROCESSING, network_recipe
@@ -93,6 +95,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, Tens
     path = tmp_path_factory.mktemp("packed") / "odd.safetensors"
     save_packed(quantized(model, images, n_bits=3, scale_search=ScaleSearch.GRID, hardware_terms=2), path)
     return path, model, images
+
+
+def mine(images: Tensor) -> GoldenImages:
+    return GoldenImages(images, images, "mine")
 
 
 def folders(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -219,7 +225,7 @@ def check_golden(out: Path, inputs: dict[str, Tensor]) -> None:
         result = torch.from_numpy(y * 2.0 ** -golden["output"]["fraction"])
         assert golden["rounded_terms"] == 0 and torch.equal(result, exact), layer["name"]
         given = inputs[layer["name"]].double()
-        assert np.abs(x).max() >= 2**14  # the format is used
+        assert np.abs(x).max() >= 2**13  # the format is used
         distance = (result - layer_of(given, bias)).abs().max()
         assert 0 < distance <= golden["error_bound"]
 
@@ -244,15 +250,64 @@ def test_golden_vectors_of_the_digits(track: str, tmp_path: Path) -> None:
     model = digits(packed, track)
     assert main([str(packed), "--out", str(out), "--terms", "2", "--quiet"]) == 0
     images = torch.from_numpy(np.load(out / "images.npy"))
-    assert images.shape == (4, 1, 8, 8) and json.loads((out / "manifest.json").read_text())["images"] == 4
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert images.shape == (8, 1, 8, 8) and manifest["images"] == 8 and manifest["calibration_images"] == 256
+    calibration = golden_images(info(track, ""), "digits", 8).calibration
     with hardware_approximation(model, 2):
         check_golden(out, inputs_of(model, images))
+        for name, seen in inputs_of(model, calibration).items():
+            (golden,) = (layer["golden"] for layer in manifest["layers"] if layer["name"] == name)
+            assert 2**14 <= np.rint(float(seen.abs().max()) * 2.0 ** golden["input"]["fraction"]) < 2**15
+    floats = manifest["float_operations"]
+    if track == "vit":
+        blocks = sum(isinstance(module, nn.GELU) for module in model.modules())
+        assert floats["gelu"] == blocks > 1 and floats["native_layer_norm"] == 2 * blocks + 1
+        assert any("scaled_dot_product" in name or "softmax" in name for name in floats)
+    else:
+        assert "relu_" in floats or "relu" in floats
+    assert not {"convolution", "addmm", "mm", "view", "clone"} & floats.keys()
+    assert all(name in (out / "README.md").read_text() for name in floats)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+def test_what_saturates_in_formats_of_smaller_images_is_counted(
+    odd: tuple[Path, nn.Module, Tensor], tmp_path: Path
+) -> None:
+    packed, model, images = odd
+    golden = GoldenImages(images, 0.3 * images[:1], "mine")
+    manifest = export_hardware(packed, tmp_path / "out", golden=golden, model=model)
+    counts = [layer["golden"]["saturated"] for layer in manifest["layers"]]
+    assert counts[0] > 0
+    for (folder, _), count in zip(folders(tmp_path / "out"), counts, strict=True):
+        x = np.load(folder / "golden" / "input.npy")
+        assert count <= np.count_nonzero((x == 2**15 - 1) | (x == -(2**15))) <= count + 2
+
+
+def test_images_from_a_folder_have_the_recorded_preprocessing(exact: Path, tmp_path: Path, capfd: Any) -> None:
+    file = PackedFile.read(exact)
+    folder = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    replace(file, info={**file.info, "class_names": ["a", "b"]}).write(tmp_path / "named.safetensors")
+    argv = [str(tmp_path / "named.safetensors"), "--terms", "2", "--quiet", "--inputs", str(folder), "--n", "4"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["images"], manifest["calibration_images"]) == (4, 10)
+    first = np.asarray(Image.open(folder / "val" / manifest["image_names"][0].removeprefix("val/")), np.float64) / 255
+    p = DIGITS_PREPROCESSING
+    expected = (first - p.mean[0]) / p.std[0]
+    assert np.abs(np.load(tmp_path / "out" / "images.npy")[0, 0] - expected).max() < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same.")
 def test_golden_vectors_of_every_kind_of_layer(odd: tuple[Path, nn.Module, Tensor], tmp_path: Path) -> None:
     packed, model, images = odd
-    manifest = export_hardware(packed, tmp_path / "out", images=images, model=model)
+    manifest = export_hardware(packed, tmp_path / "out", golden=mine(images), model=model)
     again = quantized(model, images, n_bits=3, scale_search=ScaleSearch.GRID, hardware_terms=2)
     check_golden(tmp_path / "out", inputs_of(again, images))
     assert [layer["golden"]["output"]["shape"] for layer in manifest["layers"]] == [
@@ -318,11 +373,13 @@ def test_help(capfd: Any) -> None:
         assert flag in out
 
 
-def test_a_network_of_other_images_has_counts_but_no_golden_vectors(tmp_path: Path, capfd: Any) -> None:
+def test_without_golden_vectors_there_are_counts(tmp_path: Path, capfd: Any) -> None:
     digits(tmp_path / "a.safetensors", hardware_terms=2)
     file = PackedFile.read(tmp_path / "a.safetensors")
     replace(file, info={**file.info, "source": {"data": "pictures"}}).write(tmp_path / "b.safetensors")
-    assert main([str(tmp_path / "b.safetensors"), "--out", str(tmp_path / "out")]) == 0
+    other = [str(tmp_path / "b.safetensors"), "--out", str(tmp_path / "out")]
+    assert_refused(main, other, "logart-export: --inputs: golden vectors need images; expected a folder", capfd)
+    assert main([*other, "--n", "0"]) == 0
     assert "no golden vectors" in capfd.readouterr().out
     for folder, layer in folders(tmp_path / "out"):
         assert layer["golden"] is None and layer["cost"]["adds"] and not (folder / "golden").exists()
@@ -338,7 +395,7 @@ def test_a_network_that_cannot_be_built_still_gives_its_weights(
     odd: tuple[Path, nn.Module, Tensor], tmp_path: Path, capfd: Any
 ) -> None:
     packed, _, images = odd
-    assert main([str(packed), "--out", str(tmp_path / "out")]) == 0
+    assert main([str(packed), "--out", str(tmp_path / "out"), "--n", "0"]) == 0
     assert "names no network" in capfd.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["cost"] is None and "names no network" in manifest["not_run"]
@@ -346,7 +403,7 @@ def test_a_network_that_cannot_be_built_still_gives_its_weights(
     layers = PackedFile.read(packed).layers
     assert all(torch.equal(weight, layers[name].weight()) for name, weight in read_export(tmp_path / "out").items())
     with pytest.raises(UserError, match="--inputs: golden vectors need the network"):
-        export_hardware(packed, tmp_path / "other", images=images)
+        export_hardware(packed, tmp_path / "other", golden=mine(images))
     assert not (tmp_path / "other").exists()
 
 
@@ -393,6 +450,9 @@ def test_wrong_calls_take_one_line_and_leave_nothing(exact: Path, tmp_path: Path
         ([str(tmp_path / "missing"), "--out", new], f"{tmp_path / 'missing'}: does not exist"),
         ([str(exact), "--onnx", "x.onnx", "--terms", "2"], "--terms has no effect here"),
         ([str(exact), "--onnx", "x.onnx", "--inputs", "digits"], "--inputs has no effect here"),
+        ([*good, "--n", "0", "--inputs", "digits"], "--inputs has no effect here: --n 0"),
+        ([*good, "--n", "-1"], "--n: expected at least 0, got -1"),
+        ([*good, "--inputs", str(tmp_path / "nowhere")], "--inputs: the file does not say how many classes"),
         ([*good, "--inputs", str(tmp_path / "missing.npy")], "--inputs: cannot read"),
         ([*good, "--inputs", str(tmp_path / "junk.npy")], "--inputs: cannot read"),
         *(([*good, "--inputs", str(tmp_path / f"{name}.npy")], "--inputs: ") for name in arrays),
@@ -410,7 +470,7 @@ def test_images_that_the_network_does_not_take(odd: tuple[Path, nn.Module, Tenso
         (torch.full((1, 2, 11, 10), torch.inf), "NaN or infinite"),
     ):
         with pytest.raises(UserError, match=message):
-            export_hardware(packed, tmp_path / "out", images=images, model=model)
+            export_hardware(packed, tmp_path / "out", golden=mine(images), model=model)
         assert list(tmp_path.iterdir()) == []
 
 

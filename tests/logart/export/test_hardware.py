@@ -194,6 +194,7 @@ def test_rounding_and_saturation() -> None:
     fixed = FixedPoint(4, 1)
     x = np.array([0.25, 0.75, -0.25, -0.75, 0.3, 3.5, 3.74, 100.0, -4.0, -100.0])
     assert fixed.quantize(x).tolist() == [0, 2, 0, -2, 1, 7, 7, 7, -8, -8]
+    assert FixedPoint(4, 1).saturated(x) == 2 and FixedPoint(8, 0).saturated(x) == 0
     assert FixedPoint.holding(np.zeros(3)) == FixedPoint(16, 15)
 
 

@@ -22,7 +22,8 @@ from logart.errors import NetworkError
 from logart.export import integer_reference
 from logart.export.__main__ import main
 from logart.export.hardware import HardwareLevels
-from logart.export.integer_export import _source, export_integer
+from logart.export.inputs import open_source
+from logart.export.integer_export import export_integer
 from logart.export.integer_formats import ACCUMULATOR_BITS, Format, IntegerWeights
 from logart.export.integer_graph import reciprocal
 from logart.export.integer_trace import trace
@@ -56,7 +57,7 @@ def graph_of(folder: Path) -> dict[str, Any]:
 def test_every_test_image_has_the_recorded_accuracy_by_numpy_alone(exported: Path, packed: Path) -> None:
     """The reference alone, on all 500 digits, gets what torch's float64 got: the same predictions, counted anew."""
     graph = graph_of(exported)
-    val = _source(PackedFile.read(packed), DIGITS).val
+    val = open_source(PackedFile.read(packed).info, DIGITS).val
     images = torch.stack([val[index][0] for index in range(len(val))])
     f = graph["input"]
     x = np.floor(np.ldexp(images.double().numpy(), f["fraction"]) + 0.5)
@@ -244,7 +245,7 @@ def test_the_network_is_the_one_that_is_loaded(exported: Path, packed: Path) -> 
     graph = export_integer(packed, out, DIGITS, a_bit=12, images=2, test_images=20)
     assert not any(node.get("left_out") for node in graph["nodes"])
     golden = np.load(out / "golden" / f"{graph['output']['value']}.npy")
-    val = _source(PackedFile.read(packed), DIGITS).val
+    val = open_source(PackedFile.read(packed).info, DIGITS).val
     images = torch.stack([val[0][0], val[1][0]])
     with torch.no_grad():
         logits = load_packed(packed)(images)
