@@ -25,8 +25,9 @@ from logart.grids.rounding import dequantize, nearest
 from logart.grids.search import choose_codebook
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call
+from logart.quantization.clone import clone_sharing
 from logart.quantization.dbs import layer_error, layer_moments
-from logart.quantization.layers import QuantConv2d
+from logart.quantization.layers import quantize_parameter
 
 FEW = 2  # channels that reference 2 is timed on
 FEW_CANDIDATES = 9  # and candidates; 4 bits without scale search have no more
@@ -45,7 +46,7 @@ def main() -> None:
     torch.manual_seed(0)
     c, padding = args.channels, args.kernel // 2
     conv = nn.Conv2d(c, c, args.kernel, padding=padding, bias=False).requires_grad_(False)
-    layer = QuantConv2d.from_float(conv, args.bits, c)
+    layer = quantize_parameter(clone_sharing(conv), "weight", args.bits, c)
     x_float = torch.randn(args.images, c, args.size, args.size).relu_()
     x = x_float + 0.05 * torch.randn_like(x_float)
     calls = Captured([Call((x_float,), {})]), Captured([Call((x,), {})])
@@ -59,10 +60,10 @@ def main() -> None:
         return choose_codebook(w, DYNAMIC, args.bits, error=error, options=GridOptions(scale_search=search))
 
     def by_moments() -> Codebook:
-        return choose(layer_moments(conv, layer, conv, layer, *calls).error)
+        return choose(layer_moments(conv, layer.module, conv, layer, *calls).error)
 
     def as_chosen() -> Codebook:
-        return choose(layer_error(conv, layer, conv, layer, *calls, candidates=searched))
+        return choose(layer_error(conv, layer.module, conv, layer, *calls, candidates=searched))
 
     def rounded(codebook: Codebook) -> Tensor:
         return dequantize(nearest(w, codebook), codebook.levels).to(w.dtype).reshape(conv.weight.shape)

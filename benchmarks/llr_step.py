@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from logart.grids.logarithmic import LOG_SQRT2, half_steps_and_signs
 from logart.grids.losses import squared_error
 from logart.grids.search import choose_codebook
-from logart.quantization.layers import QuantConv2d
+from logart.quantization.layers import quantize_parameter
 
 BETA, RRWEIGHT = 11.0, 0.1
 
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=11)
     args = parser.parse_args()
     torch.manual_seed(0)
-    layer = QuantConv2d.from_float(nn.Conv2d(512, 512, 3, padding=1, bias=False).requires_grad_(False), 4, 512)
+    conv = nn.Conv2d(512, 512, 3, padding=1, bias=False).requires_grad_(False)
+    layer = quantize_parameter(conv, "weight", 4, 512)
     codebook = choose_codebook(layer.rows, LOG_SQRT2, 4)
     layer.set_codebook(codebook)
     x = torch.randn(args.batch, 512, args.size, args.size)
@@ -63,7 +64,7 @@ def main() -> None:
 
     def fast() -> Tensor:
         penalty = layer.update_soft_weight(BETA)
-        loss = squared_error(layer(x), target) + RRWEIGHT * penalty
+        loss = squared_error(conv(x), target) + RRWEIGHT * penalty
         fast_adam.zero_grad()
         loss.backward()
         fast_adam.step()

@@ -76,11 +76,12 @@ def run_layers(
             return NetworkRun(not_run="the file does not say which images the network takes")
         images = torch.zeros(1, *preprocessing.input_size)
         golden = GoldenImages(images, images, "")
-    quantized = {name: surgery.quantized_layers(network)[name] for name in layers}
+    held = surgery.quantized_layers(network)
+    quantized = {name: held[name].module for name in layers}
     dtype = next(iter(layers.values())).dtype
     try:
         for name, layer in layers.items():
-            quantized[name].set_packed(layer.codes, layer.spec, dequantized_weight=True)
+            held[name].set_packed(layer.codes, layer.spec, dequantized_weight=True)
         with torch.no_grad():
             largest = dict.fromkeys(layers, 0.0)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from logart.errors import NetworkError
 from logart.export.hardware_run import geometry_of
 from logart.export.integer_layer import Geometry
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.layers import is_quantized, quantized_weight
 
 Pairs = tuple[tuple[int, int], ...]
 _ZERO: Pairs = ((0, 0), (0, 0))
@@ -66,7 +66,7 @@ class Step:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
+        return is_quantized(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, example: Tensor) -> list[Step]:
@@ -142,9 +142,9 @@ class _Builder:
 
     def _module(self, node: fx.Node, name: str, module: nn.Module) -> None:
         source = node.args[0]
-        if isinstance(module, QuantizedLayer):
+        if is_quantized(module):
             assert isinstance(source, fx.Node)
-            shape = tuple(module.shape)
+            shape = tuple(quantized_weight(module).shape)
             inputs = self._inputs(source)
             if isinstance(module, nn.Conv2d):
                 geometry = geometry_of(module, torch.empty(self._shapes[source.name], device="meta"))

@@ -117,7 +117,7 @@ class _Opened(nn.Module):
 
     def forward(self, images: Tensor, *weights: Tensor) -> Tensor:
         for layer, weight in zip(self._layers, weights, strict=True):
-            layer.expanded = weight
+            layer.dequantized_weight = weight
         return self.network(images)  # type: ignore[no-any-return]
 
 
@@ -146,7 +146,7 @@ def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
             )
     finally:
         for layer, weight in zip(layers.values(), weights, strict=True):
-            layer.expanded = weight
+            layer.dequantized_weight = weight
     return onnx.load_from_string(file.getvalue())
 
 

@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from logart.packed.checkpoint import packed_layer
 from logart.packed.file import PackedFile, PackedFileError
 from logart.quantization.activation_quantizer import ActivationQuantizer, Measured
 from logart.quantization.damping import Damping
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.state import StageResult, Stored
 
@@ -25,7 +23,7 @@ def save_state(path: Path, own: Mapping[str, Stored], done: StageResult) -> None
     """Write the state of a block's rounded layers and of its quantizers; OSError where that fails, and no half file."""
     layers, quantizers = _layers(own), _quantizers(own)
     packed = {name: packed_layer(layer) for name, layer in layers.items()}
-    rest = {f"{name}.bias": layer.bias.detach() for name, layer in layers.items() if isinstance(layer.bias, Tensor)}
+    rest = {f"{name}.bias": layer.bias.detach() for name, layer in layers.items() if layer.bias is not None}
     rest |= {f"{name}.{kind}": tensor for name, q in quantizers.items() for kind, tensor in q.tensors().items()}
     info = {"seconds": done.seconds, "report": done.report and asdict(done.report)}
     info["damping"] = {name: layer.damping for name, layer in layers.items()}
@@ -59,12 +57,12 @@ def load_state(path: Path, own: Mapping[str, Stored]) -> StageResult:
         layer.set_codebook(codebook, packed.unpacked().to(device).reshape(layer.n_codebooks, -1))
         layer.damping = damping[name]
         if f"{name}.bias" in file.rest:
-            layer.bias = nn.Parameter(file.rest[f"{name}.bias"].to(device), requires_grad=False)
+            layer.set_bias(file.rest[f"{name}.bias"].to(device))
     return done
 
 
-def _layers(own: Mapping[str, Stored]) -> dict[str, QuantizedLayer]:
-    return {name: each for name, each in own.items() if isinstance(each, QuantizedLayer)}
+def _layers(own: Mapping[str, Stored]) -> dict[str, QuantizedWeight]:
+    return {name: each for name, each in own.items() if isinstance(each, QuantizedWeight)}
 
 
 def _quantizers(own: Mapping[str, Stored]) -> dict[str, ActivationQuantizer]:

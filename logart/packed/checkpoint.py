@@ -26,11 +26,11 @@ from logart.quantization.activation_quantizer import INPUT, attach
 from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
 from logart.quantization.folding import drop_batch_norms, replace_module
-from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
+from logart.quantization.layers import LAYER_TYPES, quantize_parameter
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.survey import is_plain
 from logart.text import table
 
-_KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED_TYPES.items()}
 # Arguments of timm's that read files or the network; none of them changes which parameters a network has.
 _FORBIDDEN = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 _PLAIN = {"Conv2d": nn.Conv2d, "Conv2dSame": Conv2dSame, "Linear": nn.Linear}
@@ -101,10 +101,10 @@ def to_packed(model: nn.Module, info: Mapping[str, Any] | None = None) -> Packed
     return PackedFile(layers, _rest(model), dict(info))
 
 
-def packed_layer(layer: QuantizedLayer) -> PackedLayer:
+def packed_layer(layer: QuantizedWeight) -> PackedLayer:
     """A layer as a packed file holds it; ValueError while it is not rounded."""
     codes, spec = layer.packed()
-    return PackedLayer(_KINDS[type(layer)], layer.shape, layer.n_bits, layer.dtype, codes, spec)
+    return PackedLayer(type(layer.module).__name__, layer.shape, layer.n_bits, layer.dtype, codes, spec)
 
 
 def load_packed(
@@ -146,12 +146,11 @@ def load_packed(
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
     """Everything in a network's state that is not a quantized weight."""
-    quantized = surgery.quantized_layers(model)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
     state = model.state_dict()
     rest = {}
     for name, value in state.items():
-        owner, _, kind = name.rpartition(".")
-        if owner.removesuffix(".soft") in quantized and kind != "bias":
+        if name.rpartition(".")[0].removesuffix(".soft") in quantized:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} of the network's state is no tensor")
@@ -168,7 +167,7 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
         if isinstance(layer, nn.Conv2d | nn.Linear) and not is_plain(layer) and packed.kind in _PLAIN:  # baked
             layer = plain_layer(layer, _PLAIN[packed.kind], layer.weight.detach(), layer.bias)
             replace_module(model, name, layer)
-        if layer is None or type(layer) not in QUANTIZED_TYPES or type(layer).__name__ != packed.kind:
+        if layer is None or type(layer) not in LAYER_TYPES or type(layer).__name__ != packed.kind:
             raise PackedFileError(f"the network has no {packed.kind} {name}")
         if layer.weight.shape != packed.shape or layer.weight.dtype != packed.dtype:
             seen, expected = (f"{list(t.shape)} {t.dtype}" for t in (layer.weight, packed))
@@ -179,7 +178,7 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
             seen = "no bias" if bias is None else f"a bias {list(bias.shape)} {bias.dtype}"
             raise PackedFileError(f"layer {name} has {seen} in the file, weights {list(packed.shape)} {packed.dtype}")
         layer.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
-        quantized = surgery.replace_layer(model, name, packed.n_bits, packed.spec.channels)
+        quantized = quantize_parameter(layer, "weight", packed.n_bits, packed.spec.channels)
         quantized.set_packed(packed.codes, packed.spec, dequantized_weight=dequantized_weight)
     _restore_quantizers(model, file)
     state = _rest(model)
@@ -211,7 +210,7 @@ def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:
         if layer is None:
             raise PackedFileError(f"the network has no quantized layer for {name:.80}")
         try:
-            attach(layer, MAX_BITS_A).take(tensors)
+            attach(layer.module, MAX_BITS_A).take(tensors)
         except ValueError as error:
             raise PackedFileError(f"{name:.80}: {error}") from error
 

@@ -24,8 +24,9 @@ from logart.quantization.cache import Captured, free_bytes
 from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
 from logart.quantization.damping import choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, per_codebook
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import Settings
+from logart.quantization.surgery import quantized_layers
 
 # Matrices [G, K, K] of float64 held at once: moments, centred moments, A, its factor and what reordering and factoring
 # hold beside them; where damping is chosen, the moments of each half and centred ones more.
@@ -37,10 +38,10 @@ def matrices_held(config: Settings) -> int:
     return MATRICES + MATRICES_OF_HALVES * (config.damping == "auto")
 
 
-def check_room(layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
+def check_room(layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
     """Raise NoRoomError, naming the layer, where second moments and factors do not fit into the memory that is free."""
     for name, layer in layers.items():
-        groups, elements = getattr(layer, "groups", 1), layer.shape[1:].numel()
+        groups, elements = getattr(layer.module, "groups", 1), layer.shape[1:].numel()
         need = matrices_held(config) * groups * elements**2 * torch.float64.itemsize
         free = free_bytes(layer.rows.device)
         if need > free:
@@ -70,15 +71,14 @@ def compensate_block(
     targets = []
     blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
     for name in block.layers:
-        layer, float_layer = quantized.get_submodule(name), reference.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)
+        layer, float_layer = quantized_layers(quantized)[name], reference.get_submodule(name)
         measure = partial(layer_moments, *blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
         targets.append(_compensate_layer(name, layer, measure, len(data[0]), config))
     return targets
 
 
 def _compensate_layer(
-    name: str, layer: QuantizedLayer, measure: Callable[..., OutputMoments], images: int, config: Settings
+    name: str, layer: QuantizedWeight, measure: Callable[..., OutputMoments], images: int, config: Settings
 ) -> Tensor:
     """T of one layer, from what measures its moments."""
     w = layer.rows.reshape(layer.shape[0], -1)
@@ -102,9 +102,8 @@ def _compensate_layer(
     rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
     codes = round_compensated(t, a, codebook.select(rows), factor)
     layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
-    bias = layer.bias if isinstance(layer.bias, Tensor) else None
-    bias = corrected_bias(bias, moments, layer.weight.reshape(w.shape) - w)
-    layer.bias = nn.Parameter(bias.to(w.dtype), requires_grad=False)
+    bias = corrected_bias(layer.bias, moments, layer.weight.reshape(w.shape) - w)
+    layer.set_bias(bias.to(w.dtype))
     return t.to(w.dtype).reshape(layer.shape)
 
 

@@ -16,8 +16,9 @@ from logart.grids.search import choose_codebook, squared_error
 from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, only_tensor, run_to
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import SearchMethod, Settings
+from logart.quantization.surgery import quantized_layers
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
 # Of unfolded patches held at once, 8 MB in float32: they stay in a processor's cache. Twice K rows at least, so that
@@ -36,8 +37,7 @@ def search_block(
     """
     options = config.grid_options
     for name in block.layers:
-        layer = quantized.get_submodule(name)
-        assert isinstance(layer, QuantizedLayer)
+        layer = quantized_layers(quantized)[name]
         error: ErrorFunction = squared_error
         if data is not None:
             size = config.search_batch_size
@@ -82,7 +82,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-def per_codebook(error: ErrorFunction, layer: QuantizedLayer) -> ErrorFunction:
+def per_codebook(error: ErrorFunction, layer: QuantizedWeight) -> ErrorFunction:
     """An error per output channel, [C, K] -> [C], as an error per codebook, [G, M] -> [G]."""
     channels = layer.shape[0]
 
@@ -97,7 +97,7 @@ def layer_error(
     float_block: nn.Module,
     block: nn.Module,
     float_layer: nn.Module,
-    layer: QuantizedLayer,
+    layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
     *,
@@ -106,8 +106,8 @@ def layer_error(
 ) -> ErrorFunction:
     """The LW measure of one layer, from δ [C, K] to [C], for so many candidates; other arguments as `layer_moments`."""
     arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
-    groups, shape = getattr(layer, "groups", 1), layer.shape
-    _, given = run_to(block, layer, inputs[:1])
+    groups, shape = getattr(layer.module, "groups", 1), layer.shape
+    _, given = run_to(block, layer.module, inputs[:1])
     rows = len(inputs) * given.numel() // shape[0]
     if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
         return layer_moments(*arguments, batch_size=batch_size).error
@@ -119,7 +119,7 @@ def layer_residual(
     float_block: nn.Module,
     block: nn.Module,
     float_layer: nn.Module,
-    layer: nn.Module,
+    layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
     *,
@@ -130,11 +130,11 @@ def layer_residual(
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
         _, wanted = run_to(float_block, float_layer, float_inputs[batch])
-        x, given = run_to(block, layer, inputs[batch])
+        x, given = run_to(block, layer.module, inputs[batch])
         fed.append(wide(x))
-        residual.append(_positions_last(layer, wide(wanted) - wide(given)))
+        residual.append(_positions_last(layer.module, wide(wanted) - wide(given)))
     x = torch.cat(fed)
-    return OutputResidual(lambda delta: _apply(layer, x, delta), torch.cat(residual))
+    return OutputResidual(lambda delta: _apply(layer.module, x, delta), torch.cat(residual))
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def layer_moments(
     float_block: nn.Module,
     block: nn.Module,
     float_layer: nn.Module,
-    layer: nn.Module,
+    layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
     *,
@@ -159,20 +159,19 @@ def layer_moments(
         shifted: take `shift` or, without it, the first rows' mean away from all; for moments that are to be `centred`.
         images: which of the images; None is all.
     """
-    groups, weight = getattr(layer, "groups", 1), layer.weight
-    assert isinstance(weight, Tensor)
-    elements = weight[0].numel()
+    module, weight = layer.module, layer.weight
+    groups, elements = getattr(module, "groups", 1), weight[0].numel()
     moments = OutputMoments.zeros(groups, weight.shape[0], elements, weight.device)
     moments.shift = shift
     images = range(len(inputs)) if images is None else images
     for start in images[::batch_size]:
         batch = slice(start, min(start + batch_size, images.stop))
         _, wanted = run_to(float_block, float_layer, float_inputs[batch])
-        x, given = run_to(block, layer, inputs[batch])
-        residual = _positions_last(layer, wide(wanted) - wide(given))
+        x, given = run_to(block, module, inputs[batch])
+        residual = _positions_last(module, wide(wanted) - wide(given))
         step = max(1, max(_PATCH_ELEMENTS // (groups * elements), 2 * elements) // residual.shape[2])
         for first in range(0, len(x), step):
-            patches = unfold(layer, wide(x[first : first + step]))
+            patches = unfold(module, wide(x[first : first + step]))
             if shifted and moments.shift is None:
                 moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
             part = residual[first : first + step].unflatten(1, (groups, -1))
@@ -224,7 +223,7 @@ def _positions_last(layer: nn.Module, y: Tensor) -> Tensor:
 def block_sensitivity(
     float_block: nn.Module,
     block: nn.Module,
-    layer: nn.Module,
+    layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
     *,
@@ -236,12 +235,12 @@ def block_sensitivity(
     x, pulls, probes = [], [], []
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        seen, vjp, *along = _vjps(float_block, block, layer, float_inputs[batch], inputs[batch], generator)
+        seen, vjp, *along = _vjps(float_block, block, layer.module, float_inputs[batch], inputs[batch], generator)
         x.append(wide(seen))
         pulls.append(wide(vjp))
         probes.append(wide(torch.stack(along)))
     fed = torch.cat(x)
-    return BlockSensitivity(lambda delta: _apply(layer, fed, delta), torch.cat(pulls), torch.cat(probes, dim=1))
+    return BlockSensitivity(lambda delta: _apply(layer.module, fed, delta), torch.cat(pulls), torch.cat(probes, dim=1))
 
 
 def _vjps(

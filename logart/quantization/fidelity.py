@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.grids.rounding import nearest
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 
 N_IMAGES = 64  # of either kind: outputs have many positions, and so few tell layers apart
@@ -115,6 +115,6 @@ def _rounded_to_nearest(reference: nn.Module, quantized: nn.Module) -> Iterator[
         yield
 
 
-def _round_to_nearest(layer: QuantizedLayer, float_layer: nn.Module) -> None:
+def _round_to_nearest(layer: QuantizedWeight, float_layer: nn.Module) -> None:
     layer.set_codes(nearest(layer.rows, layer.codebook))
-    layer.bias = float_layer.bias
+    layer.module.bias = float_layer.bias

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
-from logart.quantization.layers import QUANTIZED_TYPES
+from logart.quantization.layers import LAYER_TYPES
 
 # Exact types: a subclass may do in its forward what it likes.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d)
@@ -167,12 +167,12 @@ def _look(model: nn.Module, example: Tensor) -> _Seen:
 
     handles = []
     for module in model.modules():
-        if type(module) in QUANTIZED_TYPES:
+        if type(module) in LAYER_TYPES:
             handles.append(module.register_forward_hook(after_layer))
         elif type(module) in BATCH_NORMS:
             handles.append(module.register_forward_pre_hook(before_norm))
             handles.append(module.register_forward_hook(after_norm))
-        if type(module) in QUANTIZED_TYPES or type(module) in BATCH_NORMS:
+        if type(module) in LAYER_TYPES or type(module) in BATCH_NORMS:
             watch.watched |= {id(t): t for t in _tensors(module)}
     try:
         with watch:

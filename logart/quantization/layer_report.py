@@ -17,7 +17,7 @@ from logart.grids.search import rounding_error
 from logart.quantization import surgery
 from logart.quantization.activation_stage import ActivationReport
 from logart.quantization.blocks import Block
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport
 
 HISTOGRAM_RANGE, HISTOGRAM_BINS = 1.25, 60  # of w over the largest magnitude among its codebook's levels
@@ -160,7 +160,7 @@ class Report:
         }
 
 
-def _generalisation(layer: QuantizedLayer) -> dict[str, float]:
+def _generalisation(layer: QuantizedWeight) -> dict[str, float]:
     return dict(zip(GENERALISATION, layer.damping or (), strict=False))
 
 
@@ -200,7 +200,7 @@ def layer_reports(
     return reports
 
 
-def weight_histogram(layer: QuantizedLayer) -> tuple[int, ...]:
+def weight_histogram(layer: QuantizedWeight) -> tuple[int, ...]:
     """How many float weights lie where, each over the largest magnitude among its codebook's levels.
 
     Equal bins from -`HISTOGRAM_RANGE` to `HISTOGRAM_RANGE`; what lies beyond counts in the end bins.

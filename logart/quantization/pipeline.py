@@ -30,9 +30,9 @@ from logart.quantization.fidelity import layer_output_errors
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.images import gather_images
 from logart.quantization.layer_report import Report, layer_reports
-from logart.quantization.layers import QuantizedLayer
 from logart.quantization.memory import estimate_memory
 from logart.quantization.modes import autocast_inside, own_modes
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport
 from logart.quantization.rounding_methods import BlockTask, Stage
 from logart.quantization.rows import BlockRows, trace_rows
@@ -261,7 +261,7 @@ class _Work:
             torch.cuda.empty_cache()
 
     @cached_property
-    def _layers(self) -> dict[str, QuantizedLayer]:
+    def _layers(self) -> dict[str, QuantizedWeight]:
         return surgery.quantized_layers(self.quantized)
 
     def _loss(self, block: Block, shape: torch.Size) -> Loss:

@@ -21,7 +21,7 @@ from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, only_tensor
 from logart.quantization.dbs import wide
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import Settings
 
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
@@ -79,7 +79,7 @@ def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Los
 def learn_rounding(
     name: str,
     block: nn.Module,
-    layers: list[QuantizedLayer],
+    layers: list[QuantizedWeight],
     inputs: Captured,
     targets: Captured,
     config: Settings,
@@ -101,7 +101,7 @@ def learn_rounding(
         progress: called after each step with the step's number and its reconstruction loss.
         float_inputs: the float block's. If given, each element of a step's input is drawn: from
             `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
-        starts: the layers' targets, see `QuantizedLayer.start_learning`; if given, learning goes on from the codes.
+        starts: the layers' targets, see `QuantizedWeight.start_learning`; if given, learning goes on from the codes.
         judge: inputs and targets of other images: the learned codes stay where the error on these is no larger than
             before. Without it, it is measured on those learned from.
 
@@ -152,7 +152,7 @@ class _Batches:
 def _learn(
     name: str,
     block: nn.Module,
-    layers: list[QuantizedLayer],
+    layers: list[QuantizedWeight],
     batches: _Batches,
     targets: Captured,
     config: Settings,
@@ -202,7 +202,7 @@ def _backward(loss: Tensor, alphas: Sequence[Tensor], half: bool) -> None:
         alpha.grad = gradient / scale
 
 
-def _check_gradients(name: str, layers: list[QuantizedLayer], alphas: Sequence[Tensor], loss: Tensor) -> None:
+def _check_gradients(name: str, layers: list[QuantizedWeight], alphas: Sequence[Tensor], loss: Tensor) -> None:
     """Raise where the block's forward cuts the gradient, so that nothing would be learned."""
     found: Sequence[Tensor | None] = [None] * len(alphas)
     if loss.requires_grad:

@@ -22,9 +22,10 @@ from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured
 from logart.quantization.compensate import check_room, compensate_block, matrices_held
 from logart.quantization.dbs import PROBES, search_block
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport, learn_rounding
 from logart.quantization.settings import ReconInput, SearchMethod, Settings
+from logart.quantization.surgery import quantized_layers
 
 HELD_OUT = 1 / 8  # of the images, neither compensated nor learned with, where LLR follows the closed form
 
@@ -71,11 +72,10 @@ class BlockTask:
         return replace(self, captured=seen), held_out
 
     @property
-    def layers(self) -> list[QuantizedLayer]:
+    def layers(self) -> list[QuantizedWeight]:
         """The block's quantized layers, in the order they run."""
-        layers = [self.quantized.get_submodule(name) for name in self.block.layers]
-        assert all(isinstance(layer, QuantizedLayer) for layer in layers)
-        return layers  # type: ignore[return-value]
+        layers = quantized_layers(self.quantized)
+        return [layers[name] for name in self.block.layers]
 
 
 class BlockSize(NamedTuple):
@@ -130,7 +130,7 @@ class Stage:
         """A bound of what it holds on the computing device beside a block's captured tensors."""
         raise NotImplementedError
 
-    def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
         """Raise NoRoomError where a layer is too large for it; asked before any work is done."""
         return
 
@@ -193,7 +193,7 @@ class Compensate(Stage):
         """The matrices [groups, K, K] of `compensate.matrices_held`, and a batch's tensors."""
         return matrices_held(config) * size.gram + 2 * config.batch_size * size.activations
 
-    def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
         check_room(layers, config)
 
     def run(self, task: BlockTask) -> None:
@@ -272,7 +272,7 @@ class CompensateAndLearn(Learn):
     def working_bytes(self, size: BlockSize, config: Settings) -> int:
         return max(self._closed.working_bytes(size, config), super().working_bytes(size, config))
 
-    def check_room(self, layers: Mapping[str, QuantizedLayer], config: Settings) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
         self._closed.check_room(layers, config)
 
     def run(self, task: BlockTask) -> BlockReport:

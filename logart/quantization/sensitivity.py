@@ -29,7 +29,7 @@ from logart.quantization.compensate import corrected_bias
 from logart.quantization.config import QuantConfig
 from logart.quantization.damping import metric
 from logart.quantization.dbs import per_codebook, unfold
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 SENSITIVITY_IMAGES = 128
@@ -37,7 +37,7 @@ PROBES = 8  # sign vectors an image
 _BATCH = 8  # images whose graph is held at once
 _MOST_SEARCHED = 5  # bits; beyond, scale search tries thousands of candidates, and gains nothing that is seen here
 
-Quantized = dict[int, QuantizedLayer]  # one layer at each width
+Quantized = dict[int, QuantizedWeight]  # one layer at each width
 
 
 def budgeted_bits(
@@ -91,8 +91,8 @@ def layer_effects(
     for width in WIDTHS:
         network = clone_sharing(reference)
         surgery.replace_layers(network, dict.fromkeys(layers, width), config.channel_wise, row_groups)
-        for name in layers:
-            quantized[name][width] = network.get_submodule(name)  # type: ignore[assignment]
+        for name, layer in surgery.quantized_layers(network).items():
+            quantized[name][width] = layer
     _quantize(reference, quantized, seen.to(device), config)
     return _effects(reference, quantized, unseen, device, config.seed)
 
@@ -117,20 +117,19 @@ def _quantize(reference: nn.Module, quantized: Mapping[str, Quantized], images: 
             rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
             codes = round_compensated(w.double(), a, codebook.select(rows))
             layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
-            bias = layer.bias if isinstance(layer.bias, Tensor) else None
-            bias = corrected_bias(bias, moments, layer.weight.reshape(w.shape) - w)
-            layer.bias = nn.Parameter(bias.to(w.dtype), requires_grad=False)
+            bias = corrected_bias(layer.bias, moments, layer.weight.reshape(w.shape) - w)
+            layer.set_bias(bias.to(w.dtype))
 
     with _watched(reference, quantized, quantize):
         reference(images.clone())
 
 
-def _moments(layer: QuantizedLayer, x: Tensor) -> OutputMoments:
+def _moments(layer: QuantizedWeight, x: Tensor) -> OutputMoments:
     """Of a layer's inputs, with no error made before it."""
-    groups = getattr(layer, "groups", 1)
+    groups = getattr(layer.module, "groups", 1)
     moments = OutputMoments.zeros(groups, layer.shape[0], layer.shape[1:].numel(), x.device)
     for part in x.split(_BATCH):
-        patches = unfold(layer, part)
+        patches = unfold(layer.module, part)
         if moments.shift is None:
             moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
         moments.add(patches, patches.new_zeros(groups, patches.shape[1], layer.shape[0] // groups))
@@ -163,7 +162,7 @@ def _effects(
         with torch.no_grad():
             for (name, (x, output)), *vjps in zip(passed.items(), *pulls, strict=True):
                 for width, layer in quantized[name].items():
-                    change = (layer(x) - output).flatten(1)
+                    change = (layer.module(x) - output).flatten(1)
                     along_probes = torch.stack([(vjp.flatten(1) * change).sum(1) for vjp in vjps])
                     effects[name][width] += float(along_probes.double().square().sum()) / (2 * PROBES * len(images))
     return effects

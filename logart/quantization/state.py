@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from logart.quantization.activation_quantizer import ActivationQuantizer
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport
 
-Stored = QuantizedLayer | ActivationQuantizer
+Stored = QuantizedWeight | ActivationQuantizer
 
 
 @dataclass(frozen=True)

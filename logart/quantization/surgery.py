@@ -10,15 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError
-from logart.quantization.folding import replace_module, same_outputs
-from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.quantization.survey import Survey, count_runs
+from logart.quantization.folding import same_outputs
+from logart.quantization.layers import (
+    find_parameter,
+    plain_parameters,
+    quantize_parameter,
+    quantized_weight,
+)
+from logart.quantization.quantized_weight import QuantizedWeight
+from logart.quantization.survey import Survey
+from logart.quantization.weight_state import layer_name
 
 
 def replace_layers(
     model: nn.Module, bits: dict[str, int], channel_wise: bool, row_groups: Mapping[str, int] = MappingProxyType({})
 ) -> None:
-    """Put a quantized layer, sharing the float weight, in the place of every layer that `bits` names.
+    """Let every layer that `bits` names read its weight off a codebook; the float weight is shared.
 
     Args:
         bits: bit width of each layer, by name.
@@ -27,13 +34,11 @@ def replace_layers(
             layer's name. Where the rows cannot be split evenly, the layer gets one.
     """
     for name, n_bits in bits.items():
-        layer = model.get_submodule(name)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        module, own = find_parameter(model, name)
+        channels = getattr(module, own).shape[0]
         groups = row_groups.get(name.rpartition(".")[2], 1)
-        per_layer = groups if weight.shape[0] % groups == 0 else 1
-        n_codebooks = weight.shape[0] if channel_wise else per_layer
-        replace_layer(model, name, n_bits, n_codebooks)
+        per_layer = groups if channels % groups == 0 else 1
+        quantize_parameter(module, own, n_bits, channels if channel_wise else per_layer)
 
 
 @torch.no_grad()
@@ -41,22 +46,10 @@ def check_replaced(model: nn.Module, example: Tensor, seen: Survey) -> None:
     """Compare a network whose quantized layers still hold their float weights with what `seen` showed of the float one.
 
     Raises:
-        NetworkError: a quantized layer does not run, or the outputs differ.
+        NetworkError: the outputs differ.
     """
-    ran, output = count_runs(model, lambda module: isinstance(module, QuantizedLayer), example.clone())
-    for name in quantized_layers(model):
-        if name not in ran:
-            raise NetworkError(f"layer {name} is also held elsewhere, in a list for instance, and is run from there")
-    if not same_outputs(output, seen.output, seen.eps**0.5):
+    if not same_outputs(model(example.clone()), seen.output, seen.eps**0.5):
         raise NetworkError("with quantized layers in place, still of float weights, the network gives other outputs")
-
-
-def replace_layer(model: nn.Module, name: str, n_bits: int, n_codebooks: int) -> QuantizedLayer:
-    """Put a quantized layer, sharing the float weight, in the place of one layer."""
-    layer = model.get_submodule(name)
-    quantized: QuantizedLayer = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks)
-    replace_module(model, name, quantized)
-    return quantized
 
 
 def to_float(model: nn.Module) -> nn.Module:
@@ -66,12 +59,16 @@ def to_float(model: nn.Module) -> nn.Module:
         model: as `quantize_model` or `load_packed` gives it; it is not changed.
     """
     plain = copy.deepcopy(model)
-    for name, layer in quantized_layers(plain).items():
-        replace_module(plain, name, layer.to_float())
+    for module in plain.modules():
+        plain_parameters(module)
     plain.__dict__.pop("packed_info", None)
     return plain
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Every quantized layer by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Every quantized weight by its layer's name, in the order of the network's modules."""
+    return {
+        layer_name(name, own): quantized_weight(module, own)
+        for name, module in model.named_modules()
+        for own in getattr(module, "_read_off_codes", ())
+    }

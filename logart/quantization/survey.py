@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from logart.errors import NetworkError
 from logart.quantization.clone import attributes
-from logart.quantization.layers import QUANTIZED_TYPES
+from logart.quantization.layers import LAYER_TYPES
 from logart.quantization.modes import autocast_now
 
 _LINEAR = {
@@ -99,7 +99,7 @@ def count_runs(model: nn.Module, which: Any, example: Tensor) -> tuple[Counter[s
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is a layer that can be quantized: of such a type, with a weight of its own."""
-    return type(module) in QUANTIZED_TYPES and "weight" in module._parameters
+    return type(module) in LAYER_TYPES and "weight" in module._parameters
 
 
 class _Flow(TorchFunctionMode):
@@ -183,7 +183,7 @@ def _skipped(model: nn.Module, ran: set[str], flow: _Flow) -> Iterable[tuple[str
         if is_plain(module):
             used = id(module.weight) in flow.used
             yield name, "is used but not run as a layer" if used else "did not run in the forward pass"
-        elif type(module) in QUANTIZED_TYPES:
+        elif type(module) in LAYER_TYPES:
             yield name, "its weight is computed from other tensors, by pruning or a norm"
         else:
             for own, parameter in module.named_parameters(recurse=False):

@@ -234,7 +234,7 @@ def inputs_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """What each quantized layer of a network is fed."""
     seen: dict[str, Tensor] = {}
     handles = [
-        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+        layer.module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
         for name, layer in quantized_layers(model).items()
     ]
     with torch.no_grad():

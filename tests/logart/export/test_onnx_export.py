@@ -28,7 +28,7 @@ from logart.grids.grid import CodebookSpec
 from logart.grids.linear import LINEAR_MINMAX
 from logart.grids.logarithmic import DYNAMIC
 from logart.networks.network import network_recipe
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 
 PREPROCESSING = {"preprocessing": {"input_size": [3, 8, 8]}}
@@ -48,7 +48,7 @@ def run(file: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def weights_in(file: Path, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
+def weights_in(file: Path, layers: dict[str, QuantizedWeight]) -> dict[str, Tensor]:
     """What the graph expands each layer's codes to."""
     model = onnx.load(file)
     names = [f"network.{name}.weight" for name in layers]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import quantized_twin
 from torch import Tensor, nn
 
 import logart_cnn.models
@@ -22,7 +23,7 @@ from logart.networks.network import network_recipe
 from logart.packed.checkpoint import to_packed
 from logart.packed.file import PackedFile, PackedFileError
 from logart.quantization.folding import fold_batch_norms
-from logart.quantization.layers import QuantizedLayer, hardware_approximation
+from logart.quantization.layers import hardware_approximation
 from logart.quantization.surgery import quantized_layers
 
 NAMED: dict[str, tuple[str, str, dict[str, object], tuple[int, ...]]] = {
@@ -338,7 +339,7 @@ def test_what_cannot_be_saved_is_refused(digits: tuple[nn.Module, Tensor], tmp_p
         save_packed(quantized, tmp_path / "a.safetensors", {"x": object()})
     with pytest.raises(ValueError, match="JSON"):
         save_packed(quantized, tmp_path / "a.safetensors", {"x": float("nan")})
-    layer = nn.Sequential(QuantizedLayer.from_float.__func__(type(quantized.linear), nn.Linear(2, 2), 4, 2))  # type: ignore[attr-defined]
+    layer = nn.Sequential(quantized_twin(nn.Linear(2, 2), 4).module)
     with pytest.raises(ValueError, match="layer 0: the layer is not rounded"):
         save_packed(layer, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="dequantize must be"):
@@ -435,8 +436,9 @@ def test_a_layer_that_cannot_be_approximated_leaves_the_others_as_they_were(
     model, images, _ = named("digits_resnet")
     quantized = nearest(model, images)
     expected = quantized(images)
-    quantized.linear.codes, kept = None, quantized.linear.codes
+    layer = quantized_layers(quantized)["linear"]
+    layer.codes, kept = None, layer.codes
     with pytest.raises(AssertionError), hardware_approximation(quantized, 2):
         pass
-    quantized.linear.codes = kept
+    layer.codes = kept
     assert torch.equal(quantized(images), expected)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import calls
+from networks import calls, quantized_twin
 from quadratic import assert_no_worse, plain_error
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ from logart.quantization.compensate import compensate_block
 from logart.quantization.config import QuantConfig
 from logart.quantization.damping import metric, target
 from logart.quantization.dbs import layer_moments
-from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
 from logart.quantization.pipeline import quantize_model
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers, replace_layers
 from logart_cnn.models import load_network
 
@@ -46,13 +46,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 DAMPING, FLOOR = 0.01, 1e-12
 
 
-def twins(build: Callable[[], nn.Module], n_bits: int = 3, n_codebooks: int = 0) -> tuple[nn.Module, QuantizedLayer]:
+def twins(build: Callable[[], nn.Module], n_bits: int = 3, n_codebooks: int = 0) -> tuple[nn.Module, QuantizedWeight]:
     """A layer and its quantized counterpart, still float; a codebook per channel by default."""
     layer = build().requires_grad_(False)
-    return layer, QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks or len(layer.weight))  # type: ignore[arg-type]
+    return layer, quantized_twin(layer, n_bits, n_codebooks)
 
 
-def double_case(name: str, **options: int) -> tuple[nn.Module, QuantizedLayer, Tensor, Tensor]:
+def double_case(name: str, **options: int) -> tuple[nn.Module, QuantizedWeight, Tensor, Tensor]:
     """Twins in float64, X and X̂, whose means are far from zero and from each other."""
     torch.manual_seed(len(name))
     build, shape = LAYERS[name]
@@ -92,7 +92,7 @@ def plain_metric_and_target(layer: nn.Module, x: Tensor, x_hat: Tensor) -> tuple
 def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
     layer, quantized, x, x_hat = double_case(name)
     moments = layer_moments(
-        layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=4, shifted=True
+        layer, quantized.module, layer, quantized, calls(x), calls(x_hat), batch_size=4, shifted=True
     ).centred()
     a, t = plain_metric_and_target(layer, x, x_hat)
     groups = getattr(layer, "groups", 1)
@@ -105,7 +105,7 @@ def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
 
 def test_target_is_the_weight_where_the_prefix_is_exact() -> None:
     layer, quantized, x, _ = double_case("conv")
-    moments = layer_moments(layer, quantized, layer, quantized, calls(x), calls(x), shifted=True).centred()
+    moments = layer_moments(layer, quantized.module, layer, quantized, calls(x), calls(x), shifted=True).centred()
     assert torch.equal(target(quantized.rows, Factor.of(metric(moments, DAMPING)), moments), quantized.rows)
 
 
@@ -147,12 +147,12 @@ def test_hard_inputs_leave_a_definite_metric_and_sane_weights(name: str, build: 
     x = hard_inputs(name)
     x_hat = 1.01 * x + 0.1 * (x != 0)
     moments = layer_moments(
-        layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=16, shifted=True
+        layer, quantized.module, layer, quantized, calls(x), calls(x_hat), batch_size=16, shifted=True
     ).centred()
     assert float(torch.linalg.eigvalsh(metric(moments, DAMPING)).amin()) > 0
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=16)
     (t,) = compensate_block(
-        nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (calls(x), calls(x_hat)), config
+        nn.Sequential(layer), nn.Sequential(quantized.module), Block("0", ("0",)), (calls(x), calls(x_hat)), config
     )
     w = layer.weight
     assert isinstance(w, Tensor) and isinstance(quantized.bias, Tensor)
@@ -171,7 +171,7 @@ def test_large_means_cost_no_accuracy_in_float32() -> None:
     x = hard_inputs("mean 1e4")
     x_hat = x + 0.2 * torch.randn_like(x)
     moments = layer_moments(
-        layer, quantized, layer, quantized, calls(x), calls(x_hat), batch_size=8, shifted=True
+        layer, quantized.module, layer, quantized, calls(x), calls(x_hat), batch_size=8, shifted=True
     ).centred()
     exact = layer.double()
     a, t = plain_metric_and_target(exact, x.double(), x_hat.double())
@@ -204,7 +204,7 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
     channels, w, wanted = len(layer.weight), quantized.rows.clone(), layer(x)  # type: ignore[arg-type]
     float_bias = layer.bias
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=4, **OPTIONS[options])  # type: ignore[arg-type]
-    block, models = Block("0", ("0",)), (nn.Sequential(layer), nn.Sequential(quantized))
+    block, models = Block("0", ("0",)), (nn.Sequential(layer), nn.Sequential(quantized.module))
     (t,) = compensate_block(*models, block, (calls(x), calls(x_hat)), config)
     a, plain_t = plain_metric_and_target(layer, x, x_hat)
     plain_t = plain_t.reshape(t.shape)
@@ -226,7 +226,7 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
     assert not torch.equal(quantized.weight.reshape(w.shape), w)
     channel = 1 if isinstance(layer, nn.Conv2d) else -1
     mean = lambda y: y.movedim(channel, 0).flatten(1).mean(1)  # noqa: E731
-    torch.testing.assert_close(mean(quantized(x_hat)), mean(wanted), rtol=0, atol=1e-9)
+    torch.testing.assert_close(mean(quantized.module(x_hat)), mean(wanted), rtol=0, atol=1e-9)
     assert layer.bias is float_bias and torch.equal(layer(x), wanted)  # the float network keeps its own
 
 
@@ -238,7 +238,7 @@ def test_the_mean_output_is_kept_in_float32_at_large_means(bias: bool) -> None:
     x_hat = x + 0.2 * torch.randn_like(x) + 3
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=8)
     compensate_block(
-        nn.Sequential(layer), nn.Sequential(quantized), Block("0", ("0",)), (calls(x), calls(x_hat)), config
+        nn.Sequential(layer), nn.Sequential(quantized.module), Block("0", ("0",)), (calls(x), calls(x_hat)), config
     )
     assert isinstance(quantized.bias, nn.Parameter)
     assert quantized.bias.dtype == torch.float32 and not quantized.bias.requires_grad

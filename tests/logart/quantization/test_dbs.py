@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from codebooks import candidate_books, n_base2, reassign
-from networks import ResidualBlock, calls, hooks_of, settle, smooth_images
+from networks import ResidualBlock, calls, hooks_of, quantized_twin, settle, smooth_images
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
@@ -17,8 +17,8 @@ from logart.quantization.blocks import Block
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
-from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer
-from logart.quantization.surgery import replace_layers
+from logart.quantization.quantized_weight import QuantizedWeight
+from logart.quantization.surgery import quantized_layers, replace_layers
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -43,13 +43,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def make(
     name: str, n_bits: int = 4, n_codebooks: int | None = None
-) -> tuple[nn.Module, QuantizedLayer, Tensor, Tensor]:
+) -> tuple[nn.Module, QuantizedWeight, Tensor, Tensor]:
     """A float64 layer, its quantized counterpart, X and X̂ (which differ as after a quantized prefix)."""
     torch.manual_seed(len(name))
     build, shape = LAYERS[name]
     layer = build().double().requires_grad_(False)
     x = torch.randn(shape, dtype=torch.float64)
-    quantized = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks or len(layer.weight))  # type: ignore[arg-type]
+    quantized = quantized_twin(layer, n_bits, n_codebooks)
     return layer, quantized, x, x + 0.2 * torch.randn_like(x)
 
 
@@ -74,7 +74,7 @@ def last_least(errors: Tensor) -> list[int]:
     return [max(range(len(rows)), key=lambda k: (-rows[k][c], k)) for c in range(errors.shape[1])]
 
 
-def candidate_deltas(layer: QuantizedLayer) -> list[Tensor]:
+def candidate_deltas(layer: QuantizedWeight) -> list[Tensor]:
     """Of every mix, 0..N, also of those whose levels are another's."""
     rows, mixes = layer.rows, range(2 ** (layer.n_bits - 1) + 1)
     return [rounding_error(rows, c) for c in candidate_books(rows.abs().amax(1), layer.n_bits, mixes, dtype=rows.dtype)]
@@ -83,7 +83,7 @@ def candidate_deltas(layer: QuantizedLayer) -> list[Tensor]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_unfolded_rows_times_weights_are_the_output(name: str) -> None:
     layer, quantized, x, _ = make(name)
-    rows = dbs.unfold(quantized, x)  # [groups, n, K]
+    rows = dbs.unfold(quantized.module, x)  # [groups, n, K]
     weight = layer.weight.flatten(1).unflatten(0, (len(rows), -1))  # type: ignore[operator, union-attr]
     expected = channels_first(layer, layer(x) if layer.bias is None else layer(x) - layer(torch.zeros_like(x)))
     torch.testing.assert_close((weight @ rows.mT).flatten(0, 1), expected, rtol=1e-10, atol=1e-12)
@@ -95,7 +95,7 @@ def test_layer_wise_errors_equal_forward_passes(name: str) -> None:
     layer, quantized, x, x_hat = make(name)
     deltas = candidate_deltas(quantized)
     expected = forward_errors(layer, x, x_hat, deltas)
-    blocks = (layer, quantized, layer, quantized, calls(x), calls(x_hat))
+    blocks = (layer, quantized.module, layer, quantized, calls(x), calls(x_hat))
     measures = {
         "moments": dbs.layer_moments(*blocks, batch_size=2).error,
         "residual": dbs.layer_residual(*blocks).error,
@@ -110,7 +110,7 @@ def test_too_many_patches_are_taken_image_by_image(monkeypatch: pytest.MonkeyPat
     layer, quantized, x, x_hat = make("grouped")
     deltas = candidate_deltas(quantized)
     monkeypatch.setattr(dbs, "_PATCH_ELEMENTS", 10)
-    error = dbs.layer_moments(layer, quantized, layer, quantized, calls(x), calls(x_hat)).error
+    error = dbs.layer_moments(layer, quantized.module, layer, quantized, calls(x), calls(x_hat)).error
     found = torch.stack([error(delta) for delta in deltas])
     torch.testing.assert_close(found, forward_errors(layer, x, x_hat, deltas), rtol=1e-9, atol=0)
 
@@ -131,7 +131,7 @@ def test_the_search_takes_the_least_error_of_brute_force(
     if not channel_wise:
         expected = expected.sum(1, keepdim=True)
     config = QuantConfig(n_bits=n_bits, search_method=method, search_samples=len(x), iters=0)  # type: ignore[arg-type]
-    float_model, model = nn.Sequential(layer), nn.Sequential(quantized)
+    float_model, model = nn.Sequential(layer), nn.Sequential(quantized.module)
     data = (calls(x), calls(x_hat)) if config.searches_data else None
     dbs.search_block(float_model, model, Block("0", ("0",)), data, config)
     assert quantized.codes is not None
@@ -165,7 +165,7 @@ def test_scales_are_searched_by_the_measure_asked_for(method: str, options: str)
     torch.manual_seed(1)
     layer.weight.normal_()  # type: ignore[operator, union-attr] # channels of one size would all choose alike
     tail = nn.Sequential(nn.Flatten(1), nn.Linear(layer(x[:1]).numel(), 1)).double().requires_grad_(False)
-    model, block = nn.Sequential(layer, tail), nn.Sequential(quantized, tail)
+    model, block = nn.Sequential(layer, tail), nn.Sequential(quantized.module, tail)
     assert quantized.float_weight is not None
     quantized.float_weight = nn.Parameter(quantized.float_weight.clone(), requires_grad=False)
     quantized.n_bits = 2
@@ -196,7 +196,7 @@ def test_measures_choose_differently() -> None:
         config = QuantConfig(search_method=method, iters=0)  # type: ignore[arg-type]
         data = (calls(x), calls(x_hat)) if config.searches_data else None
         dbs.search_block(model, quantized, Block("", ("conv1", "conv2")), data, config)
-        mixes.append(torch.cat([n_base2(quantized.conv1.codebook), n_base2(quantized.conv2.codebook)]).tolist())  # type: ignore[list-item]
+        mixes.append(torch.cat([n_base2(layer.codebook) for layer in quantized_layers(quantized).values()]).tolist())
     assert mixes[0] != mixes[1] != mixes[2] != mixes[0]
 
 
@@ -207,8 +207,8 @@ def test_later_layers_of_a_block_see_the_earlier_ones_quantized() -> None:
     first = model.relu(model.conv1(x))  # type: ignore[operator]
     first_hat = model.relu(quantized.conv1(x_hat))  # type: ignore[operator]
     assert not torch.equal(quantized.conv1.weight, model.conv1.weight)  # type: ignore[arg-type]
-    conv2 = quantized.conv2
-    assert isinstance(conv2, QuantizedLayer) and isinstance(model.conv2, nn.Module)
+    conv2 = quantized_layers(quantized)["conv2"]
+    assert isinstance(model.conv2, nn.Module)
     expected = forward_errors(model.conv2, first, first_hat, candidate_deltas(conv2))
     assert n_base2(conv2.codebook).tolist() == last_least(expected)
 
@@ -234,7 +234,7 @@ def quantized_block(
 
 
 def exact_errors(
-    model: nn.Module, quantized: nn.Module, layer: QuantizedLayer, x: Tensor, x_hat: Tensor, deltas: list[Tensor]
+    model: nn.Module, quantized: nn.Module, layer: QuantizedWeight, x: Tensor, x_hat: Tensor, deltas: list[Tensor]
 ) -> Tensor:
     """‖z - ẑ‖² [candidates, C]: one channel at a time takes its candidate, all others are float; real forwards."""
     assert layer.float_weight is not None
@@ -253,9 +253,7 @@ def test_block_wise_agrees_with_the_exact_search(n_bits: int, seeds: range) -> N
     agreed = total = tensor_wise_agreed = 0
     for seed, (inputs, channels, stride) in product(seeds, [(16, 16, 1), (8, 16, 2), (8, 12, 1)]):
         (model, quantized), (x, x_hat) = quantized_block(seed, n_bits, channels, inputs, stride)
-        for name, layer in list(quantized.named_modules()):
-            if not isinstance(layer, QuantizedLayer):
-                continue
+        for name, layer in quantized_layers(quantized).items():
             candidates = candidate_books(layer.rows.abs().amax(1), n_bits, dtype=torch.float64)
             exact = exact_errors(model, quantized, layer, x, x_hat, candidate_deltas(layer))
             block_error = dbs.block_sensitivity(model, quantized, layer, calls(x), calls(x_hat), seed=seed).error
@@ -278,7 +276,7 @@ def test_block_wise_errors_of_a_linear_block_equal_the_exact_ones(name: str, mon
     monkeypatch.setattr(dbs, "PROBES", 1500)
     layer, quantized, x, x_hat = make(name)
     tail = nn.Sequential(nn.Flatten(1), nn.Linear(layer(x[:1]).numel(), 5)).double().requires_grad_(False)
-    model, block = nn.Sequential(layer, tail), nn.Sequential(quantized, tail)
+    model, block = nn.Sequential(layer, tail), nn.Sequential(quantized.module, tail)
     assert quantized.float_weight is not None
     quantized.float_weight = nn.Parameter(quantized.float_weight.clone(), requires_grad=False)
     deltas = candidate_deltas(quantized)[:3]
@@ -294,8 +292,7 @@ def test_block_wise_errors_of_a_linear_block_equal_the_exact_ones(name: str, mon
 
 def test_block_wise_is_deterministic_and_its_probes_follow_the_seed() -> None:
     (model, quantized), (x, x_hat) = quantized_block(seed=3, n_bits=4)
-    layer = quantized.conv1
-    assert isinstance(layer, QuantizedLayer)
+    layer = quantized_layers(quantized)["conv1"]
     delta = candidate_deltas(layer)[0]
     first, again, other = (
         dbs.block_sensitivity(model, quantized, layer, calls(x), calls(x_hat), seed=s).error(delta) for s in (0, 0, 1)
@@ -308,8 +305,10 @@ def test_block_wise_is_deterministic_and_its_probes_follow_the_seed() -> None:
 def test_inputs_and_gradients_are_left_alone(method: str) -> None:
     """Also where the block starts with an activation in place; and nothing learns from a search."""
     layer = nn.Conv2d(4, 6, 3).double().requires_grad_(False)
-    quantized = QUANTIZED_TYPES[nn.Conv2d].from_float(layer, 4, 6)
-    model, block = (nn.Sequential(nn.Hardswish(inplace=True), one, nn.ReLU(inplace=True)) for one in (layer, quantized))
+    quantized = quantized_twin(layer, 4)
+    model, block = (
+        nn.Sequential(nn.Hardswish(inplace=True), one, nn.ReLU(inplace=True)) for one in (layer, quantized.module)
+    )
     x = torch.randn(8, 4, 5, 5, dtype=torch.float64)
     x_hat = x + 0.1 * torch.randn_like(x)
     before = x.clone(), x_hat.clone()
@@ -328,9 +327,9 @@ def test_a_search_that_raises_leaves_no_hook(method: str) -> None:
             raise RuntimeError("broken")
 
     layer = nn.Conv2d(4, 6, 3)
-    quantized = QUANTIZED_TYPES[nn.Conv2d].from_float(layer, 4, 6)
+    quantized = quantized_twin(layer, 4)
     parts = [Broken()] if method == "layer_wise" else []
-    model, block = (nn.Sequential(*parts, one, Broken()) for one in (layer, quantized))
+    model, block = (nn.Sequential(*parts, one, Broken()) for one in (layer, quantized.module))
     config = QuantConfig(search_method=method, search_samples=2, iters=0)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="broken"):
         dbs.search_block(model, block, Block("", (str(len(parts)),)), (calls(torch.randn(2, 4, 5, 5)),) * 2, config)

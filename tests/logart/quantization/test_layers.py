@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from codebooks import reassign, same_spec, scaled
+from networks import quantized_twin
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +17,10 @@ from logart.grids.linear import linear_codebook
 from logart.grids.logarithmic import log_codebook
 from logart.grids.rounding import lower_neighbour, nearest, soft_round
 from logart.quantization.clone import clone_sharing
-from logart.quantization.layers import QUANTIZED_TYPES, QuantizedLayer, SoftRounding, hardware_approximation
-from logart.quantization.surgery import replace_layers
+from logart.quantization.layers import hardware_approximation
+from logart.quantization.quantized_weight import QuantizedWeight
+from logart.quantization.soft_rounding import SoftRounding
+from logart.quantization.surgery import quantized_layers, replace_layers
 
 CONVS: dict[str, Callable[[], nn.Conv2d]] = {
     "zeros": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=(2, 1)),
@@ -29,16 +32,16 @@ CONVS: dict[str, Callable[[], nn.Conv2d]] = {
 }
 
 
-def quantize(layer: nn.Module, n_bits: int = 4, k: int = 3, n_codebooks: int | None = None) -> QuantizedLayer:
+def quantize(layer: nn.Module, n_bits: int = 4, k: int = 3, n_codebooks: int | None = None) -> QuantizedWeight:
     """A quantized layer, rounded to nearest on the mix k."""
     layer.requires_grad_(False)
-    quantized: QuantizedLayer = QUANTIZED_TYPES[type(layer)].from_float(layer, n_bits, n_codebooks or len(layer.weight))  # type: ignore[arg-type]
+    quantized = quantized_twin(layer, n_bits, n_codebooks)
     rows = quantized.rows
     quantized.set_codebook(log_codebook(rows.abs().amax(1), n_bits, k, dtype=rows.dtype))
     return quantized
 
 
-def dequantized(layer: QuantizedLayer) -> Tensor:
+def dequantized(layer: QuantizedWeight) -> Tensor:
     """The weight, element by element from codes and levels."""
     assert layer.codes is not None and layer.levels is not None
     flat = layer.codes.reshape(layer.n_codebooks, -1).tolist()
@@ -63,23 +66,23 @@ def test_a_convolution_runs_on_the_levels_of_its_codes(name: str, n_codebooks: i
     else:
         padded, padding = F.pad(x, [layer.padding[0]] * 4, layer.padding_mode), 0  # type: ignore[list-item]
     expected = F.conv2d(padded, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
-    assert torch.equal(quantized(x), expected)
-    assert not torch.allclose(quantized(x), float_output, rtol=1e-3)
-    assert isinstance(quantized, type(layer))
+    assert torch.equal(quantized.module(x), expected)
+    assert not torch.allclose(quantized.module(x), float_output, rtol=1e-3)
+    assert isinstance(quantized.module, type(layer))
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
 def test_a_linear_layer_runs_on_the_levels_of_its_codes(shape: tuple[int, ...]) -> None:
     quantized = quantize(nn.Linear(8, 3))
     x = torch.randn(shape)
-    assert torch.equal(quantized(x), F.linear(x, dequantized(quantized), quantized.bias))  # type: ignore[arg-type]
+    assert torch.equal(quantized.module(x), F.linear(x, dequantized(quantized), quantized.bias))  # type: ignore[arg-type]
 
 
 def test_before_rounding_it_is_the_float_layer() -> None:
     layer = nn.Conv2d(4, 6, 3)
-    quantized = QUANTIZED_TYPES[nn.Conv2d].from_float(layer, 4, 6)
+    quantized = quantized_twin(layer, 4)
     x = torch.randn(2, 4, 5, 5)
-    assert torch.equal(quantized(x), layer(x))
+    assert torch.equal(quantized.module(x), layer(x))
     assert type(layer) is nn.Conv2d and "weight" in layer._parameters
     assert quantized.codes is None and quantized.levels is None
 
@@ -89,12 +92,12 @@ def test_parameters_are_shared_not_copied() -> None:
     clone = clone_sharing(model)
     replace_layers(clone, {"0": 4, "2": 4}, channel_wise=True)
     for name in ("0", "2"):
-        quantized = clone.get_submodule(name)
-        assert isinstance(quantized, QuantizedLayer) and quantized.float_weight is not None
+        quantized = quantized_layers(clone)[name]
+        assert quantized.float_weight is not None
         assert quantized.float_weight.data_ptr() == model.get_submodule(name).weight.data_ptr()  # type: ignore[operator, union-attr]
-        assert quantized.bias.data_ptr() == model.get_submodule(name).bias.data_ptr()  # type: ignore[operator, union-attr]
+        assert quantized.bias is not None and quantized.bias.data_ptr() == model.get_submodule(name).bias.data_ptr()  # type: ignore[operator, union-attr]
         quantized.set_codebook(log_codebook(quantized.rows.abs().amax(1), 4, 2))
-    assert len({id(m) for m in (*model.modules(), *clone.modules())}) == 8  # no module is in both
+    assert len({id(m) for m in (*model.modules(), *clone.modules())}) == 10  # no module is in both
 
 
 def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
@@ -108,15 +111,14 @@ def test_the_state_dict_holds_codes_and_levels_and_nothing_twice() -> None:
     }
     assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
         "float_weight": ((6, 4, 3, 3), torch.float32),
-        "bias": ((6,), torch.float32),
         "codes": ((6, 4, 3, 3), torch.uint8),
         "levels": ((6, 8), torch.float64),
     }
     x = torch.randn(2, 4, 5, 5)
-    before = quantized(x)
+    before = quantized.module(x)
     quantized.discard_float_weight()
     assert "float_weight" not in quantized.state_dict()
-    assert torch.equal(quantized(x), before)
+    assert torch.equal(quantized.module(x), before)
     assert torch.equal(dequantized(quantized), quantized.weight)
 
 
@@ -128,7 +130,7 @@ def test_a_linear_codebook_comes_back_linear() -> None:
 
 
 def test_the_codebook_comes_back_as_it_was_set() -> None:
-    quantized = QUANTIZED_TYPES[nn.Linear].from_float(nn.Linear(8, 3).requires_grad_(False), 4, 3)
+    quantized = quantized_twin(nn.Linear(8, 3), 4)
     codebook = log_codebook(quantized.rows.abs().amax(1), 4, torch.tensor([0, 8, 3]), terms=2)
     quantized.set_codebook(codebook)
     back = quantized.codebook
@@ -258,9 +260,9 @@ def test_forward_uses_soft_weights_while_learning() -> None:
     torch.nn.init.normal_(soft_rounding.alpha, 0, 1)
     penalty = quantized.update_soft_weight(3.0)
     soft, expected_penalty = soft_rounding(3.0)
-    assert torch.equal(quantized(x), F.linear(x, soft, quantized.bias))  # type: ignore[arg-type]
+    assert torch.equal(quantized.module(x), F.linear(x, soft, quantized.bias))  # type: ignore[arg-type]
     assert torch.equal(penalty, expected_penalty)
-    quantized(x).sum().backward()
+    quantized.module(x).sum().backward()
     assert soft_rounding.alpha.grad is not None
 
 
@@ -285,7 +287,7 @@ def test_learning_from_codes_ends_at_them_or_one_level_towards_the_target() -> N
 @pytest.mark.parametrize("codebooks_of", [6, 1])
 def test_a_codebook_with_every_option_comes_back_as_it_was_set(codebooks_of: int) -> None:
     torch.manual_seed(0)
-    quantized = QUANTIZED_TYPES[nn.Linear].from_float(nn.Linear(8, 6).requires_grad_(False), 3, codebooks_of)
+    quantized = quantized_twin(nn.Linear(8, 6), 3, codebooks_of)
     scale = torch.linspace(0.4, 1.25, codebooks_of, dtype=torch.float64)
     plain = scaled(log_codebook(quantized.rows.abs().amax(1), 3, 2, terms=3), scale)
     codebook = reassign(plain, quantized.rows, asymmetric=True, zero_code=True)
@@ -308,7 +310,7 @@ def test_the_approximation_keeps_codes_and_goes_away(terms: int) -> None:
     first, second = quantize(nn.Conv2d(4, 6, 3)), quantize(nn.Linear(8, 3), k=0)
     linear = quantize(nn.Linear(8, 3))
     linear.set_codebook(linear_codebook(linear.rows.amin(1), linear.rows.amax(1), 4))
-    model = nn.ModuleList([first, second, linear])
+    model = nn.ModuleList([layer.module for layer in (first, second, linear)])
     before = copy.deepcopy(model.state_dict())
     exact = [layer.weight.clone() for layer in (first, second, linear)]
     factor = {2: 1.5, 3: 1.4375, 4: 1.421875}[terms] / 2**0.5
@@ -318,7 +320,9 @@ def test_the_approximation_keeps_codes_and_goes_away(terms: int) -> None:
             odd = (ratio - 1).abs() > 1e-6
             torch.testing.assert_close(ratio[odd], torch.full_like(ratio[odd], factor), rtol=1e-6, atol=0)
             assert 0 < int(odd.sum()) < odd.numel()
-            assert layer.codes is not None and torch.equal(layer.codes, before[f"{0 if layer is first else 1}.codes"])
+            index = 0 if layer is first else 1
+            assert layer.codes is not None
+            assert torch.equal(layer.codes, before[f"{index}.quantized_weight.codes"])
         assert torch.equal(linear.weight, exact[2])
         raise KeyError
     after = model.state_dict()

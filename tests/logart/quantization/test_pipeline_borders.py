@@ -12,8 +12,8 @@ from logart import QuantConfig, quantize_model
 from logart.errors import NetworkError
 from logart.quantization import pipeline
 from logart.quantization.clone import clone_sharing
-from logart.quantization.layers import QuantizedLayer
 from logart.quantization.pipeline import gather_images
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 
 BASE: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_a_stage_that_raises_leaves_no_trace(search_method: Any, monkeypatch: py
         with pytest.raises((RuntimeError, NetworkError), match="blown"):
             attempt(blows_at)
         assert [hooks_of(network) for network in (model, *clones)] == [0] * (1 + len(clones)), blows_at
-        layers = [m for network in clones for m in network.modules() if isinstance(m, QuantizedLayer)]
+        layers = [m for network in clones for m in network.modules() if isinstance(m, QuantizedWeight)]
         assert all(layer.soft is None for layer in layers)
         assert torch.is_grad_enabled() and model.training
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -15,7 +15,7 @@ from logart.quantization.cache import Captured
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
-from logart.quantization.layers import QuantizedLayer
+from logart.quantization.layers import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport, block_error, learn_rounding, learning_rate, penalty_exponent
 from logart.quantization.surgery import quantized_layers, replace_layers
 
@@ -116,9 +116,10 @@ def test_only_alpha_learns() -> None:
 
     learn(quantized, inputs, targets, progress=look, iters=5)
     assert len(seen) == 5
+    others = {f"conv{i}.{name}" for i in (1, 2) for name in ("quantized_weight.float_weight", "bias")}
     for gradients in seen:
-        assert {name for name, has in gradients.items() if has} == {"conv1.soft.alpha", "conv2.soft.alpha"}
-        assert {"conv1.float_weight", "conv1.bias", "conv2.float_weight", "conv2.bias"} < set(gradients)
+        learning = {name for name, has in gradients.items() if has}
+        assert learning == {f"conv{i}.quantized_weight.soft.alpha" for i in (1, 2)} and others < set(gradients)
     for network in (model, quantized):
         assert all(p.grad is None for p in network.parameters())
     assert all(torch.equal(t, kept[name]) for name, t in model.state_dict().items())
@@ -171,8 +172,7 @@ def test_an_activation_in_place_at_the_start_leaves_the_inputs_alone() -> None:
     layer = nn.Linear(5, 4).requires_grad_(False)
     quantized: nn.Module = nn.Sequential(nn.Hardswish(inplace=True), layer)
     replace_layers(quantized, {"1": 3}, channel_wise=True)
-    inner = quantized.get_submodule("1")
-    assert isinstance(inner, QuantizedLayer)
+    inner = quantized_layers(quantized)["1"]
     inner.set_codebook(choose_codebook(inner.rows, config().grid, 3))
     inputs = torch.randn(32, 5)
     before = inputs.clone()
@@ -219,18 +219,18 @@ def test_the_learning_rate_falls_along_a_cosine_to_three_tenths() -> None:
 def test_learning_follows_its_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     betas: list[float | None] = []
-    step, update_soft_weight = torch.optim.Adam.step, QuantizedLayer.update_soft_weight
+    step, update_soft_weight = torch.optim.Adam.step, QuantizedWeight.update_soft_weight
 
     def watched_step(self: torch.optim.Adam, closure: Any = None) -> Any:
         rates.append(self.param_groups[0]["lr"])
         return step(self, closure)
 
-    def watched_soften(self: QuantizedLayer, beta: float | None) -> Tensor:
+    def watched_soften(self: QuantizedWeight, beta: float | None) -> Tensor:
         betas.append(beta)
         return update_soft_weight(self, beta)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    monkeypatch.setattr(QuantizedLayer, "update_soft_weight", watched_soften)
+    monkeypatch.setattr(QuantizedWeight, "update_soft_weight", watched_soften)
     _, quantized, inputs, targets = block()
     learn(quantized, inputs, targets, iters=10)
     assert rates == [learning_rate(s, config(iters=10)) for s in range(10)]

@@ -54,6 +54,9 @@ def test_a_loaded_state_is_what_the_network_answers_and_saves(
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
+EXTRA = "stem.quantized_weight._extra_state"
+
+
 def without(state: dict[str, object], *ends: str) -> dict[str, object]:
     return {name: value for name, value in state.items() if not name.endswith(ends)}
 
@@ -67,9 +70,12 @@ def of_another_grid(said: torch.Tensor) -> torch.Tensor:
     ("change", "message"),
     [
         (lambda state: without(state, "_extra_state"), "layer stem: the state has codes, but not what their"),
-        (lambda state: state | {"head.codes": torch.zeros(2, 2, dtype=torch.uint8)}, r"layer head: .*codes \[2, 2\]"),
+        (
+            lambda state: state | {"head.quantized_weight.codes": torch.zeros(2, 2, dtype=torch.uint8)},
+            r"layer head: .*codes \[2, 2\]",
+        ),
         (lambda state: small_resnet(1)[0].state_dict(), "layer stem: the state has a float weight"),
-        (lambda state: state | {"stem._extra_state": of_another_grid(state["stem._extra_state"])}, "layer stem: "),
+        (lambda state: state | {EXTRA: of_another_grid(state[EXTRA])}, "layer stem: "),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
