@@ -64,7 +64,7 @@ def output_errors(run: Run, name: str) -> Chart | None:
     if len(layers) < 2:
         return None
     ends = [float(str(point["error"])) for point in points]
-    x = quantity("error", "output error over the output's variance", type="log",
+    x = quantity("error", "relative output error", type="log",
                  domain=[min(ends) / 1.3, max(ends) * 1.3], axis={"format": "~g", "tickCount": 4})  # fmt: skip
     colour = {"field": "codes", "type": "nominal", "title": None,
               "scale": {"domain": list(CODES.values()), "range": [COLOURS[1], COLOURS[0]]},
