@@ -13,6 +13,7 @@ from logart import QuantConfig, quantize_model
 from logart.errors import NetworkError
 from logart.quantization.blocks import find_blocks
 from logart.quantization.rows import BlockRows, trace_rows
+from logart.quantization.surgery import quantized_layers
 from logart.quantization.survey import survey
 
 IMAGES = smooth_images(4, 3, 8).float()
@@ -190,7 +191,7 @@ def test_windows_are_like_images_of_their_own(settings: dict[str, Any]) -> None:
     if settings.get("rounding") == "compensated":
         names = {"stem": "0", "blocks.0.a": "1.0.a", "blocks.1.b": "1.1.b"}
         for ours, theirs in names.items():
-            assert torch.equal(quantized.get_submodule(ours).codes, expected.get_submodule(theirs).codes)  # type: ignore[arg-type]
+            assert torch.equal(quantized_layers(quantized)[ours].codes, quantized_layers(expected)[theirs].codes)  # type: ignore[arg-type]
     assert quantized(IMAGES).isfinite().all()
 
 
