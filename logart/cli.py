@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from logart import ranks
 from logart.errors import Interrupted, NothingToDo, UserError, near_or_all, printable
 from logart.interrupt import interrupted
 
@@ -100,7 +101,7 @@ class FlagParser(argparse.ArgumentParser):
         """One line on stderr, exit code 2."""
         message = " ".join(message.split()).removeprefix("argument ")
         message = printable(message)  # it may quote a file
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        ranks.say(self.prog, message)
         raise SystemExit(2)
 
 
@@ -131,6 +132,7 @@ def run_command(parser: FlagParser, command: Callable[[argparse.Namespace], None
         parser.error(f"{flag}: cannot look at {error.filename} ({error.strerror}); expected a place that can be used")
     except NothingToDo as end:
         print(f"{parser.prog}: {end}", flush=True)
+        ranks.end(end.code)
         return end.code
     except KeyboardInterrupt as error:
         return interrupted(parser.prog, *([error] if isinstance(error, Interrupted) else []))

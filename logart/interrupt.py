@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
+
+from logart import ranks
 
 INTERRUPTED = 130  # the exit code that a shell gives for SIGINT
 
@@ -44,7 +45,7 @@ def guarded(prog: str, main: Callable[[list[str] | None], int], argv: list[str] 
 
 def interrupted(prog: str, how: object = "nothing was recorded") -> int:
     """Print the line and return the exit code."""
-    print(f"{prog}: interrupted; {how}", file=sys.stderr)
+    ranks.say(prog, f"interrupted; {how}")
     return INTERRUPTED
 
 

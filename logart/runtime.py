@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from logart import ranks
 from logart.errors import UserError
 
 
@@ -28,11 +29,13 @@ def seed_everything(seed: int) -> None:
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA when there is one, else the CPU; anything else is torch's own name for a device.
 
+    Of several ranks on a machine each has its own GPU.
+
     Raises:
         UserError: `name` is no device, or CUDA is asked for where there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _of_rank(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -41,7 +44,16 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device: {name} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: {name!r} is not supported; expected auto, cpu, cuda or cuda:N")
-    return device
+    return _of_rank(device)
+
+
+def _of_rank(device: torch.device) -> torch.device:
+    if device.type != "cuda" or ranks.size() == 1:
+        return device
+    if device.index is not None or ranks.local_size() > torch.cuda.device_count():
+        seen = f"{device} for {ranks.local_size()} ranks, and torch sees {torch.cuda.device_count()} CUDA devices"
+        raise UserError(f"--device: {seen}; expected auto or cuda, and a device for each rank")
+    return torch.device("cuda", ranks.local_rank())
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from logart.networks.data import find_images
 from logart.networks.digits import DIGITS
 from logart.quantization.config import QuantConfig, ReconInput, preset
 from logart.quantization.rounding_methods import METHODS
+from logart.ranks import is_first, joined
 from logart.runs import flags
 from logart.runs.flag_groups import GROUPS, VAL_BATCH_SIZE, WORKERS, TrackFlags
 from logart.runs.job import Job
@@ -151,7 +152,7 @@ def command(args: argparse.Namespace) -> None:
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
     augment = bool(args.calib_augment)
     chosen = job.do(lambda: load_calibration(source, indices, config.seed, augment=augment, quiet=options.quiet))
-    if args.save_calib_list is not None:
+    if args.save_calib_list is not None and is_first():
         save_names(args.save_calib_list, chosen)
 
 
@@ -162,4 +163,5 @@ def _refuse_unwritable(flag: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """What `logart_cnn.main` runs; returns the exit code."""
-    return run_command(build_parser(), command, argv)
+    with joined("logart-cnn", argv):
+        return run_command(build_parser(), command, argv)

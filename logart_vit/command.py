@@ -13,6 +13,7 @@ from logart.networks.data import find_images
 from logart.networks.digits import DIGITS
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, preset
 from logart.quantization.rounding_methods import METHODS
+from logart.ranks import joined
 from logart.runs import flags
 from logart.runs.flag_groups import GROUPS, TrackFlags
 from logart.runs.job import Job
@@ -165,4 +166,5 @@ def command(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """What `logart_vit.main` runs; returns the exit code."""
-    return run_command(build_parser(), command, argv)
+    with joined("logart-vit", argv):
+        return run_command(build_parser(), command, argv)

@@ -19,6 +19,7 @@ with leaving_at_once("ablation"):
     from pathlib import Path
     from typing import Any, NamedTuple
 
+    from logart import ranks
     from logart.cli import FlagParser
     from logart.errors import UserError
     from logart.runs.process import run_in_subprocess
@@ -211,7 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from logart.runs.claims import claims_folder  # the help needs nothing but Python's own library
 
-    environment = os.environ
+    environment = dict(os.environ)
+    for name in ranks.VARIABLES:  # each row is a run of its own
+        os.environ.pop(name, None)
     try:
         device = worker_device(environment)
         rows = own_order(sweep(args.track, args.data, args.networks, environment, device), environment)

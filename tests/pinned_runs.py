@@ -1,5 +1,5 @@
-"""The runs whose every bit is pinned, and what a run comes to: `python tests/pinned_runs.py NETWORK` prints
-their digests as JSON.
+"""The runs whose every bit is pinned, and what a run comes to: `python tests/pinned_runs.py NETWORK [LABELS]` prints
+the digests of those whose label matches, all by default, as JSON. Under torchrun its ranks share each run.
 
 The digests are compared with `pinned_codes.json`. `SURROUNDINGS` takes the processor's own instructions out of sums,
 so that another machine gives the same bits.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -92,8 +93,8 @@ def digest(quantized: Any) -> str:
     return total.hexdigest()
 
 
-def digests(network_name: str) -> dict[str, str]:
-    """The digest of every run on one built-in network, by label."""
+def digests(network_name: str, labels: str = "") -> dict[str, str]:
+    """The digest of every run on one built-in network, by label; of those that a regular expression matches."""
     import torch
 
     import logart_cnn.models
@@ -109,7 +110,7 @@ def digests(network_name: str) -> dict[str, str]:
     result = {}
     for label, name, values in settings():
         assert label not in result
-        if name == network_name:
+        if name == network_name and re.search(labels, label):
             quantized, _ = quantize_model(
                 network.model,
                 QuantConfig(**CALIBRATION | values),
@@ -121,4 +122,7 @@ def digests(network_name: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(digests(sys.argv[1]), indent=1) + "\n")
+    from logart.ranks import joined
+
+    with joined("pinned_runs"):
+        sys.stdout.write(json.dumps(digests(*sys.argv[1:]), indent=1) + "\n")

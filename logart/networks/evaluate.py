@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from logart import ranks
 from logart.errors import NetworkError
 
 
@@ -55,7 +57,8 @@ def accuracy(
 
     Args:
         model: gives logits [B, classes]; on `device`, and in evaluation mode throughout.
-        batches: images [B, ...] and labels [B] (int64); read once, one batch held at a time.
+        batches: images [B, ...] and labels [B] (int64); read once, one batch held at a time. Those of this rank, where
+            there are several; the figures are of all ranks'.
         device: where the images go.
         progress: called with B after every batch, such as `tqdm.update`.
 
@@ -67,7 +70,7 @@ def accuracy(
     if training:
         raise ValueError(f"accuracy needs a model in evaluation mode; {training[0]} is in training mode")
     top1 = top5 = images = 0
-    answers: list[str] = []
+    answers: list[str] = []  # by batch
     for index, (inputs, labels) in enumerate(batches):
         logits = _checked(model(inputs.to(device)), labels, index)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -75,12 +78,16 @@ def accuracy(
         top1 += int(hits[:, 0].sum())
         top5 += int(hits.sum())
         images += len(labels)
-        answers += [f"{c:06x}{'-+'[hit]}" for c, hit in zip(best[:, 0].tolist(), hits[:, 0].tolist(), strict=True)]
+        said = zip(best[:, 0].tolist(), hits[:, 0].tolist(), strict=True)
+        answers.append("".join(f"{c:06x}{'-+'[hit]}" for c, hit in said))
         if progress is not None:
-            progress(len(labels))
+            progress(len(labels) * ranks.size())
+    counts, of_ranks = zip(*ranks.gather(((top1, top5, images), answers)), strict=True)
+    top1, top5, images = map(sum, zip(*counts, strict=True))
     if images == 0:
         raise ValueError("accuracy needs at least one image; the batches are empty")
-    return Accuracy(100 * top1 / images, 100 * top5 / images, images, "".join(answers))
+    in_order = "".join(chain.from_iterable(zip_longest(*of_ranks, fillvalue="")))
+    return Accuracy(100 * top1 / images, 100 * top5 / images, images, in_order)
 
 
 def _checked(logits: Tensor, labels: Tensor, index: int) -> Tensor:

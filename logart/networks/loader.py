@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from logart.errors import UserError
 from logart.interrupt import processes_without_interrupt
 from logart.networks.data import ImageSource, Split
+from logart.ranks import own_batches
 
 
 def validation_batches(source: ImageSource, batch_size: int, workers: int) -> DataLoader:
-    """Stream the validation images in order.
+    """Stream the validation images in order, of several ranks every one its own batches.
 
     Args:
         source: The data set.
@@ -26,8 +27,10 @@ def validation_batches(source: ImageSource, batch_size: int, workers: int) -> Da
         read, and leaves torch's global generator as it is.
     """
     generator = torch.Generator()  # without one, every pass would draw a seed from the global generator
+    images = _ErrorsAsItems(source.val)
+    batches = [list(batch) for batch in own_batches(len(images), batch_size)]
     return _ValidationLoader(
-        _ErrorsAsItems(source.val), batch_size, num_workers=workers, collate_fn=_collate, generator=generator
+        images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, generator=generator
     )
 
 

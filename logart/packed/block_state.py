@@ -21,6 +21,11 @@ from logart.quantization.state import StageResult, Stored
 
 def save_state(path: Path, own: Mapping[str, Stored], done: StageResult) -> None:
     """Write the state of a block's rounded layers and of its quantizers; OSError where that fails, and no half file."""
+    state_file(own, done).write(path)
+
+
+def state_file(own: Mapping[str, Stored], done: StageResult) -> PackedFile:
+    """The file that `save_state` writes."""
     layers, quantizers = _layers(own), _quantizers(own)
     packed = {name: packed_layer(layer) for name, layer in layers.items()}
     rest = {f"{name}.bias": layer.bias.detach() for name, layer in layers.items() if layer.bias is not None}
@@ -28,7 +33,7 @@ def save_state(path: Path, own: Mapping[str, Stored], done: StageResult) -> None
     info = {"seconds": done.seconds, "report": done.report and asdict(done.report)}
     info["damping"] = {name: layer.damping for name, layer in layers.items()}
     info["measured"] = {name: quantizer.measured for name, quantizer in quantizers.items()}
-    PackedFile(packed, rest, info).write(path)
+    return PackedFile(packed, rest, info)
 
 
 def load_state(path: Path, own: Mapping[str, Stored]) -> StageResult:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logart import ranks
 from logart.errors import NetworkError
 from logart.grids.activations import ActScale, choose_even_grid
 from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, attach, quantizers, watching
@@ -70,7 +71,7 @@ def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantiz
 def seen_by(
     block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size: int
 ) -> tuple[Tensor, tuple[float, float]]:
-    """What a quantizer in a block is given: evenly spaced values, at most `SAMPLE`, and the extremes of all.
+    """What a quantizer in a block is given on all ranks: evenly spaced values, about `SAMPLE`, and the extremes of all.
 
     Args:
         inputs: the block's calls for n images.
@@ -83,13 +84,14 @@ def seen_by(
         x = run_to(block, quantizer, inputs[start : start + batch_size])[0].flatten()
         if start == 0:
             images = min(batch_size, len(inputs))
-            stride = max(1, math.ceil(x.numel() * len(inputs) / (images * SAMPLE)))
+            stride = max(1, math.ceil(x.numel() * inputs.total / (images * SAMPLE)))
             while math.gcd(stride, x.numel()) > 1:  # else some channels would never be seen
                 stride += 1
         ends += x.aminmax()
         parts.append(x[first::stride].clone())
         first = (first - x.numel()) % stride
-    return torch.cat(parts), (float(min(ends)), float(max(ends)))
+    extremes = ranks.all_rows(torch.stack([min(ends), max(ends)]))
+    return ranks.all_rows(torch.cat(parts)), (float(extremes.min()), float(extremes.max()))
 
 
 def choose_levels(quantizer: ActivationQuantizer, x: Tensor, extremes: tuple[float, float], config: Settings) -> None:

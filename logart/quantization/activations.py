@@ -23,6 +23,7 @@ from logart.quantization.cache import Cache, Captured, OffloadedTensor, is_store
 from logart.quantization.capture import Call, only_tensor, replay_to_last
 from logart.quantization.dataflow import Sources
 from logart.quantization.rows import BlockRows, Rows
+from logart.ranks import own_batches
 
 
 class Activations:
@@ -32,7 +33,7 @@ class Activations:
         network: the float network, or the one being quantized: a block is passed as it is then.
         blocks: in the order they run.
         sources: of the float network, by `trace_sources`.
-        images: [n, C, H, W], or the calls of the network with n images.
+        images: [n, C, H, W], or the calls of the network with n images; this rank has its own batches of them.
         batch_size: how many at a time.
         cache: where activations are held.
         rows: of the blocks' tensors, by `trace_rows`; without it, one for each image everywhere.
@@ -51,10 +52,8 @@ class Activations:
         self._network, self._sources, self._cache = network, sources, cache
         self._names = [block.name for block in blocks]
         self._modules = [network.get_submodule(name) for name in self._names]
-        self._rows, self._batch_size = rows, batch_size
-        starts = range(0, len(images), batch_size)
-        self._images = [Call.of(images[start : start + batch_size]) for start in starts]
-        self._sizes = [min(batch_size, len(images) - start) for start in starts]
+        self._rows, self._own, self._count = rows, own_batches(len(images), batch_size), len(images)
+        self._images = [Call.of(images[own.start : own.stop]) for own in self._own]
         self._last_reader = last_readers(sources)
         self._at = 0
         self._inputs: list[Call | None] = [None] * len(self._images)
@@ -63,14 +62,14 @@ class Activations:
 
     @torch.no_grad()
     def inputs(self, index: int) -> Captured:
-        """What a block is called with, of all images: the block that was last asked for, or one further on.
+        """What a block is called with, of this rank's images: the block that was last asked for, or one further on.
 
         Raises:
             NetworkError: a block on the way takes no tensor, or one of other rows than `rows` says.
             NonFiniteError: some of it is not finite.
         """
         self._go_to(index)
-        return Captured(self._inputs, self._rows_of(index).inputs, self._sizes)
+        return self._captured(self._inputs, self._rows_of(index).inputs)
 
     @torch.no_grad()
     def outputs(self, index: int, *, keep_inputs: bool) -> Captured:
@@ -81,7 +80,11 @@ class Activations:
         rows = self._rows_of(index).outputs
         for b, output in enumerate(outputs):
             self._check(output, b, rows)
-        return Captured(outputs, rows, self._sizes)
+        return self._captured(outputs, rows)
+
+    def _captured(self, batches: Sequence[Any], rows: Sequence[int]) -> Captured:
+        images = [image for own in self._own for image in own]
+        return Captured(batches, rows, [len(own) for own in self._own], images, self._count)
 
     def _rows_of(self, index: int) -> BlockRows:
         if self._rows is not None:
@@ -159,7 +162,7 @@ class Activations:
 
     def _check(self, tree: Any, b: int, rows: Rows) -> None:
         """Raise unless each tensor of a batch has its rows for each image and is finite."""
-        tensors, images = [leaf for leaf in tree_leaves(tree) if is_stored(leaf)], self._sizes[b]
+        tensors, images = [leaf for leaf in tree_leaves(tree) if is_stored(leaf)], len(self._own[b])
         name = self._names[self._at]
         if not tensors or len(tensors) != len(rows):
             raise NetworkError(f"block {name} takes {len(tensors)} tensors; expected {len(rows) or 'one'}")
@@ -175,7 +178,7 @@ class Activations:
         if not finite.all():
             of_rows = finite.flatten(1).all(1) if finite.ndim > 1 else finite.reshape(-1)
             row = int(of_rows.logical_not().nonzero()[0])
-            image = b * self._batch_size + row * self._sizes[b] // len(of_rows)
+            image = self._own[b].start + row * len(self._own[b]) // len(of_rows)
             message = f"block {self._names[self._at]}: the activations of calibration image {image} {reason}"
             raise NonFiniteError(message, image)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from logart.errors import NoRoomError
+from logart.ranks import local_size
 
 _RESERVE = 0.8  # of what is free; the rest is for what no estimate knows
 
@@ -69,17 +71,26 @@ class Captured:
         batches: equal trees.
         rows: of each tensor, how many rows it has for each image, as `rows.Rows`; without it, one.
         sizes: how many images are in each batch; without it, as many as rows of the first tensor.
+        images: [n] which of the images of all ranks these are, ascending; without it, they are all.
+        total: how many all ranks have.
     """
 
     def __init__(
-        self, batches: Sequence[Any], rows: Sequence[int] | None = None, sizes: Sequence[int] | None = None
+        self,
+        batches: Sequence[Any],
+        rows: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
+        total: int | None = None,
     ) -> None:
         self._batches = list(batches)
         leaves = [[leaf for leaf in tree_leaves(batch) if is_stored(leaf)] for batch in batches]
         self._columns = list(zip(*leaves, strict=True))  # of each tensor the batches
-        self._rows = [1] * len(self._columns) if rows is None else list(rows)
+        self.rows = [1] * len(self._columns) if rows is None else list(rows)
         self._sizes = [batch[0].shape[0] for batch in leaves] if sizes is None else list(sizes)
         self._images: list[list[Tensor]] = []
+        self.images = range(len(self)) if images is None else images
+        self.total = len(self) if total is None else total
 
     def __len__(self) -> int:
         return sum(self._sizes)
@@ -88,7 +99,7 @@ class Captured:
     def shape(self) -> torch.Size:
         """Of the first tensor, of all images."""
         first = self._columns[0][0].shape
-        return torch.Size((len(self) * self._rows[0], *first[1:])) if self._rows[0] else first
+        return torch.Size((len(self) * self.rows[0], *first[1:])) if self.rows[0] else first
 
     @property
     def device(self) -> torch.device:
@@ -97,29 +108,35 @@ class Captured:
 
     def __getitem__(self, index: slice | Tensor) -> Any:
         if isinstance(index, slice):
-            return self._tree(map(partial(self._slice, index), self._columns, self._rows))
+            return self._tree(map(partial(self._slice, index), self._columns, self.rows))
         if not self._images:  # views
             self._images = [
                 [image for held in column for image in _held(held).split(rows)] if rows else []
-                for column, rows in zip(self._columns, self._rows, strict=True)
+                for column, rows in zip(self._columns, self.rows, strict=True)
             ]
-        return self._tree(map(partial(self._gather, index.tolist()), self._columns, self._rows, self._images))
+        return self._tree(map(partial(self._gather, index.tolist()), self._columns, self.rows, self._images))
 
-    def part(self, images: slice) -> Captured:
-        """The same of consecutive images, no copy."""
-        start, stop, _ = images.indices(len(self))
+    def own(self, images: range) -> range:
+        """Where, of consecutive images of all ranks, those that are here lie."""
+        return range(bisect_left(self.images, images.start), bisect_left(self.images, images.stop))
+
+    def part(self, images: range) -> Captured:
+        """The same of consecutive images of all ranks, no copy."""
+        own = self.own(images)
         first, parts, sizes = 0, [], []
         for batch, size in zip(self._batches, self._sizes, strict=True):
-            some = slice(max(start - first, 0), min(stop - first, size))
+            some = slice(max(own.start - first, 0), min(own.stop - first, size))
             if some.start < some.stop:
                 parts.append(self.of_images(batch, some))
                 sizes.append(some.stop - some.start)
             first += size
-        return Captured(parts, self._rows, sizes)
+        if not parts:  # none of them is here
+            parts, sizes = [self.of_images(self._batches[0], slice(0, 0))], [0]
+        return Captured(parts, self.rows, sizes, [self.images[i] - images.start for i in own], len(images))
 
     def of_images(self, tree: Any, images: slice) -> Any:
         """What a tree like those given here, of several images, is for some of them."""
-        rows = iter(self._rows)
+        rows = iter(self.rows)
         return tree_map(lambda leaf: _of_images(leaf, next(rows), images) if is_stored(leaf) else leaf, tree)
 
     def _slice(self, index: slice, column: Sequence[Tensor | OffloadedTensor], rows: int) -> Tensor:
@@ -132,6 +149,8 @@ class Captured:
             if some.start < some.stop:
                 parts.append(_loaded(_of_images(held, rows, some)))
             first += size
+        if not parts:
+            parts.append(_loaded(column[0][:0]))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
     def _gather(
@@ -254,7 +273,7 @@ class Cache:
 
     def _free(self) -> dict[CacheLocation, int]:
         host, device = free_bytes(torch.device("cpu")), free_bytes(self.device)
-        disk = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
+        disk = shutil.disk_usage(self.folder or tempfile.gettempdir()).free // local_size()
         return {
             CacheLocation.DEVICE: device,
             CacheLocation.CPU: host,
@@ -290,8 +309,8 @@ def _mapped(elements: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; what torch holds of a GPU in reserve is free to it, too."""
+    """Memory that is free on a device: a rank's share of the host's, a GPU's with what torch holds of it in reserve."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available) // local_size()
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + idle

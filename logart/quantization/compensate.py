@@ -23,7 +23,7 @@ from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured, free_bytes
 from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
 from logart.quantization.damping import choose_damping, metric, target
-from logart.quantization.dbs import layer_moments, per_codebook
+from logart.quantization.dbs import layer_moments, of_all_ranks, per_codebook
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import Settings
 from logart.quantization.surgery import quantized_layers
@@ -73,7 +73,7 @@ def compensate_block(
     for name in block.layers:
         layer, float_layer = quantized_layers(quantized)[name], reference.get_submodule(name)
         measure = partial(layer_moments, *blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
-        targets.append(_compensate_layer(name, layer, measure, len(data[0]), config))
+        targets.append(_compensate_layer(name, layer, measure, data[0].total, config))
     return targets
 
 
@@ -89,7 +89,7 @@ def _compensate_layer(
         search = partial(choose_codebook, grid=config.grid, n_bits=layer.n_bits, options=config.grid_options)
         damping, layer.damping = choose_damping(w, (halves[0].centred(), halves[1].centred()), search)
     else:
-        moments, layer.damping = measure(), None
+        moments, layer.damping = of_all_ranks(measure()), None
         _check(name, moments, w.dtype)
         damping = torch.tensor(config.damping, dtype=torch.float64, device=w.device)
     centred = moments.centred()
@@ -109,7 +109,8 @@ def _compensate_layer(
 
 def _halves(measure: Callable[..., OutputMoments], middle: int, end: int) -> tuple[OutputMoments, OutputMoments]:
     first = measure(images=range(middle))
-    return first, measure(images=range(middle, end), shift=first.shift)
+    second = measure(images=range(middle, end), shift=first.shift)
+    return of_all_ranks(first), of_all_ranks(second)
 
 
 def _check(name: str, moments: OutputMoments, dtype: torch.dtype) -> None:

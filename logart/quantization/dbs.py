@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -9,6 +11,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart import ranks
 from logart.errors import NetworkError
 from logart.grids.grid import ErrorFunction
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
@@ -18,6 +21,7 @@ from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, only_tensor, run_to
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import SearchMethod, Settings
+from logart.quantization.signs import BatchSigns
 from logart.quantization.surgery import quantized_layers
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
@@ -48,9 +52,10 @@ def search_block(
                 measured = layer_error(*blocks, float_layer, layer, *data, candidates=count, batch_size=size)
             else:
                 try:
-                    measured = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed).error
+                    sensitivity = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed)
                 except NetworkError as error_seen:
                     raise NetworkError(f"block {block.name}, layer {name}: {error_seen}") from error_seen
+                measured = summed(sensitivity.error)
             error = per_codebook(measured, layer)
         watched = FiniteErrors(name, error)
         codebook = choose_codebook(layer.rows, config.grid, layer.n_bits, error=watched, options=options)
@@ -82,6 +87,19 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def summed(error: ErrorFunction) -> ErrorFunction:
+    """The error over the images of all ranks, from that over this one's."""
+    return lambda delta: ranks.all_sum(error(delta))
+
+
+def of_all_ranks(moments: OutputMoments) -> OutputMoments:
+    """The moments over the images of all ranks, from those over this one's, with the same shift."""
+    for tensor in (moments.gram, moments.cross, moments.energy, moments.input_sum, moments.residual_sum):
+        ranks.all_sum(tensor)
+    moments.count = int(ranks.all_sum(torch.tensor(moments.count)))
+    return moments
+
+
 def per_codebook(error: ErrorFunction, layer: QuantizedWeight) -> ErrorFunction:
     """An error per output channel, [C, K] -> [C], as an error per codebook, [G, M] -> [G]."""
     channels = layer.shape[0]
@@ -108,10 +126,10 @@ def layer_error(
     arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
     groups, shape = getattr(layer.module, "groups", 1), layer.shape
     _, given = run_to(block, layer.module, inputs[:1])
-    rows = len(inputs) * given.numel() // shape[0]
+    rows = inputs.total * given.numel() // shape[0]
     if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
-        return layer_moments(*arguments, batch_size=batch_size).error
-    return layer_residual(*arguments, batch_size=batch_size).error
+        return of_all_ranks(layer_moments(*arguments, batch_size=batch_size)).error
+    return summed(layer_residual(*arguments, batch_size=batch_size).error)
 
 
 @torch.no_grad()
@@ -151,21 +169,21 @@ def layer_moments(
     images: range | None = None,
     shift: Tensor | None = None,
 ) -> OutputMoments:
-    """The LW measure of one layer, which must still hold its float weight.
+    """The LW measure of one layer, which must still hold its float weight, over this rank's images.
 
     Args:
         float_block, block: what holds the layer in the float network and in the one being quantized.
         float_inputs, inputs: the calls of both, for n images.
         shifted: take `shift` or, without it, the first rows' mean away from all; for moments that are to be `centred`.
-        images: which of the images; None is all.
+        images: which of the images of all ranks; None is all.
     """
     module, weight = layer.module, layer.weight
     groups, elements = getattr(module, "groups", 1), weight[0].numel()
     moments = OutputMoments.zeros(groups, weight.shape[0], elements, weight.device)
     moments.shift = shift
-    images = range(len(inputs)) if images is None else images
-    for start in images[::batch_size]:
-        batch = slice(start, min(start + batch_size, images.stop))
+    own = inputs.own(range(inputs.total) if images is None else images)
+    for start in own[::batch_size]:
+        batch = slice(start, min(start + batch_size, own.stop))
         _, wanted = run_to(float_block, float_layer, float_inputs[batch])
         x, given = run_to(block, module, inputs[batch])
         residual = _positions_last(module, wide(wanted) - wide(given))
@@ -173,9 +191,12 @@ def layer_moments(
         for first in range(0, len(x), step):
             patches = unfold(module, wide(x[first : first + step]))
             if shifted and moments.shift is None:
-                moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
+                mean = patches.mean(1, dtype=torch.float64).to(patches)
+                moments.shift = ranks.from_first(mean.cpu()).to(patches)
             part = residual[first : first + step].unflatten(1, (groups, -1))
             moments.add(patches, part.permute(1, 2, 0, 3).flatten(2).mT)
+    if shifted and moments.shift is None:  # this rank has none of these images
+        moments.shift = ranks.from_first(None).to(weight.device)
     return moments
 
 
@@ -231,11 +252,12 @@ def block_sensitivity(
     seed: int = 0,
 ) -> BlockSensitivity:
     """The BW measure of one layer, which must still hold its float weight; arguments as `layer_moments`."""
-    generator = torch.Generator().manual_seed(seed)
+    signs = BatchSigns(seed, inputs.total, batch_size)
     x, pulls, probes = [], [], []
-    for start in range(0, len(inputs), batch_size):
-        batch = slice(start, start + batch_size)
-        seen, vjp, *along = _vjps(float_block, block, layer.module, float_inputs[batch], inputs[batch], generator)
+    for images in ranks.own_batches(inputs.total, batch_size):
+        own = inputs.own(images)
+        batch, draw = slice(own.start, own.stop), partial(signs.of, images, draws=PROBES)
+        seen, vjp, *along = _vjps(float_block, block, layer.module, float_inputs[batch], inputs[batch], draw)
         x.append(wide(seen))
         pulls.append(wide(vjp))
         probes.append(wide(torch.stack(along)))
@@ -249,9 +271,9 @@ def _vjps(
     layer: nn.Module,
     float_inputs: Call,
     inputs: Call,
-    generator: torch.Generator,
+    draw: Callable[[Tensor], list[Tensor]],
 ) -> list[Tensor]:
-    """One batch: the layer's input, then Jᵀr and each probe's Jᵀv as [B, C, positions]."""
+    """One batch: the layer's input, then Jᵀr and each probe's Jᵀv as [B, C, positions]; `draw` gives v."""
     seen: list[Tensor] = []
 
     def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -269,8 +291,8 @@ def _vjps(
     if not z.requires_grad:
         raise NetworkError("no gradient reaches it from its block's output, under no_grad or a checkpoint, say")
     x, y = seen
-    signs = [torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z) for _ in range(PROBES)]
-    pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in [residual, *signs]]
+    along = [residual, *draw(z)]
+    pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in along]
     return [x, *pulls]
 
 

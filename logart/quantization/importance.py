@@ -11,6 +11,8 @@ gradients that differ by 2ε·Hv, H the Hessian; the importance is the absolute 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 from logart.errors import NetworkError
 from logart.quantization.capture import only_tensor
 from logart.quantization.clone import clone_sharing
+from logart.quantization.signs import BatchSigns
+from logart.ranks import all_sum, own_batches
 
 PERTURBATION = 1e-6
 IMPORTANCE_IMAGES = 256  # an average over images settles long before LLR's 1,024 (docs/experiments.md)
@@ -46,9 +50,10 @@ class PerturbationImportance:
         self._model = clone_sharing(model).double()
         self._images, self._batch_size, self._device = images, batch_size, device
         self._temperature, self._seed = temperature, seed
+        self._own = own_batches(len(images), batch_size)
         with torch.no_grad():
-            logits = torch.cat([self._model(x.to(device).double()) for x in images.split(batch_size)])
-        self._decision = F.log_softmax(logits / temperature, dim=1)
+            logits = [self._model(images[own.start : own.stop].to(device).double()) for own in self._own]
+        self._decisions = [F.log_softmax(of / temperature, dim=1) for of in logits]
 
     def of(self, name: str) -> Tensor:
         """The importance of each element of the output of the module called `name`: [1, ...] float32, of mean 1.
@@ -57,36 +62,38 @@ class PerturbationImportance:
             ValueError: the gradients are not finite.
         """
         block = self._model.get_submodule(name)
-        signs = torch.Generator().manual_seed(self._seed)
+        signs = BatchSigns(self._seed, len(self._images), self._batch_size)
         total: Tensor | None = None
-        for start in range(0, len(self._images), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            x = self._images[batch].to(self._device).double()
-            n_changed_codes = self._difference(block, x, self._decision[batch], signs).abs().sum(0, keepdim=True)
-            total = n_changed_codes if total is None else total + n_changed_codes
+        for own, decision in zip(self._own, self._decisions, strict=True):
+            x = self._images[own.start : own.stop].to(self._device).double()
+            change = self._difference(block, x, decision, partial(signs.of, own)).abs().sum(0, keepdim=True)
+            total = change if total is None else total + change
         assert total is not None
+        total = all_sum(total)
         mean = total.mean()
         if not torch.isfinite(mean):
             raise NetworkError(f"block {name}: the gradients behind its importance are not finite")
         # Nothing downstream minds this output: then every element counts the same.
         return (total / mean if mean > 0 else torch.ones_like(total)).float()
 
-    def _difference(self, block: nn.Module, x: Tensor, decision: Tensor, signs: torch.Generator) -> Tensor:
-        """The gradient of ΣKL by the block's output [B, ...] at +εv less that at -εv."""
-        state = signs.get_state()
-        up = self._gradient(block, x, decision, PERTURBATION, signs)
-        signs.set_state(state)
-        return up - self._gradient(block, x, decision, -PERTURBATION, signs)
-
-    def _gradient(
-        self, block: nn.Module, x: Tensor, decision: Tensor, perturbation: float, signs: torch.Generator
+    def _difference(
+        self, block: nn.Module, x: Tensor, decision: Tensor, draw: Callable[[Tensor], list[Tensor]]
     ) -> Tensor:
+        """The gradient of ΣKL by the block's output [B, ...] at +εv less that at -εv; `draw` gives v for an output."""
+        v: list[Tensor] = []
+
+        def perturbed(output: Tensor, perturbation: float) -> Tensor:
+            v.extend([] if v else draw(output))
+            return output + perturbation * v[0]
+
+        up = self._gradient(block, x, decision, partial(perturbed, perturbation=PERTURBATION))
+        return up - self._gradient(block, x, decision, partial(perturbed, perturbation=-PERTURBATION))
+
+    def _gradient(self, block: nn.Module, x: Tensor, decision: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         seen: list[Tensor] = []
 
         def perturb(_: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
-            output = only_tensor(given, block)
-            v = torch.randint(0, 2, output.shape, generator=signs).mul_(2).sub_(1).to(output)
-            seen.append((output + perturbation * v).detach().requires_grad_())
+            seen.append(change(only_tensor(given, block)).detach().requires_grad_())
             # Clones: autograd forbids an operation in place on a leaf.
             return tree_map_only(Tensor, lambda _: seen[0].clone(), given)
 

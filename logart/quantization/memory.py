@@ -1,6 +1,6 @@
 """How much memory a block takes while it is worked on: an upper bound by formula, from two images.
 
-    captured = images × (inputs + outputs + the larger of both + 2·outputs held for later blocks)
+    captured = images of this rank × (inputs + outputs + the larger of both + 2·outputs held for later blocks)
     working  = the largest `Stage.working_bytes`, or 4 × batch × the network's largest tensor to reach the block
 
 all in bytes per image and tensor as the float network makes them: while the float network's inputs of a block become
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from logart import ranks
 from logart.quantization.activations import last_readers
 from logart.quantization.blocks import Block
 from logart.quantization.cache import MemoryEstimate
@@ -51,7 +52,8 @@ def estimate_memory(
         held = sum(sizes[i].outputs for i in range(index) if readers[i] > index)
         each = size.inputs + size.outputs + max(size.inputs, size.outputs) + 2 * held
         working = max((forward, *(stage.working_bytes(size, config) for stage in stages)))
-        needs[block.name] = MemoryEstimate(config.views * config.images_needed * each, working)
+        images = -(-config.views * config.images_needed // ranks.size())
+        needs[block.name] = MemoryEstimate(images * each, working)
     return needs
 
 

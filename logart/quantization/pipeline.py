@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logart import ranks
 from logart.errors import NetworkError, NoRoomError, PartlyQuantized, one_line
 from logart.quantization import surgery
 from logart.quantization.activation_quantizer import quantizers
@@ -92,6 +93,8 @@ def quantize_model(
     device = torch.device(device)
     with own_modes(device):
         images = gather_images(calibration_images, max(2, config.images_needed), input_key, prepare)
+        if 0 < config.images_needed and min(stage.images(config)[0] for stage in config.method.stages) < ranks.size():
+            raise NetworkError(f"{ranks.size()} ranks share the calibration images; expected one for each at least")
         if config.mirror:  # each beside its own, so that both are always on the same side of a split
             images = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
         example = images[:2].to(device, copy=True)  # some networks normalise in place
@@ -251,7 +254,7 @@ class _Work:
                 return step()
             except torch.cuda.OutOfMemoryError as error:
                 place, self.cache.place = self.cache.place, self.cache.fall_back()
-                if self.cache.place is None:
+                if self.cache.place is None or ranks.size() > 1:  # the other ranks have not stopped
                     raise NoRoomError(f"out of memory on {self.device} ({one_line(error)})") from error
                 message = f"out of memory on {self.device}: captured tensors go"
                 self.stage_store.warn(f"{message} from {place} to {self.cache.place}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from logart import ranks
 from logart.errors import NetworkError, NonFiniteError
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
@@ -67,13 +69,14 @@ def learning_rate(step: int, config: Settings) -> float:
 
 @torch.no_grad()
 def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Loss, batch_size: int) -> float:
-    """The mean loss of the block, as it rounds now, over all captured images."""
+    """The mean loss of the block, as it rounds now, over the captured images of all ranks."""
     total = 0.0
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, min(start + batch_size, len(inputs)))
         output = only_tensor(inputs[batch].copy().on(block), block)
-        total += float(loss(wide(output), wide(targets[batch]))) * (batch.stop - start)
-    return total / len(inputs)
+        total += float(loss(wide(output), wide(targets[batch]))) * (batch.stop - batch.start)
+    total, count = ranks.all_sum(torch.tensor([total, len(inputs)], dtype=torch.float64)).tolist()
+    return total / count
 
 
 def learn_rounding(
@@ -125,27 +128,43 @@ def learn_rounding(
 
 
 class _Batches:
-    """Random batches of a block's captured inputs, mixed element by element where there are float ones."""
+    """Random batches of a block's captured inputs, mixed element by element where there are float ones.
+
+    All ranks draw the same images; each works on those that it has.
+    """
 
     def __init__(self, inputs: Captured, float_inputs: Captured | None, config: Settings) -> None:
         self._inputs, self._float_inputs, self._config = inputs, float_inputs, config
         self._order = torch.Generator().manual_seed(config.seed)
         self._mix = torch.Generator(inputs.device).manual_seed(config.seed)
 
+        self.images = inputs.images
+        self._place = {image: place for place, image in enumerate(inputs.images)}
+
     def draw(self) -> tuple[Tensor, Call]:
-        """The images drawn, [B] int64, and what the block is called with for them."""
-        chosen = torch.randint(len(self._inputs), (self._config.batch_size,), generator=self._order)
-        call = self._inputs[chosen]
-        return chosen, call if self._float_inputs is None else tree_map(self._mixed, call, self._float_inputs[chosen])
+        """Where those of the images drawn lie that this rank has, [≤ B] int64, and what the block is called with."""
+        drawn = torch.randint(self._inputs.total, (self._config.batch_size,), generator=self._order).tolist()
+        places = [place for place, image in enumerate(drawn) if image in self._place]
+        chosen = torch.tensor([self._place[drawn[place]] for place in places], dtype=torch.int64)
+        call = self._inputs[chosen] if places else self._inputs[:0]
+        if self._float_inputs is None:
+            return chosen, call
+        exact = self._float_inputs[chosen] if places else self._float_inputs[:0]
+        return chosen, tree_map(partial(self._mixed, places, iter(self._inputs.rows)), call, exact)
 
     def some(self, call: Call, places: slice) -> Call:
         """What was drawn, for some of the images drawn."""
         return self._inputs.of_images(call, places)  # type: ignore[no-any-return]
 
-    def _mixed(self, quantized: Any, exact: Any) -> Any:
+    def _mixed(self, places: list[int], rows: Iterator[int], quantized: Any, exact: Any) -> Any:
         if not isinstance(quantized, Tensor):
             return quantized
-        uniform = torch.rand(quantized.shape, generator=self._mix, device=quantized.device)
+        each, shape = next(rows), list(quantized.shape)
+        if each:
+            shape[0] = each * self._config.batch_size
+        uniform = torch.rand(shape, generator=self._mix, device=quantized.device)
+        if each and len(places) < self._config.batch_size:
+            uniform = uniform.unflatten(0, (-1, each))[places].flatten(0, 1)
         return torch.where(uniform < self._config.drop_prob, quantized, exact)
 
 
@@ -166,7 +185,11 @@ def _learn(
     half = any(layer.rows.dtype.itemsize < 4 for layer in layers)
 
     def part_loss(call: Call, chosen: Tensor) -> Tensor:
-        return loss(wide(only_tensor(call.on(block), block)), wide(targets[chosen]))
+        """The part of a batch's loss, a mean over its images, that some of them make."""
+        if not len(chosen):  # a rank may have none
+            return alphas[0].new_zeros(())
+        share = len(chosen) / config.batch_size
+        return loss(wide(only_tensor(call.on(block), block)), wide(targets[chosen])) * share
 
     try:
         for step in range(config.iters):
@@ -174,14 +197,15 @@ def _learn(
             beta = penalty_exponent(step, config)
             penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
             reconstruction = part_loss(call, chosen)
-            if step == 0:
+            if step == 0 and len(chosen):
                 _check_gradients(name, layers, alphas, reconstruction)
-            value = reconstruction.item()
+            value = float(ranks.all_sum(reconstruction.detach().clone()))
             if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
-                raise _non_finite(name, step, value, lambda i: part_loss(batches.some(call, i), chosen[i]), chosen)  # noqa: B023
+                drawn = [batches.images[place] for place in chosen.tolist()]
+                raise _non_finite(name, step, value, lambda i: part_loss(batches.some(call, i), chosen[i]), drawn)  # noqa: B023
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.zero_grad()
-            _backward(reconstruction + config.rrweight * penalty, alphas, half)
+            _backward(reconstruction + config.rrweight / ranks.size() * penalty, alphas, half)
             optimizer.step()
             if step % every == 0 or step == config.iters - 1:
                 losses.append(value)
@@ -193,9 +217,14 @@ def _learn(
 
 
 def _backward(loss: Tensor, alphas: Sequence[Tensor], half: bool) -> None:
-    """The gradients of α; where they overflow half precision on their way, of a smaller loss, made larger again."""
+    """The gradients of α, of a loss that is summed over ranks; where they overflow half precision on their way, of a
+    smaller loss, made larger again.
+    """
     for scale in (1.0, 2.0**-8, 2.0**-16) if half else (1.0,):
-        gradients = torch.autograd.grad(loss * scale, alphas, retain_graph=half)
+        gradients: Sequence[Tensor] = [torch.zeros_like(alpha) for alpha in alphas]
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss * scale, alphas, retain_graph=half)
+        gradients = [ranks.all_sum(gradient) for gradient in gradients]
         if not half or all(gradient.isfinite().all() for gradient in gradients):
             break
     for alpha, gradient in zip(alphas, gradients, strict=True):
@@ -216,10 +245,10 @@ def _check_gradients(name: str, layers: list[QuantizedWeight], alphas: Sequence[
         )
 
 
-def _non_finite(name: str, step: int, value: float, loss: Callable[[slice], Tensor], chosen: Tensor) -> NetworkError:
-    """What to raise when a batch's loss is not finite; `loss` gives that of a part of the batch `chosen`."""
+def _non_finite(name: str, step: int, value: float, loss: Callable[[slice], Tensor], drawn: list[int]) -> NetworkError:
+    """What to raise when a batch's loss is not finite; `loss` gives that of a part of the images `drawn`."""
     message = f"block {name}: the loss at step {step} is {value}"
-    for place, image in enumerate(chosen.tolist()):
-        if not loss(slice(place, place + 1)).isfinite():
-            return NonFiniteError(f"{message}, because of calibration image {image}", image)
+    bad = [image for place, image in enumerate(drawn) if not loss(slice(place, place + 1)).isfinite()]
+    for image in (image for of_rank in ranks.gather(bad[:1]) for image in of_rank):
+        return NonFiniteError(f"{message}, because of calibration image {image}", image)
     return NetworkError(message)

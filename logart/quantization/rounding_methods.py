@@ -61,13 +61,13 @@ class BlockTask:
 
         Of a single image nothing is held out.
         """
-        count = len(self.captured[Capture.TARGETS])
+        count = self.captured[Capture.TARGETS].total
         kept = count - max(1, int(share * count))
         if kept < 1:
             return self, None
         seen, held_out = (
             {what: each.part(images) for what, each in self.captured.items()}
-            for images in (slice(0, kept), slice(kept, count))
+            for images in (range(kept), range(kept, count))
         )
         return replace(self, captured=seen), held_out
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from logart import ranks
 from logart.cli import default_if_none, given, key_values, refuse_without_effect
 from logart.errors import UserError
 from logart.networks.data import DataChoice, ImageSource
@@ -171,8 +173,8 @@ def images_flag(config: QuantConfig, *, rounding: str, search: str, data: str) -
 def run_options(
     args: argparse.Namespace, config: QuantConfig, *, data: str, workers: int, val_batch_size: int, network_flags: str
 ) -> RunOptions:
-    """How the run goes about it, from the flags; `data` is what the data flag says."""
-    return RunOptions(
+    """How the run goes about it, from the flags; `data` is what the data flag says. Only the first rank writes."""
+    options = RunOptions(
         device=resolve_device(default_if_none(args.device, "auto")),
         results=default_if_none(args.results, RESULTS),
         val_batch_size=val_batch_size,
@@ -188,6 +190,9 @@ def run_options(
         cache=None if args.cache in (None, "auto") else CacheLocation(args.cache),
         once=bool(args.once),
     )
+    if ranks.is_first():
+        return options
+    return replace(options, quiet=True, save=None, run_dir=None, resume=None, once=False)
 
 
 def network_columns(args: argparse.Namespace, network: Network, track: str, source: ImageSource) -> dict[str, Cell]:

@@ -20,6 +20,7 @@ from logart.networks.digits import DIGITS
 from logart.networks.evaluate import Accuracy
 from logart.networks.weights import tensor_bytes
 from logart.quantization.config import QuantConfig
+from logart.ranks import RankLost
 from logart.runs.columns import SETTINGS, Cell, versions
 from logart.runs.results_file import RESULTS
 from logart.runs.run_folder import ACCURACIES, REPORT, RUN, RunFolder, read_json, write_json
@@ -127,6 +128,8 @@ def opened(
                 yield folder
         except KeyboardInterrupt:
             raise Interrupted(f"go on with --resume {place}") from None
+        except RankLost as lost:
+            raise RankLost(f"{lost}; go on with --resume {place}", lost.code) from None
 
 
 def check_folder(run_dir: str) -> None:

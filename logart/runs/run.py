@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from logart import ranks
 from logart.errors import NetworkError, NonFiniteError, NoRoomError, PartlyQuantized, SettingError, UserError, one_line
 from logart.grids.root2 import ROOT2_TEXT
 from logart.networks.data import ImageSource, Split
@@ -26,8 +27,10 @@ from logart.quantization.fidelity import N_IMAGES
 from logart.quantization.layer_report import GENERALISATION, Report
 from logart.quantization.layers import hardware_approximation
 from logart.quantization.pipeline import quantize_model
+from logart.quantization.state import StageStore
 from logart.runs.columns import SETTINGS_OF_COMMAND, Cell, Facts, measured_row, versions
 from logart.runs.headline import headline
+from logart.runs.rank_store import RankStore
 from logart.runs.results_file import append_row
 from logart.runs.run_folder import PACKED, RunFolder
 from logart.runtime import peak_memory_mb, progress_bar
@@ -113,7 +116,7 @@ def run(
             quiet=options.quiet,
             on_stage_end=stages.on_stage_end,
             cache=Cache(options.device, options.cache, folder.path if folder else None),
-            stage_store=folder,
+            stage_store=folder if ranks.size() == 1 else RankStore(folder or StageStore()),
         )
     print(report.share_line(), flush=True)
     if report.gap_line():
@@ -121,6 +124,8 @@ def run(
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
+    if not ranks.is_first():
+        return report
     facts = Facts(
         config,
         accuracies=stages.accuracies,
@@ -239,7 +244,7 @@ class _Stages:
             "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
             **{step.event: step.result(self.config) for step in self.config.stages},
         }[stage]
-        value = None if self.folder is None else self.folder.accuracies.get(stage)
+        value = ranks.from_first(None if self.folder is None else self.folder.accuracies.get(stage))
         if value is None:
             batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)
             with progress_bar(len(self.source.val), f"evaluate {title}", self.options.quiet) as bar:
@@ -267,8 +272,9 @@ def _naming(flags: str, names: Sequence[str]) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as the results file names it: `cpu`, or the GPU's product name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The device as the results file names it: `cpu`, or the GPU's product name; of several ranks "2 × cpu"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if ranks.size() == 1 else f"{ranks.size()} × {name}"
 
 
 def layer_table(report: Report) -> str:

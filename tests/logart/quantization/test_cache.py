@@ -50,7 +50,7 @@ def test_a_part_is_what_these_images_have(place: CacheLocation, tmp_path: Path) 
     cache, values = Cache(CPU, place, tmp_path), torch.randn(9, 2).half().float()
     captured = Captured([{"a": (cache.store(batch), 5)} for batch in values.split(4)])
     for first, last in ((0, 9), (0, 4), (3, 9), (8, 9), (5, 7)):
-        part = captured.part(slice(first, last))
+        part = captured.part(range(first, last))
         assert len(part) == last - first and part.shape == (last - first, 2)
         for index in (slice(None), torch.tensor([last - first - 1, 0])):
             read = part[index]
