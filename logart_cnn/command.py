@@ -87,7 +87,7 @@ def build_parser() -> FlagParser:
         {
             "optimize": "did you mean --rounding learned? It is the default",
             "config": "only logart-vit reads config files; here each setting is a flag",
-            **dict.fromkeys(("optim_metric", "temperature", "drop_prob"), "only logart-vit has it"),
+            **dict.fromkeys(("optim_metric", "temperature", "drop_prob", "softmax_grid"), "only logart-vit has it"),
         }
     )
     return parser

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from logart.errors import UserError, did_you_mean, near_or_all
-from logart.grids.activations import FLOAT_BITS, ActScale
+from logart.grids.activations import FLOAT_BITS, ActScale, SoftmaxGrid
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
 
 OPTIM_METRICS = ("hessian_perturb", "mse", "mae")
 OPTIM_MODES = ("qinp", "rinp", "qdrop")
+SOFTMAX_GRIDS = tuple(grid.value for grid in SoftmaxGrid)
 ACT_SCALES = tuple(scale.value for scale in ActScale)
 
 
@@ -28,6 +29,7 @@ class Config:
         qconv_a_bit, qhead_a_bit: the same of the patch embedding and of the head alone; None is the same as `a_bit`.
         act_scale: steps between the levels of activations, of `ACT_SCALES`: powers of two, any, or as the hardware
             approximation has it.
+        softmax_grid: levels of what softmax gives, of `SOFTMAX_GRIDS`: as of other activations, or a log grid's.
         first_last_bits: bits of the first and last layer, 2 to 8; None is the same as `w_bit`.
         channel_wise: one codebook per output channel, or one per layer.
         scale_method: the grid, by its name.
@@ -58,6 +60,7 @@ class Config:
     qconv_a_bit: int | None = None
     qhead_a_bit: int | None = None
     act_scale: str = "auto"
+    softmax_grid: str = "uniform"
     first_last_bits: int | None = None
     channel_wise: bool = True
     scale_method: str = "dynamic"
@@ -90,6 +93,7 @@ CHOICES = {
     "search_method": tuple(method.value for method in SearchMethod),
     "scale_search": tuple(search.value for search in ScaleSearch),
     "act_scale": ACT_SCALES,
+    "softmax_grid": SOFTMAX_GRIDS,
     "optim_metric": OPTIM_METRICS,
     "optim_mode": OPTIM_MODES,
 }

@@ -31,6 +31,14 @@ class ActScale(str, Enum):
     FLOAT = "float"
 
 
+class SoftmaxGrid(str, Enum):
+    """The levels of what softmax gives: as of other activations, or a log grid, so that its product is shifts."""
+
+    UNIFORM = "uniform"
+    LOG_2 = "log_2"
+    LOG_SQRT2 = "log_sqrt2"
+
+
 class EvenGrid(NamedTuple):
     """Levels step·{low … high}."""
 

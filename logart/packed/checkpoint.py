@@ -22,7 +22,8 @@ from logart.networks.weights import COUNTER
 from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
-from logart.quantization.activation_quantizer import INPUT, attach
+from logart.quantization.activation_quantizer import INPUT, attach, quantizers
+from logart.quantization.attention import ATTENTION, OPERANDS, spell_out
 from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
 from logart.quantization.folding import drop_batch_norms, replace_module
@@ -202,15 +203,20 @@ def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.rest.items():
         owner, _, kind = name.rpartition(".")
-        if owner.endswith(f".{INPUT}"):
+        if owner.rpartition(".")[2] in (INPUT, *OPERANDS):
             found.setdefault(owner, {})[kind] = tensor
-    layers = surgery.quantized_layers(model)
+    layers, modules = surgery.quantized_layers(model), dict(model.named_modules())
+    for name in dict.fromkeys(owner.rpartition(".")[0] for owner in found):
+        if name in layers:
+            attach(layers[name].module, MAX_BITS_A)
+        elif type(modules.get(name)) in ATTENTION:
+            spell_out(modules[name], MAX_BITS_A)
+    known = quantizers(model)
     for name, tensors in found.items():
-        layer = layers.get(name.removesuffix(f".{INPUT}"))
-        if layer is None:
-            raise PackedFileError(f"the network has no quantized layer for {name:.80}")
+        if name not in known:
+            raise PackedFileError(f"the network has nothing that {name:.80} belongs to")
         try:
-            attach(layer.module, MAX_BITS_A).take(tensors)
+            known[name].take(tensors)
         except ValueError as error:
             raise PackedFileError(f"{name:.80}: {error}") from error
 

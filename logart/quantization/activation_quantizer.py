@@ -133,7 +133,7 @@ class ActivationQuantizer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """What `load_state_dict` calls: the quantizer holds what the state says, none where it says nothing."""
+        """What `load_state_dict` calls: the quantizer gets the levels that the state says, of whichever kind."""
         own = {name: state_dict[prefix + name] for name in _TENSORS if prefix + name in state_dict}
         try:
             if own:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,15 @@ from torch import Tensor, nn
 
 from logart import ranks
 from logart.errors import NetworkError
-from logart.grids.activations import ActScale, choose_even_grid
+from logart.grids.activations import ActScale, SoftmaxGrid, choose_even_grid, choose_log_levels
+from logart.grids.registry import grid_named
 from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, attach, quantizers, watching
 from logart.quantization.activations import Capture
+from logart.quantization.attention import quantize_products
 from logart.quantization.cache import Captured
 from logart.quantization.capture import run_to
-from logart.quantization.rounding_methods import BlockSize, BlockTask, Stage
+from logart.quantization.layers import LAYER_TYPES, find_parameter
+from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import Settings
 
 SAMPLE = 2**19  # values of an input that errors are measured on: all of them, or so many evenly spaced
@@ -38,10 +40,17 @@ class Activations(Stage):
         """A batch's tensors, and of the values seen the levels, the error and its power."""
         return 2 * config.batch_size * size.activations + 24 * SAMPLE
 
-    def prepare(self, quantized: nn.Module, bits: Mapping[str, int]) -> None:
-        """Put quantizers, of these bits, before the layers of these names."""
-        for name, n_bits in bits.items():
-            attach(quantized.get_submodule(name), n_bits)
+    def prepare(self, task: NetworkTask) -> list[tuple[str, str]]:
+        """Put quantizers before layers and at the operands of products."""
+        names = [block.name for block in task.blocks]
+        left = quantize_products(task.quantized, task.config.n_bits_a, names, task.example)
+        for name, n_bits in task.bits_a.items():
+            module, own = find_parameter(task.quantized, name)
+            if own == "weight" and isinstance(module, LAYER_TYPES):
+                attach(module, n_bits)
+            else:
+                left.append((name, f"the input of a {type(module).__name__} is not quantized"))
+        return left
 
     def run(self, task: BlockTask) -> None:
         block, inputs = task.quantized.get_submodule(task.block.name), task.captured[Capture.INPUTS]
@@ -96,8 +105,12 @@ def seen_by(
 
 def choose_levels(quantizer: ActivationQuantizer, x: Tensor, extremes: tuple[float, float], config: Settings) -> None:
     """Give a quantizer the levels of least error on what it is given."""
-    grid = choose_even_grid(x, quantizer.n_bits, pow2=config.actual_act_scale is ActScale.POW2, extremes=extremes)
-    quantizer.set_even(grid)
+    if quantizer.after_softmax and config.softmax_grid is not SoftmaxGrid.UNIFORM:
+        grid = grid_named(config.softmax_grid.value)
+        quantizer.set_log(choose_log_levels(x, grid, quantizer.n_bits, config.hardware_terms))
+    else:
+        pow2 = config.actual_act_scale is ActScale.POW2
+        quantizer.set_even(choose_even_grid(x, quantizer.n_bits, pow2=pow2, extremes=extremes))
     measure(quantizer, x)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from logart.grids.activations import ActScale
+from logart.grids.activations import ActScale, SoftmaxGrid
 from logart.grids.grid import ScaleSearch
 from logart.grids.root2 import ROOT2_TEXT
 from logart.quantization.activation_stage import Activations
@@ -98,7 +98,9 @@ def describe(config: QuantConfig) -> str:
     words.append(config.method.describe(config))
     if config.quantizes_activations:
         steps = "powers of two" if config.actual_act_scale is ActScale.POW2 else "any step"
-        words.append(f"activations {config.n_bits_a} bits ({steps})")
+        softmax = config.softmax_grid
+        log = f", softmax {softmax.value}" if softmax is not SoftmaxGrid.UNIFORM else ""
+        words.append(f"activations {config.n_bits_a} bits ({steps}{log})")
     words += [f"{pattern} {bits} bits" for pattern, bits in config.layer_bits.items()]
     words += [f"{pattern} float" for pattern in config.skip]
     if options.terms:

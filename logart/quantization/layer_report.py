@@ -77,6 +77,8 @@ class Report:
         blocks: one entry per learned block.
         rerun: names of the blocks whose inputs were made from the images on, the blocks before run again for it.
         activations: one entry per tensor that is quantized.
+        float_products: (name, reason) of modules where activations are multiplied that stay float, though others are
+            quantized.
         seconds: time in each stage of the rounding method, by its event.
     """
 
@@ -89,6 +91,7 @@ class Report:
     blocks: list[BlockReport] = field(default_factory=list)
     rerun: list[str] = field(default_factory=list)
     activations: list[ActivationReport] = field(default_factory=list)
+    float_products: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -143,6 +146,7 @@ class Report:
         info: dict[str, Any] = {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
         if self.activations:
             info["activations"] = {one.name: one.as_dict() for one in self.activations}
+            info["float_products"] = dict(self.float_products)
         return info
 
     def as_dict(self) -> dict[str, dict[str, Any]]:

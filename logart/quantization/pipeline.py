@@ -35,7 +35,7 @@ from logart.quantization.memory import estimate_memory
 from logart.quantization.modes import autocast_inside, own_modes
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport
-from logart.quantization.rounding_methods import BlockTask, Stage
+from logart.quantization.rounding_methods import BlockTask, NetworkTask, Stage
 from logart.quantization.rows import BlockRows, trace_rows
 from logart.quantization.sensitivity import budgeted_bits
 from logart.quantization.state import StageResult, StageStore, Stored
@@ -134,7 +134,7 @@ def quantize_model(
         seen_images = images if config.images_needed else None
         output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images)
         report.layers = layer_reports(quantized, blocks, output_errors)
-        report.activations = activation_reports(quantized)
+        report.activations, report.float_products = activation_reports(quantized), work.float_products
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
     quantized.packed_info = info  # type: ignore[assignment]
     if report.quantized_share < 0.99:
@@ -178,6 +178,7 @@ class _Work:
     cache: Cache
     stage_store: StageStore
     bits_a: Mapping[str, int]
+    float_products: list[tuple[str, str]] = field(default_factory=list)
     _sources: list[Sources | None] = field(default_factory=list)
     _rows: list[BlockRows] = field(default_factory=list)
 
@@ -204,7 +205,9 @@ class _Work:
         networks = (self.reference, self.quantized, self.blocks)
         images = self.images[: self.config.views * count]
         activations = BothActivations(*networks, self._sources, images, batch_size, self.cache, self._rows)
-        stage.prepare(self.quantized, self.bits_a)
+        example = self.images[:2].to(self.device, copy=True)
+        whole = NetworkTask(self.quantized, self.blocks, self.bits_a, self.config, example)
+        self.float_products += stage.prepare(whole)
         results: list[StageResult] = []
         with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:
             for index, block in enumerate(self.blocks):

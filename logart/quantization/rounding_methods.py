@@ -8,7 +8,7 @@ flags and the results ask the method what acts; none of them knows which one it 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -78,6 +78,25 @@ class BlockTask:
         return [layers[name] for name in self.block.layers]
 
 
+@dataclass(frozen=True)
+class NetworkTask:
+    """The whole network before a stage.
+
+    Attributes:
+        quantized: the network being quantized.
+        blocks: of it, in the order they run.
+        bits_a: the bits of each layer's input, by the layer's name; none of those that stay float.
+        config: the settings.
+        example: two images on its device.
+    """
+
+    quantized: nn.Module
+    blocks: Sequence[Block]
+    bits_a: Mapping[str, int]
+    config: Settings
+    example: Tensor
+
+
 class BlockSize(NamedTuple):
     """Bytes of a float block: per image what it is given, what it gives, the sum and the largest of all tensors made
     inside; its weights; and, of the layer where it is most, one float64 matrix [groups, K, K].
@@ -134,9 +153,9 @@ class Stage:
         """Raise NoRoomError where a layer is too large for it; asked before any work is done."""
         return
 
-    def prepare(self, quantized: nn.Module, bits: Mapping[str, int]) -> None:
-        """Put into the network what the stage needs there; `bits` of each layer's input, by its name."""
-        return
+    def prepare(self, task: NetworkTask) -> list[tuple[str, str]]:
+        """Put into the network what the stage needs there; (name, reason) of what it cannot quantize."""
+        return []
 
     def run(self, task: BlockTask) -> BlockReport | None:
         """Give the block's layers their codes, and codebooks and biases where it decides them."""

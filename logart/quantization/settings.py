@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from logart.errors import SettingError
-from logart.grids.activations import FLOAT_BITS, MAX_BITS_A, MIN_BITS_A, ActScale
+from logart.grids.activations import FLOAT_BITS, MAX_BITS_A, MIN_BITS_A, ActScale, SoftmaxGrid
 from logart.grids.grid import MAX_BITS, MIN_BITS, Grid, GridOptions, ScaleSearch
 from logart.grids.registry import grid_named
 from logart.grids.root2 import root2
@@ -85,6 +85,7 @@ class Settings:
         input_bits_a, head_bits_a: the same of the network's input layers and heads; None is the same as `n_bits_a`.
         act_scale: whether the levels of activations are steps of a power of two; AUTO is POW2 with a hardware
             approximation, else FLOAT.
+        softmax_grid: the levels of what softmax gives in attention, 2 to 8 bits where they are a log grid's.
     """
 
     n_bits: int = 4
@@ -123,6 +124,7 @@ class Settings:
     input_bits_a: int | None = None
     head_bits_a: int | None = None
     act_scale: ActScale = ActScale.AUTO
+    softmax_grid: SoftmaxGrid = SoftmaxGrid.UNIFORM
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value of another type or out of its range, naming the field."""
@@ -165,6 +167,11 @@ class Settings:
             if bits not in (None, FLOAT_BITS) and not MIN_BITS_A <= bits <= MAX_BITS_A:
                 raise ValueError(f"{name} must be {MIN_BITS_A} to {MAX_BITS_A}, or {FLOAT_BITS} (float), got {bits}")
         object.__setattr__(self, "act_scale", ActScale(self.act_scale))
+        object.__setattr__(self, "softmax_grid", SoftmaxGrid(self.softmax_grid))
+        log = self.softmax_grid is not SoftmaxGrid.UNIFORM
+        if log and self.quantizes_activations and self.n_bits_a > MAX_BITS:
+            wanted = f"2 to {MAX_BITS} for softmax_grid {self.softmax_grid.value}"
+            raise ValueError(f"n_bits_a must be {wanted}, got {self.n_bits_a}")
 
     def _check_budget(self) -> None:
         if self.bits_budget is not None and self.size_budget is not None:

@@ -247,6 +247,8 @@ COLUMNS = (
                when=ACTIVATIONS),
     _of_config("act_scale", Part.ACTIVATIONS, "steps between levels of activations: `pow2` or `float` (any)",
                "actual_act_scale", when=ACTIVATIONS),
+    _of_config("softmax_grid", Part.ACTIVATIONS,
+               "levels of what softmax gives: `uniform`, as of other activations, or a log grid", when=ACTIVATIONS),
     Column("hardware_approx", Part.GRID,
            "`True`: sqrt 2 is a sum of powers of two during search, rounding and evaluation",
            lambda f: str(bool(f.config.hardware_terms))),

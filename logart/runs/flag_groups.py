@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from logart.cli import FlagParser, finite
-from logart.grids.activations import FLOAT_BITS, ActScale
+from logart.grids.activations import FLOAT_BITS, ActScale, SoftmaxGrid
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.grids.root2 import ROOT2_TEXT
@@ -167,6 +167,9 @@ class TrackFlags:
         add(group, "act_scale", "steps between the levels of activations: powers of two, so that requantization is a "
             "shift, or any; auto: pow2 with --hardware_approx, else float",
             choices=[scale.value for scale in ActScale])  # fmt: skip
+        if self.track == "vit":
+            add(group, "softmax_grid", "levels of what softmax gives: as of other activations, or powers of 2 or √2",
+                choices=[grid.value for grid in SoftmaxGrid])  # fmt: skip
 
     def run(self) -> None:
         """How the run goes about it."""

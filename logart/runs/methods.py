@@ -66,7 +66,9 @@ def method_name(row: Mapping[str, str]) -> str:
         words.append(f"√2 ≈ {terms}{' at test' * (row['hardware_approx'] != 'True')}")
     if row.get("bits_a"):
         pow2 = ", powers of two" * (row.get("act_scale") == "pow2")
-        words.append(f"{row['bits_a']}-bit activations{pow2}")
+        levels = row.get("softmax_grid") or "uniform"
+        softmax = f", softmax {GRID_NAMES.get(levels, levels)}" * (levels != "uniform")
+        words.append(f"{row['bits_a']}-bit activations{pow2}{softmax}")
     rounding = ROUNDING_NAMES.get(row["rounding"], row["rounding"])
     if not row["preset"]:
         words.append(rounding)

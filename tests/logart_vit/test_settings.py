@@ -17,7 +17,7 @@ from logart.errors import UserError
 from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.quantization.config import SearchMethod
-from logart_vit.settings import ACT_SCALES, OPTIM_METRICS, OPTIM_MODES, Config, load_config
+from logart_vit.settings import ACT_SCALES, OPTIM_METRICS, OPTIM_MODES, SOFTMAX_GRIDS, Config, load_config
 
 ROOT = Path(__file__).parents[2]
 BEST = {
@@ -26,6 +26,7 @@ BEST = {
     "qconv_a_bit": None,
     "qhead_a_bit": None,
     "act_scale": "auto",
+    "softmax_grid": "uniform",
     "first_last_bits": None,
     "channel_wise": True,
     "scale_method": "dynamic",
@@ -178,6 +179,7 @@ def test_the_base_itself_is_a_config(write: Writer) -> None:
         | {
             **dict.fromkeys(("first_last_bits", "qconv_a_bit", "qhead_a_bit"), st.none() | st.integers()),
             "act_scale": st.sampled_from(ACT_SCALES),
+            "softmax_grid": st.sampled_from(SOFTMAX_GRIDS),
             "scale_method": st.sampled_from(list(GRIDS)),
             "search_method": st.sampled_from([method.value for method in SearchMethod]),
             "scale_search": st.sampled_from([search.value for search in ScaleSearch]),

@@ -47,6 +47,7 @@ from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMe
         ("recon_metric", ["hessian"]),
         *((name, [1, 17, 33, 0]) for name in ("n_bits_a", "input_bits_a", "head_bits_a")),
         ("act_scale", ["integer"]),
+        ("softmax_grid", ["log"]),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
