@@ -11,18 +11,21 @@ T is the real weight that would undo the error made so far. `column_rounding` ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError
+from logart.grids.grid import Grid, GridOptions
 from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
 from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured, free_bytes
 from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
-from logart.quantization.damping import choose_damping, metric, target
+from logart.quantization.damping import Damping, choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, of_all_ranks, per_codebook
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import Settings
@@ -73,44 +76,81 @@ def compensate_block(
     for name in block.layers:
         layer, float_layer = quantized_layers(quantized)[name], reference.get_submodule(name)
         measure = partial(layer_moments, *blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
-        targets.append(_compensate_layer(name, layer, measure, data[0].total, config))
+        estimate = estimate_layer(name, layer, partial(_of_all_ranks, measure), data[0].total, config)
+        round_layer(layer, estimate, config.grid, config.grid_options)
+        targets.append(estimate.target.to(layer.rows.dtype).reshape(layer.shape))
     return targets
 
 
-def _compensate_layer(
+def _of_all_ranks(measure: Callable[..., OutputMoments], **which: Any) -> OutputMoments:
+    return of_all_ranks(measure(**which))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the images say of one layer.
+
+    Attributes:
+        moments: not centred.
+        a, factor: A [G, K, K] and its factor.
+        target: T [C, K] float64.
+        damping: how it was chosen, where it was.
+    """
+
+    moments: OutputMoments
+    a: Tensor
+    factor: Factor
+    target: Tensor
+    damping: Damping | None
+
+
+def estimate_layer(
     name: str, layer: QuantizedWeight, measure: Callable[..., OutputMoments], images: int, config: Settings
-) -> Tensor:
-    """T of one layer, from what measures its moments."""
-    w = layer.rows.reshape(layer.shape[0], -1)
+) -> Estimate:
+    """Moments, A and T of a layer that holds its float weight.
+
+    Args:
+        name: for messages.
+        measure: the moments of its inputs; given `images`, a range, of these alone, and a `shift` of all rows.
+        images: how many there are.
+
+    Raises:
+        NetworkError: the moments are not finite.
+    """
+    w, chosen = layer.rows.reshape(layer.shape[0], -1), None
     if config.damping == "auto":
         halves = _halves(measure, images // config.views // 2 * config.views, images)
         moments = halves[0] + halves[1]
         _check(name, moments, w.dtype)
         search = partial(choose_codebook, grid=config.grid, n_bits=layer.n_bits, options=config.grid_options)
-        damping, layer.damping = choose_damping(w, (halves[0].centred(), halves[1].centred()), search)
+        share, chosen = choose_damping(w, (halves[0].centred(), halves[1].centred()), search)
     else:
-        moments, layer.damping = of_all_ranks(measure()), None
+        moments = measure()
         _check(name, moments, w.dtype)
-        damping = torch.tensor(config.damping, dtype=torch.float64, device=w.device)
+        share = torch.tensor(config.damping, dtype=torch.float64, device=w.device)
     centred = moments.centred()
-    a = metric(centred, damping)
+    a = metric(centred, share)
     factor = Factor.of(a)
-    t = target(w, factor, centred)
+    return Estimate(moments, a, factor, target(w, factor, centred), chosen)
+
+
+def round_layer(layer: QuantizedWeight, estimate: Estimate, grid: Grid, options: GridOptions) -> None:
+    """Give a layer its codebook, codes and bias."""
+    layer.damping = estimate.damping
+    w, t, a = layer.rows.reshape(layer.shape[0], -1), estimate.target, estimate.a
     wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
     error = per_codebook(partial(quadratic_error, a=a), layer)
-    codebook = choose_codebook(wanted, config.grid, layer.n_bits, error=error, options=config.grid_options)
+    codebook = choose_codebook(wanted, grid, layer.n_bits, error=error, options=options)
     rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
-    codes = round_compensated(t, a, codebook.select(rows), factor)
+    codes = round_compensated(t, a, codebook.select(rows), estimate.factor)
     layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
-    bias = corrected_bias(layer.bias, moments, layer.weight.reshape(w.shape) - w)
+    bias = corrected_bias(layer.bias, estimate.moments, layer.weight.reshape(w.shape) - w)
     layer.set_bias(bias.to(w.dtype))
-    return t.to(w.dtype).reshape(layer.shape)
 
 
 def _halves(measure: Callable[..., OutputMoments], middle: int, end: int) -> tuple[OutputMoments, OutputMoments]:
     first = measure(images=range(middle))
-    second = measure(images=range(middle, end), shift=first.shift)
-    return of_all_ranks(first), of_all_ranks(second)
+    return first, measure(images=range(middle, end), shift=first.shift)
 
 
 def _check(name: str, moments: OutputMoments, dtype: torch.dtype) -> None:

@@ -2,9 +2,9 @@
 
 A and T are estimates from few images. Without damping they fit these images and no others: in a layer of 960 inputs
 with 2,048 rows the output error on other images may be thirty times as large. So each half of the images gives an
-estimate, for several dampings from the strongest on, and the codes rounded by it are judged by the moments of the
-other half; it ends where that error has risen twice. Few channels, error feedback alone and codebooks near the weight
-itself tell dampings apart, so the grid is searched once, with the damping that was chosen.
+estimate, for several dampings, and the codes rounded by it are judged by the moments of the other half. Few channels,
+error feedback alone and codebooks near the weight itself tell dampings apart, so the grid is searched once, with the
+damping that was chosen.
 """
 
 from __future__ import annotations
@@ -69,13 +69,10 @@ def choose_damping(
         Shares of the mean squared input [G] float64, and what they come to.
     """
     w, codebook, parts = _some_rows(w, halves, search)
-    errors: list[Tensor] = []
-    for share in SHARES:
-        errors.append(_errors(w, parts[0], parts[1], share, codebook) + _errors(w, parts[1], parts[0], share, codebook))
-        unseen = [float(error[1].sum()) for error in errors[-3:]]
-        if len(unseen) == 3 and unseen[0] < unseen[1] < unseen[2]:
-            break
-    table = torch.stack(errors)
+    first, second = parts
+    table = torch.stack(
+        [_errors(w, first, second, share, codebook) + _errors(w, second, first, share, codebook) for share in SHARES]
+    )
     best = table[:, 1].argmin(0)
     seen, unseen_error = table[best, :, torch.arange(len(best), device=w.device)].sum(0).tolist()
     variance = max(sum(float(quadratic_error(w, half.gram).sum()) for half in parts), 1e-300)

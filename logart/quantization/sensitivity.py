@@ -24,11 +24,9 @@ from logart.grids.search import choose_codebook
 from logart.quantization import surgery
 from logart.quantization.budget import Budget, allocate_bits
 from logart.quantization.clone import clone_sharing
-from logart.quantization.column_rounding import quadratic_error, round_compensated
-from logart.quantization.compensate import corrected_bias
+from logart.quantization.compensate import estimate_layer, round_layer
 from logart.quantization.config import QuantConfig
-from logart.quantization.damping import metric
-from logart.quantization.dbs import per_codebook, unfold
+from logart.quantization.dbs import unfold
 from logart.quantization.quantized_weight import QuantizedWeight
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
@@ -86,7 +84,8 @@ def layer_effects(
         device: where the network is.
     """
     images = images[:SENSITIVITY_IMAGES]
-    seen, unseen = images[: (len(images) + 1) // 2], images[(len(images) + 1) // 2 :]
+    middle = (len(images) // config.views + 1) // 2 * config.views  # mirror images stay beside their own
+    seen, unseen = images[:middle], images[middle:]
     quantized: dict[str, Quantized] = {name: {} for name in layers}
     for width in WIDTHS:
         network = clone_sharing(reference)
@@ -102,33 +101,32 @@ def _quantize(reference: nn.Module, quantized: Mapping[str, Quantized], images: 
     """Give every layer its codes at every width, in one forward of the float network."""
 
     def quantize(name: str, x: Tensor, output: Tensor) -> None:
-        some = next(iter(quantized[name].values()))
-        moments = _moments(some, x) if config.method.calibrates else None
-        for width, layer in quantized[name].items():
+        widths = quantized[name]
+        usual = widths[config.n_bits]
+        estimate = None
+        if config.method.calibrates:
+            estimate = estimate_layer(name, usual, partial(_moments, usual, x), len(x), config)
+        for width, layer in widths.items():
             options = config.grid_options
             if width > _MOST_SEARCHED and options.scale_search is ScaleSearch.GRID:
                 options = replace(options, scale_search=ScaleSearch.NONE)
-            choose = partial(choose_codebook, grid=config.grid, n_bits=width, options=options)
-            if moments is None:
-                layer.set_codebook(choose(layer.rows))
-                continue
-            w, a = layer.rows.reshape(layer.shape[0], -1), metric(moments.centred())
-            codebook = choose(layer.rows, error=per_codebook(partial(quadratic_error, a=a), layer))
-            rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
-            codes = round_compensated(w.double(), a, codebook.select(rows))
-            layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
-            bias = corrected_bias(layer.bias, moments, layer.weight.reshape(w.shape) - w)
-            layer.set_bias(bias.to(w.dtype))
+            if estimate is None:
+                layer.set_codebook(choose_codebook(layer.rows, config.grid, width, options=options))
+            else:
+                round_layer(layer, estimate, config.grid, options)
 
     with _watched(reference, quantized, quantize):
         reference(images.clone())
 
 
-def _moments(layer: QuantizedWeight, x: Tensor) -> OutputMoments:
-    """Of a layer's inputs, with no error made before it."""
+def _moments(
+    layer: QuantizedWeight, x: Tensor, images: range | None = None, shift: Tensor | None = None
+) -> OutputMoments:
+    """Of a layer's inputs, with no error made before it; other arguments as `dbs.layer_moments`."""
     groups = getattr(layer.module, "groups", 1)
     moments = OutputMoments.zeros(groups, layer.shape[0], layer.shape[1:].numel(), x.device)
-    for part in x.split(_BATCH):
+    moments.shift = shift
+    for part in (x if images is None else x[images.start : images.stop]).split(_BATCH):
         patches = unfold(layer.module, part)
         if moments.shift is None:
             moments.shift = patches.mean(1, dtype=torch.float64).to(patches)

@@ -76,9 +76,6 @@ def test_the_choice_is_that_of_a_plain_computation(groups: int, count: int) -> N
                 q = plain_codes(fit[0][g], fit[1][g], w[own], share, codebook.select(own))
                 for which, half in enumerate((fit, other)):
                     table[i, g, which] += plain_error(half[0][g], half[1][g], w[own], q)
-    unseen = table[..., 1].sum(1).tolist()
-    rising = [i for i in range(2, len(unseen)) if unseen[i - 2] < unseen[i - 1] < unseen[i]]
-    table = table[: rising[0] + 1 if rising else None]
     best = table[..., 1].argmin(0)
     assert found.tolist() == [SHARES[i] for i in best]
     variance = 0.0

@@ -76,6 +76,17 @@ def test_a_layer_that_the_output_minds_gets_more_bits(rounding: str) -> None:
     assert bits["stem"] == 3 and bits["loud"] > bits["quiet"] and bits["loud"] + bits["quiet"] <= 6
 
 
+def test_effects_are_of_codes_by_the_damping_of_the_run() -> None:
+    reference, names = floats()
+    found = [
+        layer_effects(reference, names, IMAGES, QuantConfig(rounding="compensated", damping=damping), {}, CPU)
+        for damping in (0.01, 100.0, "auto")
+    ]
+    for name in names:
+        assert len({effects[name][2] for effects in found}) > 1
+    assert found[0] != found[2] != found[1]
+
+
 def test_the_float_network_is_left_as_it_was() -> None:
     reference, names = floats()
     before, logits = {k: v.clone() for k, v in reference.state_dict().items()}, reference(IMAGES.clone())
