@@ -392,7 +392,7 @@ def test_the_head_is_compared_by_kl_and_the_blocks_by_the_metric(
     flags = ["--optim_metric", metric, "--results", str(tmp_path / "results.csv")]
     assert main([*files.on_images(), *flags]) == 0
     assert losses.pop("head") is kl_divergence
-    assert list(losses) == ["patch_embed", "blocks.0", "blocks.1"]
+    assert list(losses) == ["patch_embed.proj", "blocks.0", "blocks.1"]
     assert {loss.func for loss in losses.values()} == {function}
     weighed = {"importance"} if metric == "hessian_perturb" else set()
     assert {frozenset(loss.keywords) for loss in losses.values()} == {frozenset({"channel_dim"} | weighed)}
@@ -453,8 +453,9 @@ def test_passes_over_the_calibration_images(
 ) -> None:
     """A block takes one pass in float for input and target together and one quantized one.
 
-    Two images go through the float network seven times, to check what is folded and baked, to see which weights are
-    used, in which order and how much memory is needed, and once through the quantized one.
+    Two images go through the float network eight times, to check what is folded and baked, to see which weights are
+    used, in which order and how much memory is needed, three of them once to see what grows with their number, and two
+    once through the quantized one.
     The importance takes one in float64 in all and two a block, over its first images.
     """
     monkeypatch.setattr(logart.quantization.block_loss, "IMPORTANCE_IMAGES", 5)
@@ -464,8 +465,8 @@ def test_passes_over_the_calibration_images(
     def block(times: int) -> dict[str, int]:
         return of_each | ({"float64": times * of_importance} if times * of_importance else {})
 
-    of_llr = [("patch_embed", block(3)), ("blocks.0", block(2)), ("blocks.1", block(2)), ("head", block(0))]
-    assert passes[1:-1] == [("searched", {"quantized": 2, "float": 14}), *of_llr] and passes[-1][1] == {}
+    of_llr = [("patch_embed.proj", block(3)), ("blocks.0", block(2)), ("blocks.1", block(2)), ("head", block(0))]
+    assert passes[1:-1] == [("searched", {"quantized": 2, "float": 19}), *of_llr] and passes[-1][1] == {}
 
 
 @pytest.mark.parametrize("model", ["vit", "swin"])
@@ -493,8 +494,8 @@ def test_blocks_are_timms_own_and_attention_stays_fused(model: str, files: VitFi
     assert len(fused) == 2 and fused == {name: modules[name].fused_attn for name in fused}
     assert set(fused.values()) == {model == "vit"}  # timm's own default; Swin's is an experiment of timm's
     inner = {"vit": ["blocks.0", "blocks.1", "head"],
-             "swin": ["layers.0.blocks.0", "layers.1.downsample", "layers.1.blocks.0", "head.fc"]}  # fmt: skip
-    assert [block.name for block in report.blocks] == ["patch_embed", *inner[model]]
+             "swin": ["layers.0.blocks.0", "layers.1.downsample.reduction", "layers.1.blocks.0", "head.fc"]}
+    assert [block.name for block in report.blocks] == ["patch_embed.proj", *inner[model]]
     assert sum(layer.n_changed_codes for layer in report.layers) > 0 and report.folded == []
 
 
