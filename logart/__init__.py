@@ -10,13 +10,15 @@ if TYPE_CHECKING:
 
     from logart.packed.checkpoint import load_packed, save_packed
     from logart.quantization.config import QuantConfig
+    from logart.quantization.inputs import Inputs
     from logart.quantization.layer_report import Report
     from logart.quantization.pipeline import quantize_model
     from logart.quantization.surgery import to_float
 
-__all__ = ["QuantConfig", "Report", "__version__", "load_packed", "quantize_model", "save_packed", "to_float"]
+__all__ = ["Inputs", "QuantConfig", "Report", "__version__", "load_packed", "quantize_model", "save_packed", "to_float"]
 
 _HOMES = {
+    "Inputs": "quantization.inputs",
     "QuantConfig": "quantization.config",
     "Report": "quantization.layer_report",
     "load_packed": "packed.checkpoint",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from logart.quantization.blocks import Block
 from logart.quantization.cache import Cache, Captured, OffloadedTensor, is_stored
 from logart.quantization.capture import Call, only_tensor, replay_to_last
 from logart.quantization.dataflow import Sources
+from logart.quantization.inputs import Inputs
 from logart.quantization.rows import BlockRows, Rows
 from logart.ranks import own_batches
 
@@ -33,7 +33,7 @@ class Activations:
         network: the float network, or the one being quantized: a block is passed as it is then.
         blocks: in the order they run.
         sources: of the float network, by `trace_sources`.
-        images: [n, C, H, W], or the calls of the network with n images; this rank has its own batches of them.
+        images: [n, C, H, W], or several inputs; this rank has its own batches of them.
         batch_size: how many at a time.
         cache: where activations are held.
         rows: of the blocks' tensors, by `trace_rows`; without it, one for each image everywhere.
@@ -44,7 +44,7 @@ class Activations:
         network: nn.Module,
         blocks: Sequence[Block],
         sources: Sequence[Sources | None],
-        images: Tensor | Captured,
+        images: Tensor | Inputs,
         batch_size: int,
         cache: Cache,
         rows: Sequence[BlockRows] | None = None,
@@ -53,7 +53,7 @@ class Activations:
         self._names = [block.name for block in blocks]
         self._modules = [network.get_submodule(name) for name in self._names]
         self._rows, self._own, self._count = rows, own_batches(len(images), batch_size), len(images)
-        self._images = [Call.of(images[own.start : own.stop]) for own in self._own]
+        self._images = [images[own.start : own.stop] for own in self._own]
         self._last_reader = last_readers(sources)
         self._at = 0
         self._inputs: list[Call | None] = [None] * len(self._images)
@@ -119,8 +119,7 @@ class Activations:
                     self._outputs[b][passed] = tree_map_only((Tensor, OffloadedTensor), _Released, output)
 
         modules = self._modules[: index + 1] if self._sources[index] is not None else [self._modules[index]]
-        to_device = partial(tree_map_only, Tensor, lambda t: t.to(self._cache.device))
-        images = (Call(*to_device(tuple(self._images[b]))) for b in batches)
+        images = (self._images[b].to(self._cache.device) for b in batches)
         replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
         self._blanks = torch.empty(0)
 
@@ -212,7 +211,7 @@ class BothActivations:
         quantized: nn.Module,
         blocks: Sequence[Block],
         sources: Sequence[Sources | None],
-        images: Tensor | Captured,
+        images: Tensor | Inputs,
         batch_size: int,
         cache: Cache,
         rows: Sequence[BlockRows] | None = None,

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from logart.errors import NetworkError
 from logart.quantization.capture import Call, intercepted
+from logart.quantization.inputs import Inputs
 
 _LISTS = (nn.Sequential, nn.ModuleList)
 _CONTAINERS = (*_LISTS, nn.ModuleDict)  # these very types: a subclass may be a block
@@ -38,7 +39,7 @@ class Block:
     layers: tuple[str, ...]
 
 
-def find_blocks(model: nn.Module, layers: Sequence[str], example: Tensor | Call) -> list[Block]:
+def find_blocks(model: nn.Module, layers: Sequence[str], example: Tensor | Inputs) -> list[Block]:
     """Group layers, given in the order they run, into the blocks found and single layers.
 
     Args:
@@ -91,7 +92,7 @@ class _Run:
 class _Finder:
     """Finds the names of a network's blocks; arguments as `find_blocks`."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], example: Tensor | Call) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], example: Tensor | Inputs) -> None:
         self._model, self._example = model, example
         prefixes = Counter(".".join(parts[:n]) for parts in map(_parts, layers) for n in range(len(parts)))
         self._modules = {

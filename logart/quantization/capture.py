@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from logart.errors import NetworkError
 from logart.quantization.cache import is_stored
+from logart.quantization.inputs import Inputs
 
 
 class Call(NamedTuple):
@@ -26,9 +27,9 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     @staticmethod
-    def of(inputs: Tensor | Call) -> Call:
-        """A network's inputs: one tensor, or several already."""
-        return inputs if isinstance(inputs, Call) else Call((inputs,), {})
+    def of(inputs: Tensor | Inputs) -> Call:
+        """What a network is called with: one tensor, or several."""
+        return Call(inputs.args, inputs.kwargs) if isinstance(inputs, Inputs) else Call((inputs,), {})
 
     def on(self, module: nn.Module) -> Any:
         """What the module gives; it may begin with an operation in place."""
@@ -89,7 +90,7 @@ def intercepted(modules: Sequence[nn.Module], answer: Callable[[int, Call], Any]
 def replay_to_last(
     model: nn.Module,
     modules: Sequence[nn.Module],
-    inputs: Iterable[Tensor | Call],
+    inputs: Iterable[Tensor | Inputs],
     replay: Callable[[int, int], Any],
     take: Callable[[int, Call], None],
 ) -> None:

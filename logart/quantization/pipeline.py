@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -30,6 +31,7 @@ from logart.quantization.dataflow import Sources, trace_sources
 from logart.quantization.fidelity import layer_output_errors
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.images import gather_images
+from logart.quantization.inputs import Inputs, taking_inputs
 from logart.quantization.layer_report import Report, layer_reports
 from logart.quantization.memory import estimate_memory
 from logart.quantization.modes import autocast_inside, own_modes
@@ -48,7 +50,7 @@ def quantize_model(
     config: QuantConfig,
     calibration_images: Any,
     *,
-    input_key: str | None = None,
+    input_key: str | Sequence[str] | None = None,
     prepare: Callable[[Any], Any] | None = None,
     block_types: Sequence[str] | None = None,
     row_groups: Mapping[str, int] = MappingProxyType({}),
@@ -65,7 +67,8 @@ def quantize_model(
         model: any module of Conv2d and Linear layers that maps a batch of images to logits. It is not changed.
         config: the settings.
         calibration_images: a tensor [n, C, H, W], or batches of images as data loaders give them, see
-            `images.gather_images`; DBS uses the first `search_samples`, LLR the first `calib_samples`.
+            `images.gather_images`, or `Inputs` for a network of several inputs or keywords; DBS uses the first
+            `search_samples`, LLR the first `calib_samples`.
         input_key, prepare: where batches are dicts, or are to be made into images first; see there.
         block_types: class names of the blocks to reconstruct, in place of those found (see `blocks`); with an empty
             list each layer is its own block.
@@ -91,14 +94,19 @@ def quantize_model(
     The caller's modes do not matter: no_grad, inference_mode and autocast around it change nothing.
     """
     device = torch.device(device)
-    with own_modes(device):
+    with own_modes(device), ExitStack() as stack:
         images = gather_images(calibration_images, max(2, config.images_needed), input_key, prepare)
         if 0 < config.images_needed and min(stage.images(config)[0] for stage in config.method.stages) < ranks.size():
             raise NetworkError(f"{ranks.size()} ranks share the calibration images; expected one for each at least")
+        several = isinstance(images, Inputs)
+        if config.mirror and several:
+            raise NetworkError("mirror: the network takes several inputs; expected one tensor of images")
         if config.mirror:  # each beside its own, so that both are always on the same side of a split
             images = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
         example = images[:2].to(device, copy=True)  # some networks normalise in place
         reference = clone_sharing(model).eval().requires_grad_(False).to(device)
+        if several:
+            stack.enter_context(taking_inputs(reference))
         report = Report()
         seen = _look_at(reference, example, config, report)
         names = [name for name in seen.layers if name not in dict(report.skipped)]
@@ -116,6 +124,8 @@ def quantize_model(
             bits = stage_store.bits(lambda: budgeted_bits(reference, names, named, images, config, row_groups, device))
         on_stage_end("float", reference)
         quantized = clone_sharing(reference)
+        if several:
+            stack.enter_context(taking_inputs(quantized))
         surgery.replace_layers(quantized, bits, config.channel_wise, row_groups)
         surgery.check_replaced(quantized, example, seen)
         cache = Cache(device) if cache is None else cache

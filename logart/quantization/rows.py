@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from logart.errors import NetworkError
 from logart.quantization.capture import Call
+from logart.quantization.inputs import Inputs
 
 Rows = tuple[int, ...]  # for each image, of each tensor; 0 where a tensor is the same whatever the number of images
 
@@ -24,7 +25,7 @@ class BlockRows(NamedTuple):
 
 
 @torch.no_grad()
-def trace_rows(model: nn.Module, blocks: Mapping[str, nn.Module], example: Tensor | Call) -> list[BlockRows]:
+def trace_rows(model: nn.Module, blocks: Mapping[str, nn.Module], example: Tensor | Inputs) -> list[BlockRows]:
     """The rows of each block; windows of an image, say, are several rows, a table of positions has none of its own.
 
     Args:

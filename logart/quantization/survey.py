@@ -117,7 +117,9 @@ class _Flow(TorchFunctionMode):
         self._inputs: list[str] = []
         self._followed: set[str] = set()  # layers whose output another layer was given
         self._through: Any = WeakIdKeyDictionary()
-        self._through[self.example] = frozenset([_IMAGES])
+        for leaf in tree_leaves(self.example):
+            if isinstance(leaf, Tensor):
+                self._through[leaf] = frozenset([_IMAGES])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
