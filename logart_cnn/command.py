@@ -139,7 +139,8 @@ def command(args: argparse.Namespace) -> None:
     seed_everything(config.seed)
     # All that can be wrong with flags and data shows before weights are fetched.
     plan = plan_network(default_if_none(args.arch, "digits_resnet"), args.checkpoint, **network_arguments)
-    source = found.open(plan.preprocessing, plan.num_classes, published=plan.published)
+    preprocessing, classes = plan.preprocessing, plan.num_classes
+    source = found.open(preprocessing, classes, published=plan.published, class_indices=plan.class_indices)
     flag = flags.images_flag(config, rounding="--calib_samples", search="--search_samples", data="--data_path")
     count = max(2, config.images_needed)  # tracing needs two
     indices = choose_calibration(source, count, config.seed, names=names, flag=flag)

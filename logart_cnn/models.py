@@ -18,7 +18,7 @@ from logart.networks.builders import register_builder
 from logart.networks.data import Preprocessing
 from logart.networks.network import DIGITS_PREPROCESSING as DIGITS
 from logart.networks.network import INTERPOLATIONS as INTERPOLATIONS
-from logart.networks.network import TIMM, Network, Plan, names_table, plan_by, unknown_network
+from logart.networks.network import TIMM, Network, Plan, Size, names_table, plan_by, unknown_network
 from logart.networks.timm_network import build_timm, plan_timm
 from logart.networks.weights import Checkpoint, fetch_state_dict, load_state_dict, read_checkpoint
 from logart_cnn.layouts import State, rename_mnasnet, rename_mobilenetv2, rename_regnet
@@ -70,7 +70,7 @@ def _plan(
     checkpoint_key: str | None,
     model_kwargs: Mapping[str, object] | None,
     num_classes: int | None,
-    input_size: int | None,
+    input_size: Size | None,
 ) -> Plan:
     if arch.startswith(TIMM):
         return plan_timm(
@@ -100,7 +100,7 @@ def build_network(
     shapes: Mapping[str, Tensor],
     model_kwargs: Mapping[str, object] | None = None,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
 ) -> nn.Module:
     """The network that `load_network` would give weights to.
 

@@ -153,7 +153,8 @@ def command(args: argparse.Namespace) -> None:
     seed_everything(config.seed)
     # All that can be wrong with flags and data shows before weights are fetched.
     plan = plan_network(default_if_none(args.model, "digits_vit"), args.checkpoint, **network_arguments)
-    source = found.open(plan.preprocessing, plan.num_classes, published=plan.published)
+    preprocessing, classes = plan.preprocessing, plan.num_classes
+    source = found.open(preprocessing, classes, published=plan.published, class_indices=plan.class_indices)
     flag = flags.images_flag(config, rounding="--optim_size", search="--calib_size", data="--dataset")
     indices = choose_calibration(source, max(2, config.images_needed), config.seed, flag=flag)  # tracing needs two
     network = plan.load()

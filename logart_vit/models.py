@@ -13,7 +13,16 @@ import timm
 from torch import Tensor, nn
 
 from logart.networks.builders import register_builder
-from logart.networks.network import DIGITS_PREPROCESSING, TIMM, Network, Plan, names_table, plan_by, unknown_network
+from logart.networks.network import (
+    DIGITS_PREPROCESSING,
+    TIMM,
+    Network,
+    Plan,
+    Size,
+    names_table,
+    plan_by,
+    unknown_network,
+)
 from logart.networks.timm_network import build_timm, plan_timm
 
 
@@ -90,7 +99,7 @@ def _plan(
     checkpoint_key: str | None,
     model_kwargs: Mapping[str, object] | None,
     num_classes: int | None,
-    input_size: int | None,
+    input_size: Size | None,
 ) -> Plan:
     if model not in ENTRIES and not model.startswith(TIMM):
         raise unknown_network(model, MODELS, flag="--model")
@@ -118,7 +127,7 @@ def build_network(
     shapes: Mapping[str, Tensor],
     model_kwargs: Mapping[str, object] | None = None,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
 ) -> nn.Module:
     """The network that `load_network` would give weights to; arguments as there, `shapes` decide nothing here."""
     entry = ENTRIES.get(arch) or Entry(arch.removeprefix(TIMM), "")

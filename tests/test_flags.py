@@ -13,6 +13,7 @@ import logart_vit.command
 from logart.cli import FlagParser
 from logart.quantization.config import QuantConfig
 from logart.runs.flag_groups import GROUPS, NAMES
+from logart.runs.flags import network_arguments
 from logart_vit.settings import Config
 
 BUILD = {"cnn": logart_cnn.command.build_parser, "vit": logart_vit.command.build_parser}
@@ -71,6 +72,7 @@ def test_older_names(track: str, words: str, value: float) -> None:
 def test_timm_s_spellings_of_the_size(track: str, words: str) -> None:
     assert BUILD[track]().parse_args(words.split()).input_size == 32
     assert BUILD[track]().parse_args(["--input-size", "3", "32", "32"]).input_size == [3, 32, 32]
+    assert network_arguments(BUILD[track]().parse_args(["--input-size", "3", "32", "48"]))["input_size"] == (32, 48)
 
 
 @pytest.mark.parametrize(("track", "other"), SIDES)

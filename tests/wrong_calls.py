@@ -86,7 +86,7 @@ FLAGS = [
     cnn("--optim_mode qdrop", "--recon_input: invalid choice: 'qdrop'; expected one of quantized, float"),
     vit("--recon_input both", "--optim_mode: invalid choice: 'both'; expected one of qinp, rinp, qdrop"),
     Call("--input-size 3 32", "--input_size: 3 32; expected one number, or channels, height and width"),
-    Call("--input-size 3 32 48", "--input_size: 3 32 48; expected one number, or channels, height and width"),
+    Call("--input-size 32 48", "--input_size: 32 48; expected one number, or channels, height and width"),
     Call("--img-size 1 3 32 32", "--input_size: 1 3 32 32; expected one number, or channels, height and width"),
     Call("--quiet=yes", "--quiet: ignored explicit argument 'yes'"),
     Call("--asymmetric=yes", "--asymmetric/--no-asymmetric: ignored explicit argument 'yes'"),

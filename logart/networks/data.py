@@ -162,7 +162,14 @@ class Images:
     val: Files
     flag: str
 
-    def open(self, preprocessing: Preprocessing, num_classes: int, *, published: bool = False) -> ImageSource:
+    def open(
+        self,
+        preprocessing: Preprocessing,
+        num_classes: int,
+        *,
+        published: bool = False,
+        class_indices: Callable[[], Mapping[str, int] | None] = lambda: None,
+    ) -> ImageSource:
         """The data set for a network; no image is read yet.
 
         Args:
@@ -170,6 +177,8 @@ class Images:
             num_classes: Its outputs.
             published: Whether its weights are published ones: folders whose names are integers then are in the order
                 of the numbers.
+            class_indices: Gives the output of each class as the network's checkpoint has it, if it does; that decides
+                where it names the folders and no flag says otherwise.
 
         Raises:
             UserError: The network has another number of classes or channels, or the order of the classes is not known.
@@ -179,7 +188,7 @@ class Images:
             raise UserError(f"{self.flag}: '{DIGITS}' has 1 channel, the network {channels}")
         if channels not in PIL_MODES:
             raise UserError(f"{self.flag}: images have 1 or 3 channels, not {channels}")
-        classes, order = self._classes(num_classes, where, published)
+        classes, order = self._classes(num_classes, where, published, class_indices)
         class_names = outputs(classes, num_classes, where)
         train, val = (
             Split(
@@ -192,7 +201,13 @@ class Images:
         )
         return ImageSource(self.name, class_names, train, val, _options(self.choice, order))
 
-    def _classes(self, num_classes: int, where: str, published: bool) -> tuple[Mapping[str, int], str]:
+    def _classes(
+        self,
+        num_classes: int,
+        where: str,
+        published: bool,
+        class_indices: Callable[[], Mapping[str, int] | None],
+    ) -> tuple[Mapping[str, int], str]:
         if isinstance(self.classes, Mapping):
             content = json.dumps(sorted(self.classes.items())).encode("utf-8", "surrogateescape")
             return self.classes, "map:" + hashlib.sha256(content).hexdigest()[:16]
@@ -202,6 +217,9 @@ class Images:
         order = self.choice.class_order
         if order is None and published and all_numbers(self.classes):
             order = "number"
+        known = class_indices() if order is None else None
+        if known is not None and set(known) == set(self.classes) and sorted(known.values()) == list(range(num_classes)):
+            return known, "checkpoint"
         names, order = classes_by_text_or_number(self.classes, order, where)
         return {name: index for index, name in enumerate(names)}, order
 

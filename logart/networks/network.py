@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import to_2tuple
 from torch import nn
 
 from logart.errors import UserError, near_or_all
 from logart.networks.data import Preprocessing
-from logart.networks.weights import check_file
+from logart.networks.weights import check_file, class_indices
 
 DIGITS_PREPROCESSING = Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))  # of the training split
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 TIMM = "timm:"
+Size = int | tuple[int, int]  # height and width, one number where they are equal
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Plan:
         num_classes: Its outputs.
         load: Gives the network with its weights; UserError where they are missing or do not fit.
         published: Whether the weights are those that the name stands for, and not a file of the user's.
+        class_indices: Gives the output of each class by name, where the user's file says so.
     """
 
     preprocessing: Preprocessing
     num_classes: int
     load: Callable[[], Network]
     published: bool = False
+    class_indices: Callable[[], Mapping[str, int] | None] = lambda: None
 
 
 Planner = Callable[..., Plan]
@@ -70,7 +75,7 @@ def network_recipe(
     arch: str,
     model_kwargs: Mapping[str, Any] | None,
     num_classes: int | None,
-    input_size: int | None,
+    input_size: Size | None,
 ) -> dict[str, Any]:
     """A network's `recipe`."""
     return {
@@ -78,7 +83,7 @@ def network_recipe(
         "arch": arch,
         "model_kwargs": dict(model_kwargs or {}),
         "num_classes": num_classes,
-        "input_size": input_size,
+        "input_size": list(input_size) if isinstance(input_size, tuple) else input_size,
     }
 
 
@@ -91,7 +96,7 @@ def plan_by(
     checkpoint_key: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
     channels: int | None = None,
     crop_pct: float | None = None,
     mean: Sequence[float] | None = None,
@@ -140,12 +145,14 @@ def plan_by(
         network.model.eval().float()
         return replace(network, preprocessing=settings, recipe=recipe)
 
-    return Plan(settings, planned.num_classes, load, published=checkpoint is None)
+    classes = (lambda: None) if checkpoint is None else partial(class_indices, checkpoint)
+    return Plan(settings, planned.num_classes, load, published=checkpoint is None, class_indices=classes)
 
 
-def check_counts(num_classes: int | None, input_size: int | None) -> None:
+def check_counts(num_classes: int | None, input_size: Size | None) -> None:
     """Raise UserError where a number that a network shall be built with is below 1."""
-    for flag, value in (("--num_classes", num_classes), ("--input_size", input_size)):
+    sides = input_size if isinstance(input_size, tuple) else (input_size,)
+    for flag, value in (("--num_classes", num_classes), *(("--input_size", side) for side in sides)):
         if value is not None and value < 1:
             raise UserError(f"{flag}: {value}; expected at least 1")
 
@@ -171,7 +178,7 @@ def names_table(rows: Iterable[tuple[str, str, Sequence[int], int, str]]) -> str
 
 def override(
     preprocessing: Preprocessing,
-    input_size: int | None,
+    input_size: Size | None,
     crop_pct: float | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -181,7 +188,7 @@ def override(
     p = preprocessing
     channels = p.input_size[0]
     result = Preprocessing(
-        p.input_size if input_size is None else (channels, input_size, input_size),
+        p.input_size if input_size is None else (channels, *to_2tuple(input_size)),
         p.crop_pct if crop_pct is None else crop_pct,
         p.interpolation if interpolation is None else interpolation,
         _per_channel("--mean", p.mean if mean is None else mean, channels),

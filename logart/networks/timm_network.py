@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from logart.errors import UserError, did_you_mean, one_line
 from logart.networks.data import Preprocessing
-from logart.networks.network import TIMM, Network, Plan
+from logart.networks.network import TIMM, Network, Plan, Size
 from logart.networks.weights import load_state_dict, read_checkpoint, state_sha256
 
 # What a family's own conversion of old checkpoints resizes: always from another network than the one asked for ...
@@ -35,7 +35,7 @@ def plan_timm(
     model_kwargs: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
 ) -> Plan:
     """Build a network of timm's, whose weights are still to come.
 
@@ -90,7 +90,7 @@ def build_timm(
     model_kwargs: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """A network of timm's without trained weights, and the arguments that gave it; all as for `load_timm`."""
     if not timm.is_model(name):
@@ -99,7 +99,7 @@ def build_timm(
     asked = dict(model_kwargs or {})
     if num_classes is not None and asked.setdefault("num_classes", num_classes) != num_classes:
         raise UserError(f"--num_classes: {num_classes}, but --model_kwargs has num_classes={asked['num_classes']}")
-    if input_size is not None and to_2tuple(asked.get("img_size", input_size)) != (input_size, input_size):
+    if input_size is not None and to_2tuple(asked.get("img_size", input_size)) != to_2tuple(input_size):
         raise UserError(f"--input_size: {input_size}, but --model_kwargs has img_size={asked['img_size']}")
     try:
         return _build(name, {**(defaults or {}), **asked}, input_size)
@@ -108,7 +108,7 @@ def build_timm(
         raise UserError(f"{culprit}: timm cannot build {name} ({one_line(error)})") from error
 
 
-def _build(name: str, kwargs: dict[str, Any], input_size: int | None) -> tuple[Any, dict[str, Any]]:
+def _build(name: str, kwargs: dict[str, Any], input_size: Size | None) -> tuple[Any, dict[str, Any]]:
     """The model, for this image size where its constructor asks for one; and the arguments that gave it."""
     if input_size is not None:
         sized = {**kwargs, "img_size": input_size}

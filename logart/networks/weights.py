@@ -89,17 +89,37 @@ def read_state_dict(path: str | Path, key: str | None = None, *, flag: str = "--
 def _read(path: Path, key: str | None, flag: str) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
     """The entry that was taken, its tensors, and the entries of averaged weights that were not."""
     check_file(path, flag=flag)
+    return _tensors(_content(path, flag), key, f"{flag}: {path}")
+
+
+def _content(path: Path, flag: str) -> Any:
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            return load_file(path)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # hints to torch's developers; what matters is raised
                 with torch.serialization.safe_globals(_HARMLESS):
-                    content = torch.load(path, map_location="cpu", weights_only=True)
+                    return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the readers raise almost anything
         raise UserError(f"{flag}: {path} {_why_unreadable(error)}") from error
-    return _tensors(content, key, f"{flag}: {path}")
+
+
+def class_indices(path: str | Path) -> dict[str, int] | None:
+    """The output of each class by name, where a checkpoint says so in an entry `class_to_idx`, nested ones too."""
+    if Path(path).suffix == ".safetensors":
+        return None
+    return _class_indices(_content(Path(path), "--checkpoint"))
+
+
+def _class_indices(content: Any, depth: int = 4) -> dict[str, int] | None:
+    if not isinstance(content, Mapping) or not depth:
+        return None
+    own = content.get("class_to_idx")
+    if isinstance(own, Mapping) and own and all(type(index) is int for index in own.values()):
+        return {str(name): index for name, index in own.items()}
+    found = (_class_indices(value, depth - 1) for value in content.values())
+    return next((indices for indices in found if indices is not None), None)
 
 
 def fetch_state_dict(url: str, *, flag: str = "--checkpoint") -> tuple[dict[str, Tensor], str]:

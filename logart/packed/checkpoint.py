@@ -234,8 +234,12 @@ def _build(file: PackedFile) -> nn.Module:
         )
     arch, kwargs = recipe.get("arch"), recipe.get("model_kwargs")
     counts = {name: recipe.get(name) for name in ("num_classes", "input_size")}
+    if isinstance(size := counts["input_size"], list) and len(size) == 2:
+        counts["input_size"] = tuple(size)
     if not (isinstance(arch, str) and isinstance(kwargs, dict) and can_be_loaded(kwargs)) or not all(
-        value is None or (type(value) is int and 0 < value < 2**20) for value in counts.values()
+        value is None or (type(value) is int and 0 < value < 2**20)
+        for count in counts.values()
+        for value in (count if isinstance(count, tuple) else (count,))
     ):
         raise PackedFileError("has a damaged description of its network; pass model=, the float network")
     shapes = {f"{name}.weight": torch.empty(layer.shape, device="meta") for name, layer in file.layers.items()}

@@ -189,7 +189,8 @@ COLUMNS = (
            "overrides of the network's own settings: model kwargs, input size, mean, …"),
     Column("data", Part.NETWORK, "the data set: `digits`, or the name of its folder"),
     Column("class_order", Part.NETWORK,
-           "which output each class folder is, where that had to be said: `number`, `text`, `map:` and a hash"),
+           "which output each class folder is, where that had to be said: `number`, `text`, `checkpoint` (its own "
+           "`class_to_idx`), `map:` and a hash"),
     Column("val_limit", Part.NETWORK, "`--val_limit`: accuracies are of so many images only; empty: of all",
            unit="images"),
     _of_config("bits", Part.METHOD, "width of a weight's code; with `bits_budget`, that rounded up", "n_bits",

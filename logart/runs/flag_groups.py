@@ -72,7 +72,8 @@ class TrackFlags:
         add(group, "class_map", "which output of the network each class folder is: JSON, or a folder a line",
             "the folders of train and val in order", metavar="FILE")  # fmt: skip
         add(group, "class_order", "order of class folders that are numbers: number (timm's readers) or text "
-            "(torchvision's)", "number for published weights; must be given for others where both differ",
+            "(torchvision's)", "the checkpoint's class_to_idx, if it has one; number for published weights; must be "
+            "given for others where both differ",
             choices=ORDERS)  # fmt: skip
         add(group, "calib_path", "calibrate on the images of this folder, without classes, in place of train", "train",
             metavar="FOLDER")  # fmt: skip
@@ -80,7 +81,7 @@ class TrackFlags:
             "none", type=int, metavar="N")  # fmt: skip
         add(group, "val_limit", "measure accuracy on so many images only, always the same, of every class as many",
             "all", type=int, metavar="N")  # fmt: skip
-        add(group, "input_size", "height and width in pixels, or channels, height, width; height and width are equal",
+        add(group, "input_size", "height and width in pixels where equal, or channels, height, width",
             OWN, type=int, nargs="+", action=_InputSize, metavar="N")  # fmt: skip
         add(group, "crop_pct", "part of the resized image that the centre crop keeps", OWN, type=finite)
         add(group, "mean", "per channel, of pixels in 0..1", OWN, type=finite, nargs="+")
@@ -202,14 +203,12 @@ class TrackFlags:
 
 
 class _InputSize(argparse.Action):
-    """One number, or timm's three: channels, height and width."""
+    """One number, or timm's three: channels, height and width; of two, which are equal."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if len(values) not in (1, 2, 3) or len(set(values[-2:])) != 1 and len(values) > 1:
+        if len(values) not in (1, 2, 3) or len(values) == 2 and values[0] != values[1]:
             words = " ".join(map(str, values))
-            raise argparse.ArgumentError(
-                self, f"{words}; expected one number, or channels, height and width, with height and width equal"
-            )
+            raise argparse.ArgumentError(self, f"{words}; expected one number, or channels, height and width")
         setattr(namespace, self.dest, values if len(values) == 3 else values[0])
 
 

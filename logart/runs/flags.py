@@ -153,7 +153,8 @@ def network_arguments(args: argparse.Namespace) -> dict[str, Any]:
     names = ("checkpoint_key", "num_classes", *DATA_SETTINGS)
     result = {"model_kwargs": kwargs} | {name: getattr(args, name) for name in names}
     if isinstance(args.input_size, list):
-        result["channels"], result["input_size"], _ = args.input_size
+        result["channels"], *size = args.input_size
+        result["input_size"] = size[0] if size[0] == size[1] else tuple(size)
     return result
 
 

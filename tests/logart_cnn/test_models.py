@@ -1,21 +1,25 @@
 """Every network by name, with weights in every layout it accepts, against networks built here."""
 
 import http.server
+import json
 import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import UserError
-from logart.networks.data import Preprocessing
+from logart.networks.data import Preprocessing, Split
 from logart.networks.weights import file_sha256, state_sha256
 from logart.quantization.blocks import find_blocks
 from logart.quantization.survey import survey
@@ -553,3 +557,18 @@ def test_mistakes_about_checkpoints(tmp_path, digits_file):
     fails("--checkpoint: the keys of digits.pth do not fit the network", "timm:resnet10t", digits_file)
     fails(f"--checkpoint: {tmp_path / 'lost.pth'} does not exist", "digits_resnet", tmp_path / "lost.pth")
     fails(f"--checkpoint: {tmp_path / 'lost.pth'} does not exist", "timm:resnet10t", tmp_path / "lost.pth")
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (48, 64), (32, 96)])
+def test_images_need_not_be_square(tmp_path, height, width):
+    model = timm.create_model("test_vit", img_size=(height, width), num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    network = load_network("timm:test_vit", tmp_path / "a.pth", input_size=(height, width), channels=3, num_classes=3)
+    assert network.preprocessing.input_size == (3, height, width)
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (70, 90, 3), np.uint8))
+    x = Split(["image"], [0], lambda name: image, network.preprocessing)[0][0][None]
+    assert x.shape == (1, 3, height, width) and torch.equal(network.model(x), model(x))
+    quantized, _ = quantize_model(network.model, QuantConfig(rounding="nearest"), torch.cat([x, x]))
+    quantized.packed_info["network"] = json.loads(json.dumps(network.recipe))
+    save_packed(quantized, tmp_path / "net.safetensors")
+    assert torch.equal(load_packed(tmp_path / "net.safetensors")(x), quantized(x))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from logart.errors import UserError
 from logart.networks.data import DataChoice, ImageSource, Preprocessing, find_images, open_images
 from logart.networks.image_folder import balanced_choice, read_class_map
+from logart.networks.weights import class_indices
 
 VIEW = Preprocessing((1, 4, 4), 1.0, "bilinear", (0.0,), (1.0,))
 
@@ -33,8 +36,11 @@ def write(root: Path, counts: dict[str, dict[str, int]]) -> Path:
     return root
 
 
-def opened(path: Path, classes: int, *, published: bool = False, **choice: Any) -> ImageSource:
-    return find_images(DataChoice(str(path), **choice)).open(VIEW, classes, published=published)
+def opened(
+    path: Path, classes: int, *, published: bool = False, class_indices: Any = lambda: None, **choice: Any
+) -> ImageSource:
+    found = find_images(DataChoice(str(path), **choice))
+    return found.open(VIEW, classes, published=published, class_indices=class_indices)
 
 
 def refused(message: str, *args: Any, **kwargs: Any) -> None:
@@ -98,6 +104,35 @@ def test_names_that_sort_differently_as_numbers_and_as_text(names: list[str], tm
     else:
         refused("--class_order", path, 3, published=True)
     assert open_images(str(path), VIEW, 3, class_names=names).class_names == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("content", "order"),
+    [
+        (lambda names: {"state_dict": {}, "class_to_idx": {n: i for i, n in enumerate(names)}}, "checkpoint"),
+        (lambda names: {"hparams": {"data": {"class_to_idx": {n: 2 - i for i, n in enumerate(names)}}}}, "checkpoint"),
+        (lambda names: {"class_to_idx": {n: i for i, n in enumerate(sorted(names))}}, "checkpoint"),
+        (lambda names: {"class_to_idx": {n: i + 1 for i, n in enumerate(names)}}, None),  # of a network of four
+        (lambda names: {"class_to_idx": {n + "x": i for i, n in enumerate(names)}}, None),
+        (lambda names: {"state_dict": {}}, None),
+    ],
+)
+def test_the_checkpoint_says_which_output_a_class_is(
+    tmp_path: Path, content: Callable[[list[str]], Any], order: str | None
+) -> None:
+    names = ["2", "9", "10"]
+    write(tmp_path / "images", {"train": dict.fromkeys(names, 1), "val": dict.fromkeys(names, 1)})
+    torch.save(content(names), tmp_path / "net.pth")
+    open_it = partial(opened, tmp_path / "images", 3, class_indices=partial(class_indices, tmp_path / "net.pth"))
+    if order is None:
+        with pytest.raises(UserError, match="expected --class_order number"):
+            open_it()
+        return
+    indices = class_indices(tmp_path / "net.pth")
+    source = open_it()
+    assert indices is not None and source.class_names == tuple(sorted(indices, key=indices.__getitem__))
+    assert source.options == {"class_order": order}
+    assert open_it(class_order="number").class_names == tuple(names)  # a flag wins
 
 
 @pytest.mark.parametrize("names", [["1", "2", "3"], ["01", "02", "10"], ["n01", "n1234", "zebra"]])
