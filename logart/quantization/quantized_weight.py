@@ -155,6 +155,18 @@ class QuantizedWeight(nn.Module):
         self.soft_weight = soft.reshape(self.shape).to(self.rows.dtype)
         return penalty  # type: ignore[no-any-return]
 
+    def codes_now(self) -> Tensor:
+        """The codes [G, M] held, or those there would be if learning ended now."""
+        if self.soft is not None:
+            return self.soft.codes()
+        assert self.codes is not None
+        return self.codes.reshape(self.n_codebooks, -1)
+
+    def harden_soft_weight(self) -> None:
+        """While it is learned, let the next forward see what would be read if learning ended now."""
+        if self.soft is not None and self.levels is not None:
+            self.soft_weight = dequantize(self.soft.codes(), self.levels).to(self.rows.dtype).reshape(self.shape)
+
     def finish_learning(self) -> None:
         """Round where learning ended."""
         assert self.soft is not None
@@ -263,9 +275,7 @@ class QuantizedWeight(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             args[-1].append(f"layer {name_of(prefix)}: {error}")  # torch raises all of them as one
 
-    def _take_state(
-        self, own: Mapping[str, Tensor | None], said: tuple[CodebookSpec, int, torch.dtype] | None
-    ) -> None:
+    def _take_state(self, own: Mapping[str, Tensor | None], said: tuple[CodebookSpec, int, torch.dtype] | None) -> None:
         """Hold tensors of a state's kinds and shapes, which torch copies over then, and what they stand for."""
         codes, packed = own["codes"], own["packed_codes"]
         if said is None and (codes is not None or packed is not None):

@@ -1,7 +1,7 @@
 """Learnable logarithmic rounding (LLR): the loop over one block (DESIGN section 4).
 
-Of everything in the block only α is learned. A step softens every layer's weight, runs the block on some of the
-captured inputs and compares with the float block's outputs.
+Of everything in the block only α is learned, and biases where images are kept back to judge them by. A step softens
+every layer's weight, runs the block on some of the captured inputs and compares with the float block's outputs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from logart import ranks
 from logart.errors import NetworkError, NonFiniteError
+from logart.quantization.best_codes import BestCodes
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, only_tensor
@@ -27,6 +28,8 @@ from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import Settings
 
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
+LOOKS = 10  # at the error on images kept back, evenly spaced
+BIAS_RATE = 0.1  # learning rate of a layer's biases over that of α, as a share of their root mean square
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,6 @@ def learning_rate(step: int, config: Settings) -> float:
     return config.lr * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * cosine)
 
 
-@torch.no_grad()
-def block_error(block: nn.Module, inputs: Captured, targets: Captured, loss: Loss, batch_size: int) -> float:
-    """The mean loss of the block, as it rounds now, over the captured images of all ranks."""
-    total = 0.0
-    for start in range(0, len(inputs), batch_size):
-        batch = slice(start, min(start + batch_size, len(inputs)))
-        output = only_tensor(inputs[batch].copy().on(block), block)
-        total += float(loss(wide(output), wide(targets[batch]))) * (batch.stop - batch.start)
-    total, count = ranks.all_sum(torch.tensor([total, len(inputs)], dtype=torch.float64)).tolist()
-    return total / count
-
-
 def learn_rounding(
     name: str,
     block: nn.Module,
@@ -105,26 +96,22 @@ def learn_rounding(
         float_inputs: the float block's. If given, each element of a step's input is drawn: from
             `inputs` with probability `config.drop_prob`, else from here (QDrop, Wei et al. 2022).
         starts: the layers' targets, see `QuantizedWeight.start_learning`; if given, learning goes on from the codes.
-        judge: inputs and targets of other images: the learned codes stay where the error on these is no larger than
-            before. Without it, it is measured on those learned from.
+        judge: inputs and targets of other images. If given, biases are learned too, and of `LOOKS` moments the one
+            stands whose codes and biases have the least error on these, if it is no larger than before. Without it,
+            the codes at the end stand if their error on the images learned from is no larger than before.
 
     Raises:
         NetworkError: the loss is not finite; the message names the block, the step and the image.
     """
-    codes_before = [layer.codes for layer in layers]
-    judged = judge or (inputs, targets)
-    error_before = block_error(block, *judged, loss, config.batch_size)
+    best = BestCodes(block, layers, judge or (inputs, targets), loss, config.batch_size)
     draw = _Batches(inputs, float_inputs, config)
     for layer, start in zip(layers, starts or itertools.repeat(None), strict=False):
         layer.start_learning(start)
-    losses = _learn(name, block, layers, draw, targets, config, loss, progress)
-    error_learned = block_error(block, *judged, loss, config.batch_size)
-    kept = "learned" if error_learned <= error_before else "before"
-    if kept == "before":
-        for layer, codes in zip(layers, codes_before, strict=True):
-            assert codes is not None
-            layer.set_codes(codes.reshape(layer.n_codebooks, -1))
-    return BlockReport(name, error_before, error_learned, kept, losses)
+    look = None if judge is None else best.look
+    losses = _learn(name, block, layers, draw, targets, config, loss, progress, look)
+    best.look()
+    best.restore()
+    return BlockReport(name, best.error_before, best.error, best.kept, losses)
 
 
 class _Batches:
@@ -177,12 +164,16 @@ def _learn(
     config: Settings,
     loss: Loss,
     progress: Callable[[int, float], None],
+    look: Callable[[], None] | None,
 ) -> tuple[float, ...]:
     alphas = [layer.soft.alpha for layer in layers if layer.soft is not None]
-    optimizer = torch.optim.Adam(alphas, lr=config.lr, fused=True)
-    losses = []
-    every = max(config.iters // 100, 1)
     half = any(layer.rows.dtype.itemsize < 4 for layer in layers)
+    biases = [] if half or look is None else _own_biases(layers)
+    rates = [1.0, *(BIAS_RATE * float(bias.detach().square().mean().sqrt()) for bias in biases)]
+    groups: list[dict[str, Any]] = [{"params": alphas}, *({"params": [bias]} for bias in biases)]
+    optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
+    losses = []
+    every, looks = max(config.iters // 100, 1), max(config.iters // LOOKS, 1)
 
     def part_loss(call: Call, chosen: Tensor) -> Tensor:
         """The part of a batch's loss, a mean over its images, that some of them make."""
@@ -203,32 +194,47 @@ def _learn(
             if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
                 drawn = [batches.images[place] for place in chosen.tolist()]
                 raise _non_finite(name, step, value, lambda i: part_loss(batches.some(call, i), chosen[i]), drawn)  # noqa: B023
-            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate(step, config)
             optimizer.zero_grad()
-            _backward(reconstruction + config.rrweight / ranks.size() * penalty, alphas, half)
+            _backward(reconstruction + config.rrweight / ranks.size() * penalty, [*alphas, *biases], half)
             optimizer.step()
+            if look is not None and (step + 1) % looks == 0 and step + 1 < config.iters:
+                look()
             if step % every == 0 or step == config.iters - 1:
                 losses.append(value)
                 progress(step + 1, value)
     finally:
         for layer in layers:
             layer.finish_learning()
+        for bias in biases:
+            bias.requires_grad_(False).grad = None
     return tuple(losses)
 
 
-def _backward(loss: Tensor, alphas: Sequence[Tensor], half: bool) -> None:
-    """The gradients of α, of a loss that is summed over ranks; where they overflow half precision on their way, of a
-    smaller loss, made larger again.
+def _own_biases(layers: list[QuantizedWeight]) -> list[Tensor]:
+    """Of each layer that has one a bias to be learned, no longer shared with the float network."""
+    learned: list[Tensor] = []
+    for layer in layers:
+        if layer.bias is not None:
+            layer.set_bias(layer.bias.detach().clone())
+            learned.append(layer.bias.requires_grad_())
+    return learned
+
+
+def _backward(loss: Tensor, learned: Sequence[Tensor], half: bool) -> None:
+    """The gradients of what is learned, of a loss that is summed over ranks; where they overflow half precision on
+    their way, of a smaller loss, made larger again.
     """
     for scale in (1.0, 2.0**-8, 2.0**-16) if half else (1.0,):
-        gradients: Sequence[Tensor] = [torch.zeros_like(alpha) for alpha in alphas]
+        gradients: Sequence[Tensor] = [torch.zeros_like(each) for each in learned]
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss * scale, alphas, retain_graph=half)
+            gradients = torch.autograd.grad(loss * scale, learned, retain_graph=half, materialize_grads=True)
         gradients = [ranks.all_sum(gradient) for gradient in gradients]
         if not half or all(gradient.isfinite().all() for gradient in gradients):
             break
-    for alpha, gradient in zip(alphas, gradients, strict=True):
-        alpha.grad = gradient / scale
+    for each, gradient in zip(learned, gradients, strict=True):
+        each.grad = gradient / scale
 
 
 def _check_gradients(name: str, layers: list[QuantizedWeight], alphas: Sequence[Tensor], loss: Tensor) -> None:

@@ -261,7 +261,7 @@ class Learn(Stage):
     ) -> BlockReport:
         """LLR from the soft weights that equal the float ones, or from the layers' codes towards `starts`.
 
-        What was captured of images held out, if any, decides whether the learned codes stay.
+        What was captured of images held out, if any, decides which learned codes and biases stand.
         """
         config, captured = task.config, task.captured
         fed = Capture.FLOAT_INPUTS if config.recon_input is ReconInput.FLOAT else Capture.INPUTS

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from logart.grids.losses import squared_error
 from logart.grids.rounding import lower_neighbour, nearest
 from logart.grids.search import choose_codebook
+from logart.quantization import reconstruct
+from logart.quantization.best_codes import block_error
 from logart.quantization.cache import Captured
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.layers import QuantizedWeight
-from logart.quantization.reconstruct import BlockReport, block_error, learn_rounding, learning_rate, penalty_exponent
+from logart.quantization.reconstruct import BlockReport, learn_rounding, learning_rate, penalty_exponent
 from logart.quantization.surgery import quantized_layers, replace_layers
 
 
@@ -165,6 +167,50 @@ def test_images_held_out_decide() -> None:
     wrong = torch.flip(targets, [1])  # nothing to gain for the images judged by, which learning makes worse
     assert learn(worse, inputs, wrong, **settings).kept == "learned"
     assert learn(better, inputs, wrong, judge=(calls(inputs), Captured([targets])), **settings).kept == "before"
+
+
+def held_out(model: nn.Module) -> tuple[Captured, Captured]:
+    others = smooth_images(32, 6, 6, 7).relu().float()
+    return calls(others), Captured([model(others)])
+
+
+def error_on(quantized: nn.Module, judge: tuple[Captured, Captured]) -> float:
+    return float(squared_error(judge[0][:].on(quantized), judge[1][:]))
+
+
+def test_what_stands_is_the_best_that_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning towards other targets: on images held out the error first falls and then grows."""
+    found = []
+    for looks in (1, 12):
+        monkeypatch.setattr(reconstruct, "LOOKS", looks)
+        model, quantized, inputs, targets = block()
+        judge = held_out(model)
+        report = learn(quantized, inputs, targets + 0.2 * targets.roll(1, 1), judge=judge, rrweight=0.01, lr=0.2)
+        stands = report.error_learned if report.kept == "learned" else report.error_before
+        assert error_on(quantized, judge) == pytest.approx(stands, rel=1e-6)
+        found.append(stands)
+    assert report.kept == "learned" and found[1] < 0.99 * found[0]
+
+
+def test_biases_are_learned_where_images_are_held_out() -> None:
+    """Biases that are wrong get better with a judge; without one they stay as they are."""
+    errors = []
+    for judged in (True, False):
+        model, quantized, inputs, targets = block()
+        judge, kept = held_out(model), {name: value.clone() for name, value in model.state_dict().items()}
+        wrong = {}
+        for name, layer in quantized_layers(quantized).items():
+            assert layer.bias is not None
+            layer.set_bias(layer.bias + 0.2)
+            wrong[name] = layer.bias
+        given = {name: bias.clone() for name, bias in wrong.items()}
+        learn(quantized, inputs, targets, iters=200, **({"judge": judge} if judged else {}))
+        for name, layer in quantized_layers(quantized).items():
+            assert layer.bias is not None and not layer.bias.requires_grad and layer.bias.grad is None
+            assert torch.equal(layer.bias, given[name]) != judged and torch.equal(wrong[name], given[name])
+        assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+        errors.append(error_on(quantized, judge))
+    assert errors[0] < 0.85 * errors[1]
 
 
 def test_an_activation_in_place_at_the_start_leaves_the_inputs_alone() -> None:
