@@ -40,6 +40,7 @@ class LayerReport:
         damping: what compensated rounding chose, the median of the layer's groups; None where it did not choose.
         output_error_calibration, output_error_held_out: relative to the output's variance, of codes rounded by one half
             of the calibration images on this half and on the other; None likewise.
+        zeros, zeros_lost: how many weights were exactly zero, and how many of them are no longer.
         output_errors: in the network as a whole, see `fidelity.layer_output_errors`; empty where nobody measured.
     """
 
@@ -55,6 +56,8 @@ class LayerReport:
     damping: float | None = None
     output_error_calibration: float | None = None
     output_error_held_out: float | None = None
+    zeros: int = 0
+    zeros_lost: int = 0
     output_errors: tuple[float | None, ...] = ()
 
     @property
@@ -141,6 +144,17 @@ class Report:
             "more calibration images would help"
         )
 
+    def zeros_line(self) -> str:
+        """How many weights that were zero, pruned ones say, are no longer, in a line; empty where none."""
+        zeros, lost = (sum(getattr(layer, name) for layer in self.layers) for name in ("zeros", "zeros_lost"))
+        if not lost:
+            return ""
+        worst = max(self.layers, key=lambda layer: layer.zeros_lost)
+        return (
+            f"{lost:,} of {zeros:,} zero weights are no longer zero, {worst.zeros_lost:,} of them in {worst.name}; the "
+            "grid has no zero unless zero_code gives it one"
+        )
+
     def info(self) -> dict[str, Any]:
         """What a packed file says of the whole network, as JSON can say it."""
         info: dict[str, Any] = {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
@@ -158,6 +172,7 @@ class Report:
                 "error": float(f"{layer.error:.4g}"),
                 "n_changed_codes": layer.n_changed_codes,
             }
+            | ({"zeros": layer.zeros, "zeros_lost": layer.zeros_lost} if layer.zeros else {})
             | {name: float(f"{getattr(layer, name):.4g}") for name in GENERALISATION if layer.damping is not None}
             | ({"output_errors": [e and float(f"{e:.3g}") for e in layer.output_errors]} if layer.output_errors else {})
             for layer in self.layers
@@ -184,7 +199,7 @@ def layer_reports(
             assert codes is not None
             plain = nearest(w, codebook)
             energy = max(float(w.double().square().sum()), 1e-300)
-            final = layer.weight.reshape(w.shape).double() - w.double()
+            final, zero = layer.weight.reshape(w.shape).double() - w.double(), w == 0
             mix = base_mix(codebook.spec)
             reports.append(
                 LayerReport(
@@ -197,6 +212,8 @@ def layer_reports(
                     error=float(final.square().sum()) / energy,
                     n_changed_codes=int((codes.reshape(w.shape) != plain).sum()),
                     histogram=weight_histogram(layer),
+                    zeros=int(zero.sum()),
+                    zeros_lost=int((zero & (final != 0)).sum()),
                     **_generalisation(layer),
                     output_errors=output_errors.get(name, ()),
                 )

@@ -119,8 +119,8 @@ def run(
             stage_store=folder if ranks.size() == 1 else RankStore(folder or StageStore()),
         )
     print(report.share_line(), flush=True)
-    if report.gap_line():
-        print(report.gap_line(), flush=True)
+    for line in filter(None, (report.gap_line(), report.zeros_line())):
+        print(line, flush=True)
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):
             stages.measure("approximated", quantized)
