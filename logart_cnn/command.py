@@ -51,6 +51,8 @@ FIELDS = {
     "input_bits_a": "input_bits_a",
     "head_bits_a": "head_bits_a",
     "act_scale": "act_scale",
+    "calibrate_with_act": "calibrate_with_act",
+    "iters_a": "iters_a",
     "seed": "seed",
 }
 SHOWN_INPUTS = (ReconInput.QUANTIZED.value, ReconInput.FLOAT.value)
@@ -106,7 +108,7 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("calib_samples", "batch_size")}
     refuse_without_effect(args, images, config.calibrates, why)
-    acts = ("input_bits_a", "head_bits_a", "act_scale")
+    acts = ("input_bits_a", "head_bits_a", "act_scale", "calibrate_with_act", "iters_a")
     flags.refuse_idle_activations(args, config, bits="n_bits_a", names=acts)
     refuse_without_effect(args, {"iters_w": "--iters_w"}, would, why)
     lists = {name: f"--{name}" for name in ("calib_augment", *LIST_FLAGS)}

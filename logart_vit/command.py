@@ -51,6 +51,8 @@ FIELDS = {
     "qhead_a_bit": "head_bits_a",
     "act_scale": "act_scale",
     "softmax_grid": "softmax_grid",
+    "calibrate_with_act": "calibrate_with_act",
+    "iters_a": "iters_a",
 }
 # flags that no config file sets, too
 FLAG_FIELDS = FIELDS | {"rounding": "rounding", "damping": "damping", "mirror": "mirror", "seed": "seed"}
@@ -125,7 +127,7 @@ def _refuse_idle_flags(args: argparse.Namespace, config: QuantConfig) -> None:
     flags.refuse_idle_flags(args, config, search=search, learning=learning, unlearned=why)
     images = {name: f"--{name}" for name in ("optim_size", "optim_batch_size")}
     refuse_without_effect(args, images, config.calibrates, why)
-    acts = ("qconv_a_bit", "qhead_a_bit", "act_scale", "softmax_grid")
+    acts = ("qconv_a_bit", "qhead_a_bit", "act_scale", "softmax_grid", "calibrate_with_act", "iters_a")
     flags.refuse_idle_activations(args, config, bits="a_bit", names=acts)
     mixes = config.recon_input is ReconInput.MIXED
     refuse_without_effect(args, {"drop_prob": "--drop_prob"}, mixes, "only --optim_mode qdrop mixes inputs")

@@ -30,6 +30,8 @@ class Config:
         act_scale: steps between the levels of activations, of `ACT_SCALES`: powers of two, any, or as the hardware
             approximation has it.
         softmax_grid: levels of what softmax gives, of `SOFTMAX_GRIDS`: as of other activations, or a log grid's.
+        calibrate_with_act: whether search and rounding of the weights see quantized activations.
+        iters_a: steps for which the activation scales of each block are learned; 0 learns none.
         first_last_bits: bits of the first and last layer, 2 to 8; None is the same as `w_bit`.
         channel_wise: one codebook per output channel, or one per layer.
         scale_method: the grid, by its name.
@@ -61,6 +63,8 @@ class Config:
     qhead_a_bit: int | None = None
     act_scale: str = "auto"
     softmax_grid: str = "uniform"
+    calibrate_with_act: bool = False
+    iters_a: int = 0
     first_last_bits: int | None = None
     channel_wise: bool = True
     scale_method: str = "dynamic"

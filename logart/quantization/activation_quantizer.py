@@ -45,6 +45,8 @@ class ActivationQuantizer(nn.Module):
         limits: [2] int32, its least and largest code.
         levels: [2^n] float64, of a log grid.
         measured: on the calibration images, once chosen.
+        log_step: while the step is learned, its logarithm to base 2, rounded in every forward where `pow2`.
+        mix: while a block is learned with mixed inputs, the probability of a quantized element, and what draws.
     """
 
     step: Tensor | None
@@ -56,16 +58,34 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.n_bits, self.after_softmax, self._device = n_bits, after_softmax, device
         self.measured: Measured | None = None
+        self.log_step: Tensor | None = None
+        self.pow2 = False
+        self.mix: tuple[float, torch.Generator] | None = None
         for name in _TENSORS:
             self.register_buffer(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The levels next to x, in its shape and type."""
         if self.levels is not None:
-            return quantize_log(x, self.levels)
-        if self.step is None or self.limits is None:
+            q = quantize_log(x, self.levels)
+        elif self.limits is not None:
+            q = quantize_even(x, self.current_step(), self.limits[0], self.limits[1])
+        else:
             return x
-        return quantize_even(x, self.step, self.limits[0], self.limits[1])
+        if self.mix is None:
+            return q
+        share, generator = self.mix
+        return torch.where(torch.rand(x.shape, generator=generator, device=x.device) < share, q, x)
+
+    def current_step(self) -> Tensor:
+        """The step, differentiable in its logarithm while that is learned."""
+        assert self.step is not None
+        if self.log_step is None:
+            return self.step
+        exponent = self.log_step
+        if self.pow2:
+            exponent = exponent + (exponent.round() - exponent).detach()
+        return exponent.exp2()
 
     @property
     def device(self) -> torch.device:

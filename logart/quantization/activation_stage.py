@@ -13,6 +13,7 @@ from logart import ranks
 from logart.errors import NetworkError
 from logart.grids.activations import ActScale, SoftmaxGrid, choose_even_grid, choose_log_levels
 from logart.grids.registry import grid_named
+from logart.quantization.activation_learning import learn_steps
 from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, attach, quantizers, watching
 from logart.quantization.activations import Capture
 from logart.quantization.attention import quantize_products
@@ -20,21 +21,27 @@ from logart.quantization.cache import Captured
 from logart.quantization.capture import run_to
 from logart.quantization.layers import LAYER_TYPES, find_parameter
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
-from logart.quantization.settings import Settings
+from logart.quantization.settings import ReconInput, Settings
 
 SAMPLE = 2**19  # values of an input that errors are measured on: all of them, or so many evenly spaced
 
 
 class Activations(Stage):
-    """Every quantizer of a block gets its levels, in the order they run."""
+    """Every quantizer of a block gets its levels, in the order they run; then, where asked, their steps are learned."""
 
     title, event, changes_weights = "activations", "activations", False
+
+    def __init__(self, *, learns_steps: bool = False) -> None:
+        self._learn = LearnSteps() if learns_steps else None
 
     def result(self, config: Settings) -> str:
         return f"with {config.n_bits_a}-bit activations"
 
     def needs(self, config: Settings) -> frozenset[Capture]:
-        return frozenset({Capture.INPUTS})
+        return frozenset({Capture.INPUTS}) | (self._learn.needs(config) if self._learn else frozenset())
+
+    def steps(self, config: Settings) -> int:
+        return self._learn.steps(config) if self._learn else 1
 
     def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """A batch's tensors, and of the values seen the levels, the error and its power."""
@@ -59,6 +66,37 @@ class Activations(Stage):
             if not all(map(math.isfinite, extremes)):
                 raise NetworkError(f"{_joined(task.block.name, name)}: what it is given is not finite")
             choose_levels(quantizer, sample, extremes, task.config)
+        if self._learn:
+            self._learn.run(task)
+
+
+class LearnSteps(Stage):
+    """Steps of a block's quantizers are learned by the error of its output, and reverted where it is not less."""
+
+    title, event, changes_weights = "activation steps", "steps", False
+
+    def result(self, config: Settings) -> str:
+        return f"with learned {config.n_bits_a}-bit scales"
+
+    def needs(self, config: Settings) -> frozenset[Capture]:
+        mixed = {Capture.FLOAT_INPUTS} if config.recon_input is ReconInput.MIXED else set()
+        return frozenset({Capture.INPUTS, Capture.TARGETS, *mixed})
+
+    def steps(self, config: Settings) -> int:
+        return config.iters_a
+
+    def working_bytes(self, size: BlockSize, config: Settings) -> int:
+        """A batch's tensors, their gradients, and of each quantizer what its gradient needs."""
+        return 6 * config.batch_size * size.activations
+
+    def run(self, task: BlockTask) -> None:
+        block, captured = task.quantized.get_submodule(task.block.name), task.captured
+        inputs, targets = captured[Capture.INPUTS], captured[Capture.TARGETS]
+        float_inputs = captured.get(Capture.FLOAT_INPUTS)
+        loss = task.loss(targets.shape)
+        if learn_steps(block, inputs, targets, task.config, loss, task.show, float_inputs):
+            for quantizer in quantizers(block).values():
+                measure(quantizer, seen_by(block, quantizer, inputs, task.config.batch_size)[0])
 
 
 def _joined(block: str, name: str) -> str:

@@ -92,7 +92,7 @@ def _undo(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], example: Tensor) -> list[tuple[str, str]]:
+def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], example: Any) -> list[tuple[str, str]]:
     """Put quantizers, which pass on what they are given, at the operands of the products of attention.
 
     Args:
@@ -105,7 +105,7 @@ def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], exam
     prefixes = tuple(f"{name}." if name else "" for name in blocks)
     reasons: dict[str, str] = {}
     wanted = model(example.clone())
-    eps = torch.finfo(example.dtype).eps
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(wanted) if isinstance(leaf, Tensor))
     for name, module in list(model.named_modules()):
         if type(module) not in ATTENTION:
             continue

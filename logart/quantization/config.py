@@ -8,7 +8,7 @@ from typing import Any
 from logart.grids.activations import ActScale, SoftmaxGrid
 from logart.grids.grid import ScaleSearch
 from logart.grids.root2 import ROOT2_TEXT
-from logart.quantization.activation_stage import Activations
+from logart.quantization.activation_stage import Activations, LearnSteps
 from logart.quantization.rounding_methods import METHODS, RoundingMethod, Stage
 from logart.quantization.settings import ReconInput, ReconMetric, SearchMethod, Settings
 
@@ -61,8 +61,13 @@ class QuantConfig(Settings):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """What runs, in this order: the rounding method's stages, and that of the activations."""
-        return (*self.method.stages, *([Activations()] if self.quantizes_activations else []))
+        """What runs, in this order: the rounding method's stages, and before or behind them those of activations."""
+        rounding, learns = self.method.stages, self.iters_a > 0
+        if not self.quantizes_activations:
+            return rounding
+        if self.calibrate_with_act:
+            return (Activations(), *rounding, *([LearnSteps()] if learns else []))
+        return (*rounding, Activations(learns_steps=learns))
 
     @property
     def calibrates(self) -> bool:
@@ -100,7 +105,9 @@ def describe(config: QuantConfig) -> str:
         steps = "powers of two" if config.actual_act_scale is ActScale.POW2 else "any step"
         softmax = config.softmax_grid
         log = f", softmax {softmax.value}" if softmax is not SoftmaxGrid.UNIFORM else ""
-        words.append(f"activations {config.n_bits_a} bits ({steps}{log})")
+        learned = f", {config.iters_a} steps a block" * (config.iters_a > 0)
+        seen = ", seen by the calibration of weights" * config.calibrate_with_act
+        words.append(f"activations {config.n_bits_a} bits ({steps}{log}{learned}{seen})")
     words += [f"{pattern} {bits} bits" for pattern, bits in config.layer_bits.items()]
     words += [f"{pattern} float" for pattern in config.skip]
     if options.terms:

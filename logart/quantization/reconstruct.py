@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from logart import ranks
 from logart.errors import NetworkError, NonFiniteError
+from logart.quantization.activation_quantizer import quantizers
 from logart.quantization.best_codes import BestCodes
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
@@ -104,7 +106,7 @@ def learn_rounding(
         NetworkError: the loss is not finite; the message names the block, the step and the image.
     """
     best = BestCodes(block, layers, judge or (inputs, targets), loss, config.batch_size)
-    draw = _Batches(inputs, float_inputs, config)
+    draw = Batches(inputs, float_inputs, config)
     for layer, start in zip(layers, starts or itertools.repeat(None), strict=False):
         layer.start_learning(start)
     look = None if judge is None else best.look
@@ -114,7 +116,7 @@ def learn_rounding(
     return BlockReport(name, best.error_before, best.error, best.kept, losses)
 
 
-class _Batches:
+class Batches:
     """Random batches of a block's captured inputs, mixed element by element where there are float ones.
 
     All ranks draw the same images; each works on those that it has.
@@ -139,6 +141,18 @@ class _Batches:
         exact = self._float_inputs[chosen] if places else self._float_inputs[:0]
         return chosen, tree_map(partial(self._mixed, places, iter(self._inputs.rows)), call, exact)
 
+    @contextmanager
+    def mixing(self, block: nn.Module) -> Iterator[None]:
+        """While the context lasts, quantizers of activations in the block mix as its inputs do (QDrop)."""
+        found = [] if self._float_inputs is None else list(quantizers(block).values())
+        try:
+            for quantizer in found:
+                quantizer.mix = self._config.drop_prob, self._mix
+            yield
+        finally:
+            for quantizer in found:
+                quantizer.mix = None
+
     def some(self, call: Call, places: slice) -> Call:
         """What was drawn, for some of the images drawn."""
         return self._inputs.of_images(call, places)  # type: ignore[no-any-return]
@@ -159,7 +173,7 @@ def _learn(
     name: str,
     block: nn.Module,
     layers: list[QuantizedWeight],
-    batches: _Batches,
+    batches: Batches,
     targets: Captured,
     config: Settings,
     loss: Loss,
@@ -180,7 +194,9 @@ def _learn(
         if not len(chosen):  # a rank may have none
             return alphas[0].new_zeros(())
         share = len(chosen) / config.batch_size
-        return loss(wide(only_tensor(call.on(block), block)), wide(targets[chosen])) * share
+        with batches.mixing(block):
+            output = only_tensor(call.on(block), block)
+        return loss(wide(output), wide(targets[chosen])) * share
 
     try:
         for step in range(config.iters):
@@ -197,7 +213,7 @@ def _learn(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(step, config)
             optimizer.zero_grad()
-            _backward(reconstruction + config.rrweight / ranks.size() * penalty, [*alphas, *biases], half)
+            backward(reconstruction + config.rrweight / ranks.size() * penalty, [*alphas, *biases], half)
             optimizer.step()
             if look is not None and (step + 1) % looks == 0 and step + 1 < config.iters:
                 look()
@@ -222,7 +238,7 @@ def _own_biases(layers: list[QuantizedWeight]) -> list[Tensor]:
     return learned
 
 
-def _backward(loss: Tensor, learned: Sequence[Tensor], half: bool) -> None:
+def backward(loss: Tensor, learned: Sequence[Tensor], half: bool) -> None:
     """The gradients of what is learned, of a loss that is summed over ranks; where they overflow half precision on
     their way, of a smaller loss, made larger again.
     """

@@ -86,6 +86,9 @@ class Settings:
         act_scale: whether the levels of activations are steps of a power of two; AUTO is POW2 with a hardware
             approximation, else FLOAT.
         softmax_grid: the levels of what softmax gives in attention, 2 to 8 bits where they are a log grid's.
+        calibrate_with_act: whether search and rounding of the weights see quantized activations; otherwise these are
+            quantized behind them.
+        iters_a: steps for which each block's activation scales are learned; 0 learns none.
     """
 
     n_bits: int = 4
@@ -125,6 +128,8 @@ class Settings:
     head_bits_a: int | None = None
     act_scale: ActScale = ActScale.AUTO
     softmax_grid: SoftmaxGrid = SoftmaxGrid.UNIFORM
+    calibrate_with_act: bool = False
+    iters_a: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value of another type or out of its range, naming the field."""
@@ -145,8 +150,9 @@ class Settings:
         for name in ("search_samples", "search_batch_size", "calib_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.iters < 0:
-            raise ValueError(f"iters must be at least 0, got {self.iters}")
+        for name in ("iters", "iters_a"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not (0 < self.lr < float("inf") and 0 <= self.rrweight < float("inf")):
             raise ValueError(f"lr must be positive and rrweight at least 0, got {self.lr} and {self.rrweight}")
         if not float("inf") > self.b_start >= self.b_end > 1:

@@ -121,7 +121,8 @@ class Facts:
     @property
     def of_weights(self) -> str:
         """The stage behind which weights are quantized and activations are not yet; "" where that is all there is."""
-        return self.config.method.stages[-1].event if self.config.quantizes_activations else ""
+        behind = self.config.quantizes_activations and not self.config.calibrate_with_act
+        return self.config.method.stages[-1].event if behind else ""
 
     @property
     def final(self) -> str:
@@ -250,6 +251,10 @@ COLUMNS = (
                "actual_act_scale", when=ACTIVATIONS),
     _of_config("softmax_grid", Part.ACTIVATIONS,
                "levels of what softmax gives: `uniform`, as of other activations, or a log grid", when=ACTIVATIONS),
+    _of_config("calibrate_with_act", Part.ACTIVATIONS,
+               "`True`: search and rounding of the weights saw quantized activations", when=ACTIVATIONS),
+    _of_config("iters_a", Part.ACTIVATIONS, "steps for which each block's activation scales were learned", unit="steps",
+               when=ACTIVATIONS),
     Column("hardware_approx", Part.GRID,
            "`True`: sqrt 2 is a sum of powers of two during search, rounding and evaluation",
            lambda f: str(bool(f.config.hardware_terms))),

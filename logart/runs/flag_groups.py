@@ -168,6 +168,9 @@ class TrackFlags:
         add(group, "act_scale", "steps between the levels of activations: powers of two, so that requantization is a "
             "shift, or any; auto: pow2 with --hardware_approx, else float",
             choices=[scale.value for scale in ActScale])  # fmt: skip
+        add(group, "calibrate_with_act", "search and rounding of the weights see quantized activations", "off",
+            action=argparse.BooleanOptionalAction)  # fmt: skip
+        add(group, "iters_a", "steps for which the activation scales of each block are learned", type=int)
         if self.track == "vit":
             add(group, "softmax_grid", "levels of what softmax gives: as of other activations, or powers of 2 or √2",
                 choices=[grid.value for grid in SoftmaxGrid])  # fmt: skip

@@ -68,7 +68,9 @@ def method_name(row: Mapping[str, str]) -> str:
         pow2 = ", powers of two" * (row.get("act_scale") == "pow2")
         levels = row.get("softmax_grid") or "uniform"
         softmax = f", softmax {GRID_NAMES.get(levels, levels)}" * (levels != "uniform")
-        words.append(f"{row['bits_a']}-bit activations{pow2}{softmax}")
+        learned = ", learned" * (row.get("iters_a", "0") not in ("", "0"))
+        seen = ", seen by the weights" * (row.get("calibrate_with_act") == "True")
+        words.append(f"{row['bits_a']}-bit activations{pow2}{softmax}{learned}{seen}")
     rounding = ROUNDING_NAMES.get(row["rounding"], row["rounding"])
     if not row["preset"]:
         words.append(rounding)

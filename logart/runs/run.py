@@ -244,6 +244,8 @@ class _Stages:
             "approximated": f"with √2 ≈ {ROOT2_TEXT.get(self.options.test_with_terms)} at test",
             **{step.event: step.result(self.config) for step in self.config.stages},
         }[stage]
+        if self.config.calibrate_with_act and stage == self.config.method.stages[-1].event:
+            title += f", {self.config.n_bits_a}-bit activations"
         value = ranks.from_first(None if self.folder is None else self.folder.accuracies.get(stage))
         if value is None:
             batches = validation_batches(self.source, self.options.val_batch_size, self.options.workers)

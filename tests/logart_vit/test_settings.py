@@ -27,6 +27,8 @@ BEST = {
     "qhead_a_bit": None,
     "act_scale": "auto",
     "softmax_grid": "uniform",
+    "calibrate_with_act": False,
+    "iters_a": 0,
     "first_last_bits": None,
     "channel_wise": True,
     "scale_method": "dynamic",

@@ -48,6 +48,7 @@ from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMe
         *((name, [1, 17, 33, 0]) for name in ("n_bits_a", "input_bits_a", "head_bits_a")),
         ("act_scale", ["integer"]),
         ("softmax_grid", ["log"]),
+        ("iters_a", [-1]),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:
@@ -144,6 +145,7 @@ def test_every_field_has_a_test_of_its_range() -> None:
         "asymmetric",
         "zero_code",
         "head_kl",
+        "calibrate_with_act",
         "mirror",
         "seed",
     }
