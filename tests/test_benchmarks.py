@@ -28,6 +28,7 @@ SMALL = {
     "llr_step": ("--size 3 --batch 2 --runs 1", r"\d+\.\d\d"),
     "packed_network": ("--arch cifar_resnet20 --size 32 --runs 1", r"on-the-fly"),
     "rtl_cost": ("--bits 3 --elements linear --seeds 1", r"\| linear \| 3 \|  \| \d{3} \| \d{3} \| \d+ \|"),
+    "ranks": ("--work --arch cifar_resnet20 --size 32 --images 4 --batch_size 2", r"\[\d+\.\d+, \d+\.\d+\]"),
     "vit_blocks": ("--images 2 --steps 1 --depth 1 --metric mse", r"\d+\.\d"),
 }
 
