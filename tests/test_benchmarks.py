@@ -26,6 +26,7 @@ SMALL = {
     "handed_forward steps": ("--steps 1 --batch 1", r"DeiT-tiny block of 197 tokens, 1 images a step: \d"),
     "layer_wise_search": ("--size 3 --images 2 --channels 8 --runs 1", r"by second moments +0\.\d\d s"),
     "llr_step": ("--size 3 --batch 2 --runs 1", r"\d+\.\d\d"),
+    "onnx_files": ("--arch cifar_resnet20 --size 32 --runs 1", r"linear_minmax"),
     "packed_network": ("--arch cifar_resnet20 --size 32 --runs 1", r"on-the-fly"),
     "rtl_cost": ("--bits 3 --elements linear --seeds 1", r"\| linear \| 3 \|  \| \d{3} \| \d{3} \| \d+ \|"),
     "ranks": ("--work --arch cifar_resnet20 --size 32 --images 4 --batch_size 2", r"\[\d+\.\d+, \d+\.\d+\]"),
@@ -58,7 +59,7 @@ def test_it_runs(key: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     module = loaded(name)
     if name == "compensated_rounding":
         monkeypatch.setattr(module, "LAYERS", {"some": (4, 130)})
-    if name == "packed_network":  # which measures each way in a process of its own
+    if name in ("packed_network", "onnx_files"):  # which measures each way in a process of its own
 
         def here(command: list[str], check: bool) -> None:
             monkeypatch.setattr(sys, "argv", command[1:])

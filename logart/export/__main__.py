@@ -38,6 +38,9 @@ def build_parser() -> FlagParser:
         help=f"golden images (default {GOLDEN_IMAGES}; all of an array); with --out, 0 writes no golden vectors",
     )
     parser.flag("--onnx", metavar="OUT.onnx", help="write the network as ONNX there (extra [onnx])")
+    parser.flag("--opset", type=int, metavar="N",
+                help="of the ONNX file's operators, 18 to 23 (default: 18; 21 with linear grids of 4 bits or fewer)")
+    parser.flag("--fp16", action="store_true", help="the ONNX file computes in float16, images and logits too")
     parser.flag("--integer", metavar="DIR",
                 help="write the whole CNN as an integer network there, a new or an empty folder: graph, layers, "
                 "golden vectors and a NumPy program that computes it without multiplications")  # fmt: skip
@@ -59,20 +62,25 @@ def command(args: argparse.Namespace) -> None:
     )
     own = {"a_bit": "--a_bit", "test_images": "--test_images"}
     refuse_without_effect(args, own, args.integer is not None, "it acts on --integer alone")
+    onnx_only = {"opset": "--opset", "fp16": "--fp16"}
+    refuse_without_effect(args, onnx_only, args.onnx is not None, "it acts on --onnx alone")
     for flag, count, least in (("--n", args.n, int(args.integer is not None)), ("--test_images", args.test_images, 1)):
         if count is not None and count < least:
             raise UserError(f"{flag}: expected at least {least}, got {count}")
     if args.onnx is not None:
-        from logart.export.onnx_export import check_target, export_onnx  # its packages are an extra
+        from logart.export.onnx_export import OPSETS, check_target, export_onnx  # its packages are an extra
 
         check_target(args.onnx)
+        if args.opset is not None and args.opset not in OPSETS:
+            raise UserError(f"--opset: expected {OPSETS[0]} to {OPSETS[-1]}, got {args.opset}")
     if args.out is not None:
         _hardware(args)
     if args.integer is not None:
         _integer(args)
     if args.onnx is not None:
-        export_onnx(args.file, args.onnx)
+        written = export_onnx(args.file, args.onnx, opset=args.opset, half=bool(args.fp16))
         if not args.quiet:
+            print(written)
             print(f"exported to {args.onnx}")
 
 

@@ -99,6 +99,7 @@ def export_integer(
             "activation_bits": a_bit,
             "calibration_images": len(calibration),
             "class_names": list(source.class_names),
+            "golden_images": list(source.val.names[:images]),
             "measured": _measure(integers, source, count, quiet),
             **_graph(integers),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from logart.export.integer_formats import ACCUMULATOR_BITS
@@ -44,6 +45,9 @@ def readme(graph: dict[str, Any]) -> str:
     """The README of an export."""
     value, out = graph["input"], graph["output"]
     p = graph["info"]["preprocessing"]
+    channels, height, width = p["input_size"]
+    short = math.floor(height / p["crop_pct"])
+    resized = f"short side resized to {short} ({p['interpolation']}), centre {height}×{width} taken; "
     return _README.format(
         file=graph["source"]["file"],
         sha256=graph["source"]["sha256"],
@@ -54,6 +58,9 @@ def readme(graph: dict[str, Any]) -> str:
         input=value["value"],
         fraction=value["fraction"],
         sign="signed" if value["signed"] else "unsigned",
+        size=p["input_size"],
+        colours="red, green, blue" if channels == 3 else f"{channels} channel" + "s" * (channels != 1),
+        resized=resized,
         mean=p["mean"],
         std=p["std"],
         output=out["value"],
@@ -75,9 +82,13 @@ words.
 ## Numbers
 
 Every value is an array of integers of the format in `graph.json`, `values`: `bits` wide, two's complement where
-`signed`, standing for integer · 2^-fraction. The input `{input}` is {sign} with fraction {fraction}: an image,
-preprocessed (pixels in 0..1 less mean {mean}, over std {std}), becomes floor(x · 2^{fraction} + 1/2), cut to the
-format's range. The output `{output}` are the logits, with fraction {out_fraction}.
+`signed` and from 0 to 2^bits - 1 where not, standing for integer · 2^-fraction. `shape` is of one image: channels,
+height, width, or features alone. Values of `golden/VALUE.npy` have the images in front.
+
+The input `{input}` is {sign} with fraction {fraction}. Its images are [channels, height, width] {size}, {colours};
+{resized}pixels in 0..1 less mean {mean}, over std {std}; then floor(x · 2^{fraction} + 1/2), cut to the
+format's range. `golden/` has the first images of `val` of the data set in the order of `golden_images` in `graph.json`.
+The output `{output}` are the logits, with fraction {out_fraction}, in the order of `class_names`.
 
 "Shift right by r, to nearest, ties up" is (x + 2^(r-1)) >> r with an arithmetic shift; r = 0 is nothing; r < 0 is x
 << -r. "Saturate" is to cut to `low` … `high` of the node, both included: the ends of the format, or of a ReLU (low
@@ -85,23 +96,35 @@ format's range. The output `{output}` are the logits, with fraction {out_fractio
 
 ## Operations, `nodes` of `graph.json` in the order they run
 
+A node reads the values `inputs`, in order, and makes the value `output`.
+
 | op | what |
 |---|---|
 | `conv`, `linear` | below |
 | `add` | each input shifted left by its `align`; the sum shifted right by `requantize`, to nearest, ties up; saturate |
 | `requantize` | shift right by `requantize`, to nearest, ties up; saturate |
-| `average_pool` | the sum of each window, times `factor` (signed powers of two), then as `requantize` |
+| `average_pool` | the sum of each window, times Σ ±2^e over the pairs [±1, e] of `factor`; then as `requantize` |
 | `max_pool` | the largest of each window; padding is `fill` |
 | `concatenate` | each input as by `requantize`; then one after the other along the channels |
 | `pad` | zeros, [before, after] of each dimension: channels, height, width |
-| `slice` | [start, stop, step] of each dimension: channels, height, width |
+| `slice` | [start, stop, step] of each dimension: channels, height, width; null is the first, the end, 1 |
 | `flatten` | all dimensions but the images' in one, the last running fastest |
 
-Windows have `kernel`, `stride` and `padding` [[top, bottom], [left, right]]; padding of a convolution is zero.
+Windows have `kernel`, `stride` and `padding` [[top, bottom], [left, right]]; pairs are of height and width. Output
+(y, x) sees rows y · stride + i of the padded input for i below the kernel's height, columns likewise; windows that
+would reach past the padding are left out.
 
 ## A layer
 
-In `layers/NAME`: `codes` [the weight's shape], `codebook.npy` [G, 2^n, 2 + A], `unit.npy` [C], `bias.npy` [C],
+`linear`: output c is Σ_k weight[c, k] · input[k]. `conv`, of `geometry`: output (c, y, x) is
+
+    Σ weight[c, i, ky, kx] · padded[g · C_in/groups + i, y · stride + ky · dilation, x · stride + kx · dilation]
+
+over i, ky and kx, with g = c // (C / groups), the weight's `shape` [C, C_in/groups, height, width], the first number of
+`stride` and `dilation` for y and the second for x; `padding` is [[top, bottom], [left, right]], of zeros. In shifts and
+adds this is:
+
+In the node's `folder`: `codes` [the weight's shape], `codebook.npy` [G, 2^n, 2 + A], `unit.npy` [C], `bias.npy` [C],
 `requantize.npy` [C]. Row c of the weight has codebook c // (C / G). An entry of a codebook is sign, shift and A
 add-shifts; the weight is
 
@@ -112,7 +135,8 @@ e - unit[c], and none where that is negative. The table lists how many were left
 {accumulator} bits.
 
 1. Σ of all terms, added or subtracted: the accumulator.
-2. Where `factor` is not empty: the sum times the integer `factor[c]`, by its signed powers of two in `factors`.
+2. Where `factor` is not empty: the sum times the integer `factor[c]`, which is Σ ±2^e over the pairs [±1, e] of
+   `factors[factor[c]]`.
 3. Plus `bias[c]`.
 4. Shifted right by `requantize[c]`, to nearest, ties up.
 5. Saturate.

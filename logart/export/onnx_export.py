@@ -1,6 +1,7 @@
-"""A packed network as an ONNX file about as small: codes stay packed, standard operators expand them in the graph.
+"""A packed network as an ONNX file about as small: codes stay packed, operators expand them in the graph.
 
-Each quantized layer's weight is the output `network.LAYER.weight` of a few nodes on two constants and a shared table:
+Each quantized layer's weight is the output `network.LAYER.weight` of one node, called LAYER. On grids that are not
+linear it is a `logart.Decode`, a function that the file itself defines by standard operators (`onnx_graph`), of
 
     network.LAYER.weight.codes   [groups, n] uint8   8 codes of n bits in n bytes, at every width from 2 to 8 bits
     network.LAYER.weight.row     [C]                 which row of the table a channel's levels are
@@ -8,8 +9,9 @@ Each quantized layer's weight is the output `network.LAYER.weight` of a few node
     rows.nBIT, values.nBIT       [R, 2^n], [U]       the table: rows of unit levels, as places in a list of values
 
 Units times factor are computed in float64 and cast to float32 once, as the codebooks' own levels are, so weights equal
-the packed file's bit for bit. A unit level is a level over the power of two (and the scale) of its channel, or, on
-linear grids, how many steps it is from zero: few rows serve all channels.
+the packed file's bit for bit. A unit level is a level over the power of two (and the scale) of its channel: few rows
+serve all channels. On linear grids the node is a `DequantizeLinear` of codes in uint4 (2 to 4 bits) or uint8, with
+a float32 scale and a zero point a channel, which runtimes with integer kernels know; its weights are off by a rounding.
 
 The graph around the weights comes from torch's TorchScript exporter: the other one cannot export on all supported
 versions of torch. The weights are inputs of the network it sees, so no float weight ever enters a file.
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 
 from logart.errors import UserError, one_line
 from logart.files import write_atomically
+from logart.grids.linear import LinearGrid
 from logart.networks.image_info import input_size_of
 from logart.packed.checkpoint import SizeTable, load_packed, to_packed
 from logart.packed.layer import PackedLayer
@@ -38,21 +43,62 @@ from logart.quantization.surgery import quantized_layers
 try:
     import onnx
     import onnxruntime
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, version_converter
 
-    from logart.export.onnx_graph import Graph, Tables, smallest_type
+    from logart.export.onnx_graph import (
+        DECODE,
+        DOMAIN,
+        Graph,
+        Tables,
+        decode_attributes,
+        decode_function,
+        smallest_type,
+    )
 except ImportError as error:
     _MISSING = str(error)
 else:
     _MISSING = ""
 
-OPSET = 18  # the first with BitwiseAnd
+OPSETS = range(18, 24)  # 18 is the first with BitwiseAnd
+OPSET, OPSET_INT4 = 18, 21  # what it takes without and with 4-bit integers
 METADATA = "logart"  # the property that holds the packed file's info, as JSON
-_LARGEST = torch.finfo(torch.float32).max
 
 
-def export_onnx(source: str | Path, out: str | Path, *, model: nn.Module | None = None) -> SizeTable:
-    """Write a packed network as ONNX: input `images` [batch, C, H, W] float32, output `logits`; any batch size.
+@dataclass(frozen=True)
+class OnnxFile:
+    """What was written.
+
+    Attributes:
+        sizes: what takes how much.
+        difference: the largest difference of a logit to torch's, on noise.
+        optimized: the same with onnxruntime's default optimizations, which may put integer kernels behind
+            `DequantizeLinear`.
+        largest: the largest of torch's logits there.
+        opset: of the standard operators.
+    """
+
+    sizes: SizeTable
+    difference: float
+    optimized: float
+    largest: float
+    opset: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sizes}\nlargest difference of a logit to torch: {self.difference:.2g}, with onnxruntime's "
+            f"optimizations {self.optimized:.2g} (logits up to {self.largest:.3g}); opset {self.opset}"
+        )
+
+
+def export_onnx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: nn.Module | None = None,
+    opset: int | None = None,
+    half: bool = False,
+) -> OnnxFile:
+    """Write a packed network as ONNX: input `images` [batch, C, H, W], output `logits`; any batch size.
 
     The file is run by onnxruntime and compared with torch before it is kept; it is written atomically.
 
@@ -60,9 +106,9 @@ def export_onnx(source: str | Path, out: str | Path, *, model: nn.Module | None 
         source: the packed file.
         out: the file to write, .onnx; one that is there is replaced.
         model: as for `load_packed`.
-
-    Returns:
-        What takes how much.
+        opset: of the standard operators, one of `OPSETS`; None is 18, or 21 where linear grids have 4 bits or fewer,
+            whose codes are whole bytes below 21.
+        half: compute in float16, images and logits too, in place of float32.
 
     Raises:
         UserError: the extra [onnx] is not installed, `out` cannot be written, the file cannot be read, does not say
@@ -82,20 +128,34 @@ def export_onnx(source: str | Path, out: str | Path, *, model: nn.Module | None 
             f"--onnx: {source} {error}; expected a file that a run saved with --save, or "
             'info={"preprocessing": {"input_size": [channels, height, width]}} given to save_packed'
         ) from None
+    if opset is None:
+        short = any(is_affine(layer, half) and layer.n_bits <= 4 for layer in packed.layers.values())
+        opset = OPSET_INT4 if short else OPSET
+    images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images.clone())  # some networks normalise in place
     try:
-        traced = _trace(network, size)
+        traced = _trace(network.half() if half else network, size, opset)
     except Exception as error:  # whatever the network's forward or the exporter raises
         raise UserError(f"--onnx: {source}: torch cannot export the network ({one_line(error):.200})") from error
-    exported = _with_expansion(traced, packed.layers)
+    exported = _with_weights(traced, packed.layers, opset, half)
     helper.set_model_props(exported, {METADATA: json.dumps(packed.info, ensure_ascii=False, separators=(",", ":"))})
     onnx.checker.check_model(exported, full_check=True)
     data = exported.SerializeToString()
-    _compare(data, network, size, source)
+    differences = _compare(data, images, expected, half, source)
     try:
         write_atomically(out, data)
     except OSError as error:
         raise UserError(f"--onnx: {str(out)!r} cannot be written ({one_line(error)})") from error
-    return _sizes(packed.layers, exported, len(data))
+    return OnnxFile(_sizes(packed.layers, exported, len(data)), *differences, float(expected.abs().max()), opset)
+
+
+def is_affine(layer: PackedLayer, half: bool) -> bool:
+    """Whether `DequantizeLinear` gives a layer's levels, but for a rounding: a linear grid whose steps are normal."""
+    if not isinstance(layer.spec.grid, LinearGrid):
+        return False
+    step, limits = layer.spec.columns["step"], torch.finfo(torch.float16 if half else torch.float32)
+    return bool(((step == 0) | (step >= limits.tiny) & (step * 2**layer.n_bits <= limits.max)).all())
 
 
 def check_target(out: str | Path) -> None:
@@ -126,7 +186,7 @@ def _weight_name(layer: str) -> str:
 
 
 @torch.no_grad()
-def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
+def _trace(network: nn.Module, size: tuple[int, ...], opset: int) -> Any:
     """The network as an ONNX model whose quantized weights are inputs."""
     layers = quantized_layers(network)
     weights = [layer.weight for layer in layers.values()]
@@ -136,7 +196,7 @@ def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
             warnings.simplefilter("ignore")  # of what tracing could get wrong; `_compare` sees whether it did
             torch.onnx.export(
                 _Opened(network).eval(),  # the exporter leaves all of it in the mode of the outermost module
-                (torch.zeros(2, *size), *weights),
+                (torch.zeros(2, *size, dtype=weights[0].dtype), *weights),
                 file,  # type: ignore[arg-type] # a path, says its signature, but this exporter writes to any file
                 dynamo=False,
                 opset_version=OPSET,
@@ -147,89 +207,103 @@ def _trace(network: nn.Module, size: tuple[int, ...]) -> Any:
     finally:
         for layer, weight in zip(layers.values(), weights, strict=True):
             layer.dequantized_weight = weight
-    return onnx.load_from_string(file.getvalue())
+    traced = onnx.load_from_string(file.getvalue())
+    return traced if opset == OPSET else version_converter.convert_version(traced, opset)
 
 
-def _with_expansion(traced: Any, layers: Mapping[str, PackedLayer]) -> Any:
-    """The traced model with its weights made from packed codes in place of stored."""
-    tables, channels = Tables(), {}
-    for name, layer in layers.items():
+def _with_weights(traced: Any, layers: Mapping[str, PackedLayer], opset: int, half: bool) -> Any:
+    """The traced model with its weights made from codes in place of stored."""
+    to = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    tables, channels, graph = Tables(), {}, Graph()
+    decoded = {name: layer for name, layer in layers.items() if not is_affine(layer, half)}
+    for name, layer in decoded.items():
         units, factor = layer.spec.grid.units(layer.spec, layer.n_bits, torch.float32)
         channels[name] = (tables.places(units, layer.n_bits), factor)
-    graph = Graph()
     table_names = tables.add_to(graph)
     for name, layer in layers.items():
-        output = _weight_name(name)
-        levels = _levels(graph, output, table_names[layer.n_bits], *channels[name])
-        codes = _unpacked(graph, output, layer)
-        every = graph.node("GatherElements", levels, graph.cast(codes, TensorProto.INT32), axis=1)
-        graph.reshape(every, layer.shape, output)
+        if name in decoded:
+            _decode(graph, name, layer, table_names[layer.n_bits], *channels[name])
+        else:
+            _dequantize_linear(graph, name, layer, opset, to)
     old = traced.graph
     nodes, constants = [*graph.nodes, *old.node], [*graph.constants, *old.initializer]
-    traced.graph.CopyFrom(helper.make_graph(nodes, "network", old.input[:1], old.output, constants))
-    return traced
+    shapes = [helper.make_tensor_value_info(_weight_name(name), to, layer.shape) for name, layer in layers.items()]
+    shapes += old.value_info
+    made = helper.make_graph(nodes, "network", old.input[:1], old.output, constants, value_info=shapes)
+    imports = [helper.make_opsetid("", opset)]
+    functions = []
+    if decoded:
+        imports.append(helper.make_opsetid(DOMAIN, 1))
+        functions.append(decode_function(opset, to))
+    ir_version = max(traced.ir_version, 10 if opset >= OPSET_INT4 else 8)
+    return helper.make_model(
+        made, opset_imports=imports, functions=functions, ir_version=ir_version, producer_name="logart"
+    )
 
 
-def _levels(graph: Graph, weight: str, table: str, places: np.ndarray, factor: Tensor) -> str:
-    """Nodes for the levels [C, 2^n] float32."""
-    exact = torch.equal(factor.float().double(), factor)
-    stored = graph.constant(factor[:, None], np.float32 if exact else np.float64, f"{weight}.factor")
-    row = graph.constant(places, smallest_type(int(places.max()) + 1), f"{weight}.row")
-    units = graph.node("Gather", table, graph.cast(row, TensorProto.INT32))
-    levels = graph.node("Mul", units, graph.cast(stored, TensorProto.DOUBLE))
-    limits = [graph.constant(limit, np.float64) for limit in (-_LARGEST, _LARGEST)]
-    return graph.cast(graph.node("Clip", levels, *limits), TensorProto.FLOAT)
-
-
-def _unpacked(graph: Graph, weight: str, layer: PackedLayer) -> str:
-    """Nodes for the codes [C, K] uint8: each is cut out of the two bytes that it may straddle."""
-    n_bits, count = layer.n_bits, layer.shape.numel()
+def _decode(graph: Graph, name: str, layer: PackedLayer, table: str, places: np.ndarray, factor: Tensor) -> None:
+    """The node for a layer whose levels come from a table."""
+    weight, n_bits, count = _weight_name(name), layer.n_bits, layer.shape.numel()
     packed = np.pad(layer.codes.numpy(), (0, -len(layer.codes) % n_bits)).reshape(-1, n_bits)
-    codes = graph.constant(packed, np.uint8, f"{weight}.codes")
-    if n_bits < 8:
-        start = n_bits * np.arange(8)
-        codes = _shifted(graph, codes, start // 8, start % 8, "RIGHT")
-        if 8 % n_bits:
-            # What the next byte adds to a code that does not reach it lies above n bits.
-            following, left = (start // 8 + 1).clip(max=n_bits - 1), (8 - start % 8).clip(max=7)
-            following_bits = _shifted(graph, f"{weight}.codes", following, left, "LEFT")
-            codes = graph.node("BitwiseOr", codes, following_bits)
-        codes = graph.node("BitwiseAnd", codes, graph.constant(2**n_bits - 1, np.uint8))
-    if packed.size * 8 // n_bits != count:
-        ends = [graph.constant([place], np.int64) for place in (0, count)]
-        codes = graph.node("Slice", graph.reshape(codes, [-1]), *ends)
-    return graph.reshape(codes, [layer.spec.channels, count // layer.spec.channels])
+    exact = torch.equal(factor.float().double(), factor)
+    graph.node(
+        DECODE,
+        graph.constant(packed, np.uint8, f"{weight}.codes"),
+        graph.constant(places, smallest_type(int(places.max()) + 1), f"{weight}.row"),
+        graph.constant(factor[:, None], np.float32 if exact else np.float64, f"{weight}.factor"),
+        table,
+        output=weight,
+        name=name,
+        domain=DOMAIN,
+        **decode_attributes(n_bits, count, [layer.spec.channels, count // layer.spec.channels], list(layer.shape)),
+    )
 
 
-def _shifted(graph: Graph, packed: str, place: np.ndarray, shift: np.ndarray, direction: str) -> str:
-    chosen = graph.node("Gather", packed, graph.constant(place, np.int64), axis=1)
-    return graph.node("BitShift", chosen, graph.constant(shift, np.uint8), direction=direction)
+def _dequantize_linear(graph: Graph, name: str, layer: PackedLayer, opset: int, to: int) -> None:
+    """The node for a layer on a linear grid."""
+    weight, rows = _weight_name(name), layer.shape[0] // layer.spec.channels
+    kind = TensorProto.UINT4 if layer.n_bits <= 4 and opset >= OPSET_INT4 else TensorProto.UINT8
+    step, zero_point = (layer.spec.columns[key].repeat_interleave(rows) for key in ("step", "zero_point"))
+    scale = step.numpy().astype(np.float16 if to == TensorProto.FLOAT16 else np.float32)
+    inputs = [
+        graph.integers(layer.unpacked().numpy(), kind, f"{weight}.codes"),
+        graph.constant(scale, scale.dtype, f"{weight}.factor"),
+        graph.integers(zero_point.numpy(), kind, f"{weight}.row"),
+    ]
+    graph.node("DequantizeLinear", *inputs, output=weight, name=name, axis=0)
 
 
-@torch.no_grad()
-def _compare(data: bytes, network: nn.Module, size: tuple[int, ...], source: str | Path) -> None:
-    """Raise UserError unless onnxruntime's logits of some noise are torch's, in a batch of another size than traced."""
-    images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
-    expected = network(images.clone())  # some networks normalise in place
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        # Float rounding stays far below; a graph in which tracing froze something is off by far more.
-        same = logits.shape == expected.shape and torch.allclose(
-            logits, expected, rtol=0.0, atol=1e-4 * max(1.0, float(expected.abs().max()))
-        )
-        problem = "it gives other logits"
-    except Exception as error:  # onnxruntime's own kinds of error share no base but this
-        same, problem = False, one_line(error)
-    if not same:
+def _compare(data: bytes, images: Tensor, expected: Tensor, half: bool, source: str | Path) -> tuple[float, float]:
+    """The largest difference of onnxruntime's logits to torch's, in a batch of another size than traced: of the graph
+    as it stands, and as onnxruntime optimizes it.
+
+    Raises:
+        UserError: the graph as it stands is off by more than float rounding.
+    """
+    levels = onnxruntime.GraphOptimizationLevel
+    differences, problem = [], "it gives other logits"
+    given = (images.half() if half else images).numpy()
+    for level in (levels.ORT_ENABLE_BASIC, levels.ORT_ENABLE_ALL):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.graph_optimization_level = 3, level
+        difference = math.inf
+        try:
+            session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            logits = torch.from_numpy(session.run(None, {"images": given})[0]).float()
+            if logits.shape == expected.shape:
+                difference = float((logits - expected).abs().max())
+        except Exception as error:  # onnxruntime's own kinds of error share no base but this
+            problem = one_line(error)
+        differences.append(difference)
+    # Float rounding stays far below; a graph in which tracing froze something is off by far more.
+    if not differences[0] <= (3e-2 if half else 1e-4) * max(1.0, float(expected.abs().max())):
         raise UserError(f"--onnx: {source}: torch's export of the network does not run as it should ({problem:.200})")
+    return differences[0], differences[1]
 
 
 def _sizes(layers: Mapping[str, PackedLayer], exported: Any, total: int) -> SizeTable:
     """Bytes by part; constants that are neither codes nor tables are the network's own parameters."""
-    sizes = {c.name: len(c.raw_data) for c in exported.graph.initializer}
+    sizes = {c.name: len(c.raw_data) or len(c.SerializeToString()) for c in exported.graph.initializer}
     own = {_weight_name(name) for name in layers}
     codes = sum(sizes.pop(f"{name}.codes") for name in own)
     books = sum(sizes.pop(f"{name}.{part}") for name in own for part in ("row", "factor"))

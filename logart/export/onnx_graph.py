@@ -1,10 +1,12 @@
-"""Pieces of an ONNX graph: nodes in order, constants each once, the table of levels. Needs the extra [onnx]."""
+"""Pieces of an ONNX graph: nodes in order, constants each once, the table of levels, and the function that decodes a
+layer. Needs the extra [onnx]."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -26,16 +28,22 @@ class Graph:
             self.constants.append(numpy_helper.from_array(array, self._known[key]))
         return self._known[key]
 
-    def node(self, operator: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        output = name or f"expand/{len(self.nodes)}"
+    def integers(self, values: np.ndarray, kind: int, name: str) -> str:
+        """A constant of a type that NumPy may lack, uint4 among them: two in a byte, the first in the low bits."""
+        flat: Any = values.astype(np.uint8).ravel()
+        if kind == TensorProto.UINT4:
+            even = np.pad(flat, (0, len(flat) % 2))
+            flat = even[::2] | even[1::2] << 4
+        self.constants.append(helper.make_tensor(name, kind, values.shape, flat.tobytes(), raw=True))
+        return name
+
+    def node(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        output = output or f"expand/{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
 
     def cast(self, value: str, dtype: int) -> str:
         return self.node("Cast", value, to=dtype)
-
-    def reshape(self, value: str, shape: Any, name: str | None = None) -> str:
-        return self.node("Reshape", value, self.constant(shape, np.int64), name=name)
 
 
 class Tables:
@@ -63,3 +71,69 @@ class Tables:
 
 def smallest_type(count: int) -> type:
     return next(t for t in (np.uint8, np.uint16, np.int32) if count <= np.iinfo(t).max + 1)
+
+
+DOMAIN, DECODE = "logart", "Decode"
+_ATTRIBUTES = ("byte", "following", "shift", "mask", "count", "matrix", "shape")
+_BYTES = ("byte", "following")
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def decode_function(opset: int, to: int) -> Any:
+    """`logart.Decode(codes, row, factor, table) -> weight`: a layer's weight from its packed codes.
+
+    Inputs:
+        codes: [groups, n] uint8, 8 codes of n bits in n bytes.
+        row: [G] integers, which row of the table each codebook is.
+        factor: [G, 1] float, what that row is multiplied by.
+        table: [R, 2^n] float64, unit levels.
+    Attributes:
+        byte, following, shift: [8], in which byte each of 8 codes begins, the byte after it, and at which bit; mask:
+            2^n - 1; count: of the codes; matrix: [G, weights of each]; shape: the weight's.
+    """
+    body = Graph()
+
+    def attribute(name: str) -> str:
+        node = helper.make_node("Constant", [], [name])
+        reference = node.attribute.add()
+        reference.name, reference.ref_attr_name, reference.type = "value_ints", name, onnx.AttributeProto.INTS
+        body.nodes.append(node)
+        return name
+
+    known = {name: attribute(name) for name in _ATTRIBUTES}
+
+    def number(value: Any, dtype: int, *dims: int) -> str:
+        return body.node("Constant", value=helper.make_tensor("value", dtype, dims, [value]))
+
+    # two bytes as one word, since a code may straddle them
+    words = [body.cast(body.node("Gather", "codes", known[at], axis=1), TensorProto.UINT32) for at in _BYTES]
+    high = body.node("BitShift", words[1], number(8, TensorProto.UINT32), direction="LEFT")
+    word = body.node("BitwiseOr", words[0], high)
+    shifted = body.node("BitShift", word, body.cast(known["shift"], TensorProto.UINT32), direction="RIGHT")
+    codes = body.node("BitwiseAnd", shifted, body.cast(known["mask"], TensorProto.UINT32))
+    flat = body.node("Reshape", codes, number(-1, TensorProto.INT64, 1))
+    all_codes = body.node("Slice", flat, number(0, TensorProto.INT64, 1), known["count"])
+    index = body.cast(body.node("Reshape", all_codes, known["matrix"]), TensorProto.INT32)
+    units = body.node("Gather", "table", body.cast("row", TensorProto.INT32))
+    levels = body.node("Mul", units, body.cast("factor", TensorProto.DOUBLE))
+    limits = [number(limit, TensorProto.DOUBLE) for limit in (-_LARGEST, _LARGEST)]
+    levels = body.cast(body.node("Clip", levels, *limits), TensorProto.FLOAT)
+    weight = body.node("Reshape", body.node("GatherElements", levels, index, axis=1), known["shape"])
+    body.node("Cast", weight, to=to, output="weight")
+    imports = [helper.make_opsetid("", opset)]
+    inputs = ["codes", "row", "factor", "table"]
+    return helper.make_function(DOMAIN, DECODE, inputs, ["weight"], body.nodes, imports, list(_ATTRIBUTES))
+
+
+def decode_attributes(n_bits: int, count: int, matrix: list[int], shape: list[int]) -> dict[str, list[int]]:
+    """The attributes of a layer's `Decode`."""
+    start = n_bits * np.arange(8)
+    return {
+        "byte": (start // 8).tolist(),
+        "following": (start // 8 + 1).clip(max=n_bits - 1).tolist(),
+        "shift": (start % 8).tolist(),
+        "mask": [2**n_bits - 1],
+        "count": [count],
+        "matrix": matrix,
+        "shape": shape,
+    }

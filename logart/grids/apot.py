@@ -112,7 +112,8 @@ class ApotGrid(Grid):
 
     def units(self, spec: CodebookSpec, n_bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         units = unit_levels(n_bits).to(spec.columns["scale"].device)
-        return torch.cat([-units.flip(0), units]).expand(spec.channels, -1), self._factor(spec)
+        every = torch.cat([-units.flip(0), units]) + 0.0  # no -0
+        return every.expand(spec.channels, -1), self._factor(spec)
 
     @staticmethod
     def _factor(spec: CodebookSpec) -> Tensor:

@@ -28,7 +28,7 @@ from logart.export.__main__ import main
 from logart.export.hardware_export import export_hardware, read_export
 from logart.export.hardware_readme import cost_table
 from logart.export.inputs import GoldenImages, golden_images
-from logart.export.onnx_export import check_target
+from logart.export.onnx_export import OPSETS, check_target
 from logart.grids.grid import ScaleSearch
 from logart.networks.network import DIGITS_PREPROCESSING, network_recipe
 from logart.packed.file import PackedFile
@@ -450,6 +450,9 @@ def test_wrong_calls_take_one_line_and_leave_nothing(exact: Path, tmp_path: Path
         ([str(tmp_path / "missing"), "--out", new], f"{tmp_path / 'missing'}: does not exist"),
         ([str(exact), "--onnx", "x.onnx", "--terms", "2"], "--terms has no effect here"),
         ([str(exact), "--onnx", "x.onnx", "--inputs", "digits"], "--inputs has no effect here"),
+        ([str(exact), "--onnx", str(tmp_path / "x.onnx"), "--opset", "17"], "--opset: expected 18 to 23, got 17"),
+        ([*good, "--opset", "18"], "--opset has no effect here"),
+        ([*good, "--fp16"], "--fp16 has no effect here"),
         ([*good, "--n", "0", "--inputs", "digits"], "--inputs has no effect here: --n 0"),
         ([*good, "--n", "-1"], "--n: expected at least 0, got -1"),
         ([*good, "--inputs", str(tmp_path / "nowhere")], "--inputs: the file does not say how many classes"),
@@ -514,16 +517,17 @@ def test_a_folder_that_is_no_export(exact: Path, tmp_path: Path) -> None:
 
 
 def test_onnx_is_handed_on(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    calls: list[tuple[str, str]] = []
+    calls: list[tuple[str, ...]] = []
     module = types.ModuleType("logart.export.onnx_export")
-    module.export_onnx = lambda *paths: calls.append(paths)  # type: ignore[attr-defined]
-    module.check_target = check_target  # type: ignore[attr-defined]
+    module.export_onnx = lambda *paths, **options: calls.append((*paths, *map(str, options.values())))  # type: ignore[attr-defined]
+    module.check_target, module.OPSETS = check_target, OPSETS  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "logart.export.onnx_export", module)
     monkeypatch.chdir(tmp_path)
     assert main([str(exact), "--onnx", "x.onnx"]) == 0
-    assert calls == [(str(exact), "x.onnx")] and "x.onnx" in capfd.readouterr().out
-    assert main([str(exact), "--onnx", "y.onnx", "--out", str(tmp_path / "out"), "--terms", "2", "--quiet"]) == 0
-    assert calls[1:] == [(str(exact), "y.onnx")] and (tmp_path / "out" / "manifest.json").exists()
+    assert calls == [(str(exact), "x.onnx", "None", "False")] and "x.onnx" in capfd.readouterr().out
+    options = ["--opset", "19", "--fp16", "--out", str(tmp_path / "out"), "--terms", "2", "--quiet"]
+    assert main([str(exact), "--onnx", "y.onnx", *options]) == 0
+    assert calls[1:] == [(str(exact), "y.onnx", "19", "True")] and (tmp_path / "out" / "manifest.json").exists()
     wrong = [str(exact), "--onnx", "nowhere/z.onnx", "--out", str(tmp_path / "other"), "--terms", "2", "--quiet"]
     with pytest.raises(SystemExit):
         main(wrong)

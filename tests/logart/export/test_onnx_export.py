@@ -28,6 +28,7 @@ from logart.grids.grid import CodebookSpec
 from logart.grids.linear import LINEAR_MINMAX
 from logart.grids.logarithmic import DYNAMIC
 from logart.networks.network import network_recipe
+from logart.packed.file import PackedFile
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 
@@ -44,7 +45,10 @@ def pack(model: nn.Module, path: Path, info: dict[str, Any], seed: int = 0, **se
 
 
 def run(file: Path, images: Tensor) -> Tensor:
-    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    """The graph as it stands: onnxruntime's integer kernels, which round activations, are left out."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
@@ -58,6 +62,17 @@ def weights_in(file: Path, layers: dict[str, QuantizedWeight]) -> dict[str, Tens
     return dict(zip(layers, map(torch.from_numpy, session.run(names, {"images": image})), strict=True))
 
 
+def is_linear(layer: QuantizedWeight) -> bool:
+    return "step" in layer.packed()[1].columns
+
+
+def same_weight(found: Tensor, layer: QuantizedWeight) -> bool:
+    """Bit for bit; of a linear grid, whose scale is a float32, within two roundings."""
+    if is_linear(layer):
+        return found.dtype == torch.float32 and torch.allclose(found, layer.weight, rtol=2.0**-23, atol=0)
+    return same_bits(found, layer.weight)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype == torch.float32 and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
@@ -69,10 +84,19 @@ def check(source: Path, out: Path, model: nn.Module | None = None) -> None:
     layers = quantized_layers(network)
     found = weights_in(out, layers)
     assert found.keys() == layers.keys() and len(layers) > 0
-    assert all(same_bits(found[name], layer.weight) for name, layer in layers.items())
+    assert all(same_weight(found[name], layer) for name, layer in layers.items())
     exported = onnx.load(out)
     onnx.checker.check_model(exported, full_check=True)
-    assert {node.domain for node in exported.graph.node} == {""} and not exported.functions
+    # One node a layer, of its name; what is no standard operator is a function of standard operators in the file.
+    weights = {node.output[0]: node for node in exported.graph.node if node.name in layers}
+    assert [node.name for node in weights.values()] == list(layers)
+    for name, layer in layers.items():
+        node = weights[f"network.{name}.weight"]
+        assert (node.domain, node.op_type) == (("", "DequantizeLinear") if is_linear(layer) else ("logart", "Decode"))
+    assert {node.domain for node in exported.graph.node if node.name not in layers} == {""}
+    names = {(function.domain, function.name) for function in exported.functions}
+    assert names == ({("logart", "Decode")} if not all(map(is_linear, layers.values())) else set())
+    assert {node.domain for function in exported.functions for node in function.node} <= {""}
     assert [entry.name for entry in exported.graph.input] == ["images"]
     assert json.loads(exported.metadata_props[0].value) == network.packed_info
     for batch in (1, 5):
@@ -150,6 +174,8 @@ def test_counts_that_fill_no_group_of_eight(last: int, tmp_path: Path, out: Path
         {"hardware_terms": 4, "zero_code": True},
         {"scale_method": "linear_minmax"},
         {"scale_method": "linear_mse", "n_bits": 6},
+        {"scale_method": "linear_minmax", "channel_wise": False, "n_bits": 3},
+        {"scale_method": "apot"},
         {"scale_method": "log_2", "first_last_bits": 8},
         {"scale_method": "log_sqrt2", "n_bits": 8},
     ],
@@ -183,6 +209,7 @@ def test_extreme_channels(scale_method: str, tmp_path: Path, out: Path) -> None:
     layers = quantized_layers(load_packed(source, model))
     weight = weights_in(out, layers)["1"]
     assert same_bits(weight, layers["1"].weight)
+    assert [node.op_type for node in onnx.load(out).graph.node if node.name == "1"] == ["Decode"]  # float32 scales end
     denormal = (weight[:3] != 0) & (weight[:3].abs() < torch.finfo(torch.float32).tiny)
     assert denormal[1].any() and denormal[2].any()
 
@@ -231,15 +258,58 @@ def test_channels_that_share_levels_share_their_row(tmp_path: Path, out: Path) -
 def test_sizes_add_up_to_the_file(tmp_path: Path, out: Path) -> None:
     model, _ = networks.small_resnet()
     source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING)
-    table = export_onnx(source, out, model=model)
+    written = export_onnx(source, out, model=model)
+    assert str(written.sizes) in str(written) and "largest difference of a logit to torch" in str(written)
     layers = quantized_layers(load_packed(source, model)).values()
-    parts = {name: sizes for name, *sizes in table.parts}
+    parts = {name: sizes for name, *sizes in written.sizes.parts}
     assert sum(packed for _, packed in parts.values()) == out.stat().st_size
     assert parts["quantized weights"] == [
         4 * sum(layer.shape.numel() for layer in layers),
         sum(4 * -(-layer.shape.numel() // 8) for layer in layers),
     ]
     assert parts["everything else"] == [4 * sum(layer.shape[0] for layer in layers)] * 2  # the biases; norms are folded
+
+
+@pytest.mark.parametrize("scale_method, opset, kind", [
+    ("linear_minmax", None, TensorProto.UINT4), ("linear_minmax", 20, TensorProto.UINT8), ("dynamic", 21, None),
+])  # fmt: skip
+def test_the_opset_decides_how_short_linear_codes_are(
+    scale_method: str, opset: int | None, kind: int | None, tmp_path: Path, out: Path
+) -> None:
+    model, images = networks.small_resnet()
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING, scale_method=scale_method, first_last_bits=6)
+    written = export_onnx(source, out, model=model, opset=opset)
+    exported = onnx.load(out)
+    assert {entry.domain: entry.version for entry in exported.opset_import}[""] == written.opset == (opset or 21)
+    codes = {c.name: c for c in exported.graph.initializer if c.name.endswith(".codes")}
+    layers = PackedFile.read(source).layers
+    assert len(codes) == len(layers)
+    for name, layer in layers.items():
+        stored = codes[f"network.{name}.weight.codes"]
+        assert stored.data_type == (TensorProto.UINT8 if kind is None or layer.n_bits > 4 else kind)
+        if kind is not None:
+            assert torch.equal(torch.from_numpy(numpy_helper.to_array(stored).astype(np.uint8)), layer.unpacked())
+    with torch.no_grad():
+        expected = load_packed(source, model)(images)
+    difference = (run(out, images) - expected).abs().max()
+    assert difference < 1e-4 and written.difference < 1e-4 <= written.largest
+
+
+def test_half_precision(tmp_path: Path, out: Path) -> None:
+    model, images = networks.small_resnet()
+    source = pack(model, tmp_path / "packed.safetensors", PREPROCESSING)
+    whole = export_onnx(source, out, model=model).sizes
+    half = export_onnx(source, out, model=networks.small_resnet()[0], half=True)
+    rest = {name: packed for name, _, packed in half.sizes.parts}["everything else"]
+    assert 2 * rest == {name: packed for name, _, packed in whole.parts}["everything else"]
+    exported = onnx.load(out)
+    kinds = {entry.type.tensor_type.elem_type for entry in (*exported.graph.input, *exported.graph.output)}
+    assert kinds == {TensorProto.FLOAT16}
+    with torch.no_grad():
+        expected = load_packed(source, networks.small_resnet()[0])(images)
+    logits = run(out, images.half())
+    assert logits.dtype is torch.float16 and 0 < (logits - expected).abs().max() < 1e-2
+    assert abs(half.difference) < 1e-2
 
 
 def test_nothing_is_printed(tmp_path: Path, out: Path, capfd: Any, recwarn: Any) -> None:
