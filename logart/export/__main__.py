@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from logart.cli import FlagParser, default_if_none, refuse_without_effect, run_command
-from logart.errors import UserError
+from logart.errors import NetworkError, UserError
 from logart.export.hardware_export import CHOICES, export_hardware
 from logart.export.hardware_readme import approximation, cost_table
 from logart.export.inputs import EXPECTED, GOLDEN_IMAGES, golden_images, own_data
@@ -111,16 +111,19 @@ def _integer(args: argparse.Namespace) -> None:
     inputs = args.inputs or own_data(PackedFile.read(args.file).info)
     if inputs is None:
         raise UserError("--inputs: --integer needs images to choose formats from; expected a folder in ImageNet layout")
-    export_integer(
-        args.file,
-        args.integer,
-        inputs,
-        a_bit=default_if_none(args.a_bit, 8),
-        images=default_if_none(args.n, GOLDEN_IMAGES),
-        terms=args.terms,
-        test_images=args.test_images,
-        quiet=bool(args.quiet),
-    )
+    try:
+        export_integer(
+            args.file,
+            args.integer,
+            inputs,
+            a_bit=default_if_none(args.a_bit, 8),
+            images=default_if_none(args.n, GOLDEN_IMAGES),
+            terms=args.terms,
+            test_images=args.test_images,
+            quiet=bool(args.quiet),
+        )
+    except NetworkError as error:
+        raise UserError(f"{error}; --out exports its layers one by one") from error
     if not args.quiet:
         print(f"exported to {args.integer}")
 

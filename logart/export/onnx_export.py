@@ -132,9 +132,9 @@ def export_onnx(
         short = any(is_affine(layer, half) and layer.n_bits <= 4 for layer in packed.layers.values())
         opset = OPSET_INT4 if short else OPSET
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = network(images.clone())  # some networks normalise in place
     try:
+        with torch.no_grad():
+            expected = network(images.clone())  # some networks normalise in place
         traced = _trace(network.half() if half else network, size, opset)
     except Exception as error:  # whatever the network's forward or the exporter raises
         raise UserError(f"--onnx: {source}: torch cannot export the network ({one_line(error):.200})") from error

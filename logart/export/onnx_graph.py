@@ -74,8 +74,7 @@ def smallest_type(count: int) -> type:
 
 
 DOMAIN, DECODE = "logart", "Decode"
-_ATTRIBUTES = ("byte", "following", "shift", "mask", "count", "matrix", "shape")
-_BYTES = ("byte", "following")
+_ATTRIBUTES = ("byte", "right", "following", "left", "rest", "mask", "count", "matrix", "shape")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -88,8 +87,9 @@ def decode_function(opset: int, to: int) -> Any:
         factor: [G, 1] float, what that row is multiplied by.
         table: [R, 2^n] float64, unit levels.
     Attributes:
-        byte, following, shift: [8], in which byte each of 8 codes begins, the byte after it, and at which bit; mask:
-            2^n - 1; count: of the codes; matrix: [G, weights of each]; shape: the weight's.
+        byte, right: [8], in which byte each of 8 codes begins, and at which bit.
+        following, left, rest: [8], the byte after it, where its bits belong, and 255 if the code reaches it, else 0.
+        mask: 2^n - 1; count: of the codes; matrix: [G, weights of each]; shape: the weight's.
     """
     body = Graph()
 
@@ -105,12 +105,12 @@ def decode_function(opset: int, to: int) -> Any:
     def number(value: Any, dtype: int, *dims: int) -> str:
         return body.node("Constant", value=helper.make_tensor("value", dtype, dims, [value]))
 
-    # two bytes as one word, since a code may straddle them
-    words = [body.cast(body.node("Gather", "codes", known[at], axis=1), TensorProto.UINT32) for at in _BYTES]
-    high = body.node("BitShift", words[1], number(8, TensorProto.UINT32), direction="LEFT")
-    word = body.node("BitwiseOr", words[0], high)
-    shifted = body.node("BitShift", word, body.cast(known["shift"], TensorProto.UINT32), direction="RIGHT")
-    codes = body.node("BitwiseAnd", shifted, body.cast(known["mask"], TensorProto.UINT32))
+    # a code may straddle two bytes; all of it in uint8, since runtimes keep what they needed for it
+    byte = {name: body.cast(known[name], TensorProto.UINT8) for name in ("right", "left", "rest", "mask")}
+    low = body.node("BitShift", body.node("Gather", "codes", "byte", axis=1), byte["right"], direction="RIGHT")
+    after = body.node("BitwiseAnd", body.node("Gather", "codes", "following", axis=1), byte["rest"])
+    high = body.node("BitShift", after, byte["left"], direction="LEFT")
+    codes = body.node("BitwiseAnd", body.node("BitwiseOr", low, high), byte["mask"])
     flat = body.node("Reshape", codes, number(-1, TensorProto.INT64, 1))
     all_codes = body.node("Slice", flat, number(0, TensorProto.INT64, 1), known["count"])
     index = body.cast(body.node("Reshape", all_codes, known["matrix"]), TensorProto.INT32)
@@ -130,8 +130,10 @@ def decode_attributes(n_bits: int, count: int, matrix: list[int], shape: list[in
     start = n_bits * np.arange(8)
     return {
         "byte": (start // 8).tolist(),
+        "right": (start % 8).tolist(),
         "following": (start // 8 + 1).clip(max=n_bits - 1).tolist(),
-        "shift": (start % 8).tolist(),
+        "left": (8 - start % 8).clip(max=7).tolist(),
+        "rest": np.where(start % 8 + n_bits > 8, 255, 0).tolist(),
         "mask": [2**n_bits - 1],
         "count": [count],
         "matrix": matrix,

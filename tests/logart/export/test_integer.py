@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from integer_networks import Odd, built
 from small_runs import assert_refused
 from torch import Tensor, nn
 
+import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import NetworkError
 from logart.export import integer_reference
@@ -237,6 +239,20 @@ def test_wrong_calls_take_one_line(packed: Path, tmp_path: Path, capfd: Any) -> 
     ):
         assert_refused(main, argv, f"logart-export: {line}", capfd)
         assert not Path(out).exists()
+
+
+def test_a_transformer_is_refused_by_the_first_step_that_has_no_integer_form(tmp_path: Path, capfd: Any) -> None:
+    network = logart_vit.models.load_network("digits_vit")
+    config = QuantConfig(rounding="nearest", hardware_terms=2)
+    quantized = quantize_model(network.model, config, torch.randn(2, 1, 8, 8))
+    info = {
+        "network": network.recipe, "preprocessing": {**asdict(network.preprocessing)}, "source": {"data": DIGITS},
+        "class_names": [str(digit) for digit in range(10)],
+    }  # fmt: skip
+    save_packed(quantized[0], tmp_path / "vit.safetensors", json.loads(json.dumps(info)))
+    argv = [str(tmp_path / "vit.safetensors"), "--integer", str(tmp_path / "out")]
+    assert_refused(main, argv, "logart-export: --integer: flatten to [2, 48, 4] (step flatten) has no integer", capfd)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_network_is_the_one_that_is_loaded(exported: Path, packed: Path) -> None:
