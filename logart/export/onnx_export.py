@@ -24,9 +24,8 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +63,7 @@ OPSET, OPSET_INT4 = 18, 21  # what it takes without and with 4-bit integers
 METADATA = "logart"  # the property that holds the packed file's info, as JSON
 
 
-@dataclass(frozen=True)
-class OnnxFile:
+class OnnxFile(NamedTuple):
     """What was written.
 
     Attributes:
