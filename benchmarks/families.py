@@ -196,6 +196,43 @@ def sweep(out: Path, networks: Iterable[str], stages: list[str]) -> None:
             print(name, line, flush=True)
 
 
+def page(rows: list[dict[str, str]]) -> str:
+    """The page in docs: how many networks are how far, and a line for each."""
+    lines = [
+        "# Families of networks",
+        "",
+        "What becomes of the smallest network of each family of timm's, and of networks of torchvision's, with random",
+        "weights: the share of the weights that is quantized; compensated rounding; LLR of two steps; a packed file",
+        "that loads to the same outputs; `torch.jit.trace` and `torch.export` of the result. An error stands as it was",
+        "raised. Position tables and class tokens stay float. Made by `python benchmarks/families.py`.",
+    ]
+    for kind in ("timm", "torchvision"):
+        own = [row for row in rows if row["network"].startswith(f"{kind}:")]
+        enough = sum(_number(row["share"]) >= 99 for row in own)
+        fine = sum(_number(row["share"]) >= 99 and all(row[stage] == "ok" for stage in STAGES[1:]) for row in own)
+        lines += [
+            "",
+            f"## {kind}",
+            "",
+            f"{enough} of {len(own)} have 99 % of their weights quantized or more, {fine} of these with all else fine.",
+            "",
+            "| network | % quantized | compensated | LLR | packed | trace | export | float, the first of it |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in own:
+            cells = [row["network"].partition(":")[2], *(row[stage] for stage in STAGES), row["float"]]
+            lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(share: str) -> float:
+    return float(share) if share.replace(".", "").isdigit() else 0.0
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("<", "&lt;").replace("*", "\\*")[:160]
+
+
 def main() -> None:
     """One of the three ways of calling it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -203,11 +240,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="timm:NAME or torchvision:NAME, in place of all families")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--choose", action="store_true", help=f"write {CHOSEN.name} anew and end; takes minutes")
+    parser.add_argument("--table", action="store_true", help=f"write docs/{PAGE.name} from --out and end")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.choose:
         with CHOSEN.open("w", newline="") as file:
             csv.writer(file).writerows([("family", "network"), *smallest()])
+        return
+    if args.table:
+        found = {row["network"]: row for row in csv.DictReader(args.out.open())}
+        PAGE.write_text(page([found[name] for name in all_networks() if name in found]))
         return
     signal.signal(signal.SIGALRM, _late)
     sweep(args.out, args.only or all_networks(), args.stages)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError
-from logart.grids.grid import Grid, GridOptions
+from logart.grids.grid import Codebook, Grid, GridOptions
 from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
 from logart.quantization.blocks import Block
@@ -143,9 +143,19 @@ def round_layer(layer: QuantizedWeight, estimate: Estimate, grid: Grid, options:
     codebook = choose_codebook(wanted, grid, layer.n_bits, error=error, options=options)
     rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
     codes = round_compensated(t, a, codebook.select(rows), estimate.factor)
+    if options.zero_code:
+        _keep_zeros(codes, t, w == 0, codebook.select(rows))
     layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
     bias = corrected_bias(layer.bias, estimate.moments, layer.weight.reshape(w.shape) - w)
     layer.set_bias(bias.to(w.dtype))
+
+
+def _keep_zeros(codes: Tensor, t: Tensor, zero: Tensor, codebook: Codebook) -> None:
+    """Let weights that are exactly zero, pruned ones say, have the code of zero, and T of LLR too; [C, K], in place."""
+    is_zero = codebook.levels == 0
+    kept = zero & is_zero.any(1)[:, None]
+    codes[kept] = is_zero.to(torch.uint8).argmax(1).to(torch.uint8)[:, None].expand_as(codes)[kept]
+    t[kept] = 0.0
 
 
 def _halves(measure: Callable[..., OutputMoments], middle: int, end: int) -> tuple[OutputMoments, OutputMoments]:
