@@ -70,7 +70,7 @@ ENTRIES = {  # with the weights of the older papers
 }  # fmt: skip
 MODELS: tuple[str, ...] = tuple(ENTRIES)
 RAW_WEIGHTS = Path("checkpoint/vit_raw")  # under the working directory; the layout of AdaLog's repository
-ROW_GROUPS = {"qkv": 3}  # one fused layer for queries, keys and values
+ROW_GROUPS = {"qkv": 3, "in_proj_weight": 3}  # one fused layer for queries, keys and values
 
 
 def load_network(model: str, checkpoint: str | Path | None = None, **settings: Any) -> Network:

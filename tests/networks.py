@@ -11,6 +11,7 @@ from logart.quantization.cache import Captured
 from logart.quantization.capture import Call
 from logart.quantization.clone import clone_sharing
 from logart.quantization.layers import quantize_parameter
+from logart.quantization.layout import WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 
@@ -104,7 +105,8 @@ def small_resnet(seed: int = 0, n_images: int = 16) -> tuple[nn.Module, Tensor]:
 def quantized_twin(layer: nn.Module, n_bits: int, n_codebooks: int | None = None) -> QuantizedWeight:
     """The weight of a copy of a layer, shared with it and still float; a codebook per channel by default."""
     twin = clone_sharing(layer)
-    return quantize_parameter(twin, "weight", n_bits, n_codebooks or len(twin.weight))  # type: ignore[arg-type]
+    channels = WeightUse.by_module(twin, "weight").layout.shape[0]
+    return quantize_parameter(twin, "weight", n_bits, n_codebooks or channels)
 
 
 def calls(x: Tensor) -> Captured:

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from logart.quantization.activation_quantizer import INPUT, attach, quantizers
 from logart.quantization.attention import ATTENTION, OPERANDS, spell_out
 from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
+from logart.quantization.flow import memory_of
 from logart.quantization.folding import drop_batch_norms, replace_module
-from logart.quantization.layers import LAYER_TYPES, quantize_parameter
+from logart.quantization.layers import find_parameter, is_quantized, quantize_parameter, quantized_weight, read_off
+from logart.quantization.layout import Layout, WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.survey import is_plain
 from logart.text import table
@@ -93,7 +95,7 @@ def to_packed(model: nn.Module, info: Mapping[str, Any] | None = None) -> Packed
     layers: dict[str, PackedLayer] = {}
     for name, layer in surgery.quantized_layers(model).items():
         try:
-            layers[name] = packed_layer(layer)
+            layers[_entry_name(name, layer)] = packed_layer(layer)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
     if not layers:
@@ -102,10 +104,19 @@ def to_packed(model: nn.Module, info: Mapping[str, Any] | None = None) -> Packed
     return PackedFile(layers, _rest(model), dict(info))
 
 
+def _entry_name(name: str, layer: QuantizedWeight) -> str:
+    """What a layer is called in a file: by its parameter's full name, where the module has tensors beside its bias."""
+    own = layer.module
+    beside = {*own._parameters, *own._buffers} - {"bias"}
+    return f"{name}.weight" if beside and is_quantized(own) and quantized_weight(own) is layer else name
+
+
 def packed_layer(layer: QuantizedWeight) -> PackedLayer:
     """A layer as a packed file holds it; ValueError while it is not rounded."""
     codes, spec = layer.packed()
-    return PackedLayer(type(layer.module).__name__, layer.shape, layer.n_bits, layer.dtype, codes, spec)
+    as_it_lies = layer.layout.is_plain and layer.shape == layer.parameter_shape
+    kind, layout = type(layer.module).__name__, None if as_it_lies else layer.layout
+    return PackedLayer(kind, layer.shape, layer.n_bits, layer.dtype, codes, spec, layout)
 
 
 def load_packed(
@@ -147,7 +158,8 @@ def load_packed(
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
     """Everything in a network's state that is not a quantized weight."""
-    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+    modules = model.named_modules(remove_duplicate=False)
+    quantized = {name for name, module in modules if isinstance(module, QuantizedWeight)}
     state = model.state_dict()
     rest = {}
     for name, value in state.items():
@@ -168,19 +180,7 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
         if isinstance(layer, nn.Conv2d | nn.Linear) and not is_plain(layer) and packed.kind in _PLAIN:  # baked
             layer = plain_layer(layer, _PLAIN[packed.kind], layer.weight.detach(), layer.bias)
             replace_module(model, name, layer)
-        if layer is None or type(layer) not in LAYER_TYPES or type(layer).__name__ != packed.kind:
-            raise PackedFileError(f"the network has no {packed.kind} {name}")
-        if layer.weight.shape != packed.shape or layer.weight.dtype != packed.dtype:
-            seen, expected = (f"{list(t.shape)} {t.dtype}" for t in (layer.weight, packed))
-            raise PackedFileError(f"layer {name} is {seen} in the network, {expected} in the file")
-        bias = file.rest.get(f"{name}.bias")
-        fits = layer.bias is None if bias is None else (bias.shape, bias.dtype) == (packed.shape[:1], packed.dtype)
-        if not fits:
-            seen = "no bias" if bias is None else f"a bias {list(bias.shape)} {bias.dtype}"
-            raise PackedFileError(f"layer {name} has {seen} in the file, weights {list(packed.shape)} {packed.dtype}")
-        layer.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
-        quantized = quantize_parameter(layer, "weight", packed.n_bits, packed.spec.channels)
-        quantized.set_packed(packed.codes, packed.spec, dequantized_weight=dequantized_weight)
+        _restore_layer(model, name, packed, file.rest.get(f"{name}.bias"), dequantized_weight)
     _restore_quantizers(model, file)
     state = _rest(model)
     for name, tensor in state.items():
@@ -196,6 +196,37 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
     rest = OrderedDict(file.rest)
     rest._metadata = model.state_dict()._metadata  # type: ignore[attr-defined] # torchvision's MNASNet insists on it
     model.load_state_dict(rest, strict=False, assign=True)  # the float network's own tensors stay as they are
+
+
+def _restore_layer(model: nn.Module, name: str, packed: PackedLayer, bias: Tensor | None, dequantize: bool) -> None:
+    """Let a layer read its weight off packed codes, and make room for its bias."""
+    try:
+        module, own = find_parameter(model, name)
+    except AttributeError:
+        module, own = model, ""
+    if not own or type(module).__name__ != packed.kind or is_quantized(module, own):
+        raise PackedFileError(f"the network has no {packed.kind} {name}")
+    parameter = module._parameters[own]
+    assert parameter is not None
+    layout = packed.layout or Layout(tuple(packed.shape), tuple(range(len(packed.shape))))
+    fits = parameter.shape == packed.shape if packed.layout is None else parameter.numel() == packed.shape.numel()
+    if not fits or parameter.dtype != packed.dtype:
+        seen, expected = (f"{list(t.shape)} {t.dtype}" for t in (parameter, packed))
+        raise PackedFileError(f"layer {name} is {seen} in the network, {expected} in the file")
+    if own == "weight" and "bias" in module._parameters:
+        held = module._parameters["bias"]
+        fits = held is None if bias is None else (bias.shape, bias.dtype) == (packed.shape[:1], packed.dtype)
+        if not fits:
+            seen = "no bias" if bias is None else f"a bias {list(bias.shape)} {bias.dtype}"
+            raise PackedFileError(f"layer {name} has {seen} in the file, weights {list(packed.shape)} {packed.dtype}")
+        module._parameters["bias"] = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+    same = surgery.holders(model)[memory_of(parameter)]
+    use = replace(WeightUse.by_module(module, own), layout=layout)
+    quantized = quantize_parameter(module, own, packed.n_bits, packed.spec.channels, use)
+    quantized.set_packed(packed.codes, packed.spec, dequantized_weight=dequantize)
+    for other, its in same:
+        if (other, its) != (module, own):
+            read_off(other, its, quantized)
 
 
 def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 from logart.grids.grid import MAX_BITS, MIN_BITS, CodebookSpec
 from logart.grids.packing import dequantize_packed, packed_bytes, unpack
 from logart.grids.registry import stored_grid
+from logart.quantization.layout import Layout
 
-KINDS = {"Conv2d": 4, "Linear": 2, "Conv2dSame": 4}  # class of the float layer: dimensions of its weight
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 CODES = "codes"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_ENTRY = ("kind", "shape", "bits", "dtype", "grid", "terms")
-_DEFAULTS = {"dtype": "float32", "terms": 0}  # what an entry need not say
+_ENTRY = ("kind", "shape", "bits", "dtype", "grid", "terms", "layout")
+_DEFAULTS = {"dtype": "float32", "terms": 0, "layout": None}  # what an entry need not say
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class PackedLayer:
     """A quantized layer as the file holds it.
 
     Attributes:
-        kind: the class of the float layer, one of `KINDS`.
-        shape: the weight's.
+        kind: the class of the module that holds the weight.
+        shape: the weight's, output channels first.
         n_bits: of a code.
         dtype: of the weight.
         codes: [bytes] uint8.
         spec: of the codebooks, which share the weight's rows evenly, in order.
+        layout: how the module's parameter lies as that weight; None where it is the weight as it is.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class PackedLayer:
     dtype: torch.dtype
     codes: Tensor
     spec: CodebookSpec
+    layout: Layout | None = None
 
     def unpacked(self) -> Tensor:
         """The codes [*shape] uint8."""
@@ -62,7 +64,8 @@ class PackedLayer:
     def entry(self) -> dict[str, Any]:
         """What the metadata says of the layer, beyond `_DEFAULTS`."""
         dtype = str(self.dtype).removeprefix("torch.")
-        values = (self.kind, list(self.shape), self.n_bits, dtype, self.spec.grid.name, self.spec.terms)
+        layout = None if self.layout is None else [list(self.layout.view), list(self.layout.order)]
+        values = (self.kind, list(self.shape), self.n_bits, dtype, self.spec.grid.name, self.spec.terms, layout)
         return {key: value for key, value in zip(_ENTRY, values, strict=True) if value != _DEFAULTS.get(key)}
 
     @classmethod
@@ -75,10 +78,10 @@ class PackedLayer:
         if not isinstance(entry, dict) or {*_DEFAULTS, *entry} != set(_ENTRY):
             raise ValueError(f"{entry!r:.80}; expected {', '.join(_ENTRY)}")
         entry = {**_DEFAULTS, **entry}
-        kind, shape, n_bits, dtype, grid, terms = (entry[name] for name in _ENTRY)
-        if not isinstance(kind, str) or kind not in KINDS:
+        kind, shape, n_bits, dtype, grid, terms, layout = (entry[name] for name in _ENTRY)
+        if not isinstance(kind, str) or not kind.isidentifier():
             raise ValueError(f"kind {kind!r:.40}")
-        if not isinstance(shape, list) or len(shape) != KINDS[kind] or not all(_positive(size) for size in shape):
+        if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not all(_positive(size) for size in shape):
             raise ValueError(f"shape {shape!r:.40}")
         if type(n_bits) is not int or not MIN_BITS <= n_bits <= MAX_BITS:
             raise ValueError(f"bits {n_bits!r:.40}")
@@ -95,7 +98,23 @@ class PackedLayer:
             raise ValueError(f"codes: {seen}; expected {size} bytes")
         weight = torch.Size(shape)
         spec = CodebookSpec.checked(stored_grid(grid), columns, terms, weight, n_bits, DTYPES[dtype])
-        return cls(kind, weight, n_bits, DTYPES[dtype], codes, spec)
+        return cls(kind, weight, n_bits, DTYPES[dtype], codes, spec, _layout(layout, weight))
+
+
+def _layout(said: Any, shape: torch.Size) -> Layout | None:
+    """The layout that an entry says; ValueError where it is none of a weight of this shape."""
+    if said is None:
+        return None
+    try:
+        view, order = said
+        if sorted(order) == list(range(len(view))) and all(_positive(size) for size in view) and len(view) <= 8:
+            for channel_dims in range(1, len(order)):
+                layout = Layout(tuple(view), tuple(order), channel_dims)
+                if layout.shape == shape:
+                    return layout
+    except (IndexError, TypeError, ValueError):
+        pass
+    raise ValueError(f"layout {said!r:.60}")
 
 
 def _narrowest(column: Tensor) -> Tensor:

@@ -22,19 +22,17 @@ class BlockLosses:
     def __init__(
         self, reference: nn.Module, blocks: Sequence[Block], images: Tensor, config: Settings, device: torch.device
     ) -> None:
-        self._reference, self._config, self._head = reference, config, blocks[-1].name
+        self._config, self._head = config, blocks[-1].name
         if config.recon_metric is ReconMetric.HESSIAN_PERTURB:
             self._importance = PerturbationImportance(
                 reference, images[:IMPORTANCE_IMAGES], config.temperature, config.batch_size, device, config.seed
             )
 
-    def of(self, block: Block, output_shape: torch.Size) -> Loss:
-        """The loss of one block, whose outputs have this shape."""
+    def of(self, block: Block, output_shape: torch.Size, channels: int) -> Loss:
+        """The loss of one block, whose outputs have this shape, and its last layer so many channels."""
         if self._config.head_kl and block.name == self._head:
             return kl_divergence
-        weight = self._reference.get_submodule(block.layers[-1]).weight
-        assert isinstance(weight, Tensor)
-        dim = channel_dim(output_shape, len(weight))
+        dim = channel_dim(output_shape, channels)
         if self._config.recon_metric is ReconMetric.MAE:
             return partial(absolute_error, channel_dim=dim)
         if self._config.recon_metric is ReconMetric.MSE:

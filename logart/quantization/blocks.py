@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,22 +40,40 @@ class Block:
     layers: tuple[str, ...]
 
 
-def find_blocks(model: nn.Module, layers: Sequence[str], example: Tensor | Inputs) -> list[Block]:
+def find_blocks(
+    model: nn.Module,
+    layers: Sequence[str],
+    example: Tensor | Inputs,
+    places: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[Block]:
     """Group layers, given in the order they run, into the blocks found and single layers.
 
     Args:
         layers: names of the layers.
         example: a few inputs of the network.
+        places: of a layer, the modules that its weight is used in; without, it is the layer itself. Layers that are
+            used in no one block, nor in a module with no block inside, are left out.
     """
-    return _grouped(layers, _Finder(model, layers, example).blocks())
+    used = [place for layer in layers for place in dict.fromkeys(places.get(layer, [layer]))]
+    blocks = _Finder(model, used, example).blocks()
+    found = _grouped(layers, blocks, places)
+    modules = [b.name for b in found if b.name not in blocks and places.get(b.name, [b.name]) != [b.name]]
+    runs = _look(model, {name: model.get_submodule(name) for name in modules}, example) if modules else {}
+    return [block for block in found if block.name not in modules or runs[block.name].is_usable]
 
 
-def blocks_of_types(model: nn.Module, layers: Sequence[str], block_types: Sequence[str]) -> list[Block]:
+def blocks_of_types(
+    model: nn.Module,
+    layers: Sequence[str],
+    block_types: Sequence[str],
+    places: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[Block]:
     """Group layers, given in the order they run, into blocks of these classes and single layers.
 
     Args:
         layers: names of the layers.
         block_types: class names; of nested blocks the outermost counts. Without any, each layer is one.
+        places: as for `find_blocks`.
 
     Raises:
         NetworkError: the network has none of them.
@@ -65,14 +84,23 @@ def blocks_of_types(model: nn.Module, layers: Sequence[str], block_types: Sequen
             blocks.append(name)
     if block_types and not blocks:
         raise NetworkError(f"no module of type {', '.join(block_types)} in {type(model).__name__}")
-    return _grouped(layers, blocks)
+    return _grouped(layers, blocks, places)
 
 
-def _grouped(layers: Sequence[str], blocks: Sequence[str]) -> list[Block]:
+def _grouped(layers: Sequence[str], blocks: Sequence[str], places: Mapping[str, Sequence[str]]) -> list[Block]:
+    owners = {
+        layer: {next((b for b in blocks if _inside(place, b)), place) for place in places.get(layer, [layer])}
+        for layer in layers
+    }
+    outside = {owner for of_layer in owners.values() for owner in of_layer} - set(blocks)
+    outside = {name for name in outside if not any(_inside(block, name) for block in blocks)}
     members: dict[str, list[str]] = {}
-    for layer in layers:
-        owner = next((block for block in blocks if _inside(layer, block)), layer)
-        members.setdefault(owner, []).append(layer)
+    for layer, of_layer in owners.items():
+        # The outermost of the modules that are blocks for what is used in them; a layer of its own is one of them.
+        into = {next((o for o in sorted(outside, key=len) if _inside(owner, o)), owner) for owner in of_layer}
+        owner = into.pop()
+        if not into and (owner in blocks or owner in outside):
+            members.setdefault(owner, []).append(layer)
     return [Block(name, tuple(inside)) for name, inside in members.items()]
 
 
@@ -87,6 +115,38 @@ class _Run:
     count: int = 0
     call: Call = field(default_factory=lambda: Call((), {}))
     output: Any = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it ran once, on tensors, and gave one."""
+        return self.count == 1 and len(_tensors(self.output)) == 1 and bool(_tensors(self.call))
+
+
+def _look(model: nn.Module, modules: Mapping[str, nn.Module], example: Tensor | Inputs) -> dict[str, _Run]:
+    """How each of the modules runs in one forward."""
+    runs = {name: _Run() for name in modules}
+
+    def enter(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run.count += 1
+        run.call = Call(args, kwargs).copy()
+
+    def leave(run: _Run, output: Any) -> None:
+        run.output = tree_map_only(Tensor, torch.clone, output)
+
+    handles = []
+    for name, run in runs.items():
+        module = modules[name]
+        handles += [
+            module.register_forward_pre_hook(lambda _, a, k, run=run: enter(run, a, k), with_kwargs=True),
+            module.register_forward_hook(lambda _, a, output, run=run: leave(run, output)),
+        ]
+    try:
+        with torch.no_grad():
+            Call.of(example).copy().on(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return runs
 
 
 class _Finder:
@@ -115,34 +175,11 @@ class _Finder:
     @cached_property
     def _runs(self) -> Mapping[str, _Run]:
         """How each of the modules runs in one forward."""
-        runs = {name: _Run() for name in self._modules}
-
-        def enter(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            run.count += 1
-            run.call = Call(args, kwargs).copy()
-
-        def leave(run: _Run, output: Any) -> None:
-            run.output = tree_map_only(Tensor, torch.clone, output)
-
-        handles = []
-        for name, run in runs.items():
-            module = self._modules[name]
-            handles += [
-                module.register_forward_pre_hook(lambda _, a, k, run=run: enter(run, a, k), with_kwargs=True),
-                module.register_forward_hook(lambda _, a, output, run=run: leave(run, output)),
-            ]
-        try:
-            with torch.no_grad():
-                Call.of(self._example).copy().on(self._model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return runs
+        return _look(self._model, self._modules, self._example)
 
     def _usable(self, name: str) -> bool:
         """Whether the module runs once, on tensors, and gives one."""
-        run = self._runs[name]
-        return run.count == 1 and len(_tensors(run.output)) == 1 and bool(_tensors(run.call))
+        return self._runs[name].is_usable
 
     @cached_property
     def _candidates(self) -> list[str]:

@@ -27,6 +27,7 @@ from logart.quantization.cache import Captured, free_bytes
 from logart.quantization.column_rounding import Factor, quadratic_error, round_compensated
 from logart.quantization.damping import Damping, choose_damping, metric, target
 from logart.quantization.dbs import layer_moments, of_all_ranks, per_codebook
+from logart.quantization.layers import get_weight
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import Settings
 from logart.quantization.surgery import quantized_layers
@@ -44,7 +45,7 @@ def matrices_held(config: Settings) -> int:
 def check_room(layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
     """Raise NoRoomError, naming the layer, where second moments and factors do not fit into the memory that is free."""
     for name, layer in layers.items():
-        groups, elements = getattr(layer.module, "groups", 1), layer.shape[1:].numel()
+        groups, elements = layer.groups, layer.shape[1:].numel()
         need = matrices_held(config) * groups * elements**2 * torch.float64.itemsize
         free = free_bytes(layer.rows.device)
         if need > free:
@@ -74,8 +75,9 @@ def compensate_block(
     targets = []
     blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
     for name in block.layers:
-        layer, float_layer = quantized_layers(quantized)[name], reference.get_submodule(name)
-        measure = partial(layer_moments, *blocks, float_layer, layer, *data, batch_size=config.batch_size, shifted=True)
+        layer, float_weight = quantized_layers(quantized)[name], get_weight(reference, name)
+        arguments = (*blocks, float_weight, layer, *data)
+        measure = partial(layer_moments, *arguments, batch_size=config.batch_size, shifted=True)
         estimate = estimate_layer(name, layer, partial(_of_all_ranks, measure), data[0].total, config)
         round_layer(layer, estimate, config.grid, config.grid_options)
         targets.append(estimate.target.to(layer.rows.dtype).reshape(layer.shape))
@@ -146,8 +148,9 @@ def round_layer(layer: QuantizedWeight, estimate: Estimate, grid: Grid, options:
     if options.zero_code:
         _keep_zeros(codes, t, w == 0, codebook.select(rows))
     layer.set_codebook(codebook, codes.reshape(layer.n_codebooks, -1))
-    bias = corrected_bias(layer.bias, estimate.moments, layer.weight.reshape(w.shape) - w)
-    layer.set_bias(bias.to(w.dtype))
+    if layer.bias_name is not None:
+        bias = corrected_bias(layer.bias, estimate.moments, layer.current_rows.reshape(w.shape) - w)
+        layer.set_bias(bias.to(w.dtype))
 
 
 def _keep_zeros(codes: Tensor, t: Tensor, zero: Tensor, codebook: Codebook) -> None:

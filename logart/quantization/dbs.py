@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 
 import torch
-from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from logart import ranks
 from logart.errors import NetworkError
@@ -18,11 +15,14 @@ from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidua
 from logart.grids.search import choose_codebook, squared_error
 from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured
-from logart.quantization.capture import Call, only_tensor, run_to
+from logart.quantization.capture import Call, only_tensor
+from logart.quantization.layers import get_weight
+from logart.quantization.operations import Use
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.settings import SearchMethod, Settings
 from logart.quantization.signs import BatchSigns
 from logart.quantization.surgery import quantized_layers
+from logart.quantization.watching import Watch, uses_of
 
 PROBES = 32  # random sign vectors of BW; with 32 images 1,024 samples, about 4 % of standard error
 # Of unfolded patches held at once, 8 MB in float32: they stay in a processor's cache. Twice K rows at least, so that
@@ -46,10 +46,10 @@ def search_block(
         if data is not None:
             size = config.search_batch_size
             blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
-            float_layer = reference.get_submodule(name)
+            float_weight = get_weight(reference, name)
             if config.search_method is SearchMethod.LAYER_WISE:
                 count = config.grid.n_candidates(layer.n_bits, options.scale_search)
-                measured = layer_error(*blocks, float_layer, layer, *data, candidates=count, batch_size=size)
+                measured = layer_error(*blocks, float_weight, layer, *data, candidates=count, batch_size=size)
             else:
                 try:
                     sensitivity = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed)
@@ -61,6 +61,12 @@ def search_block(
         codebook = choose_codebook(layer.rows, config.grid, layer.n_bits, error=watched, options=options)
         watched.check()
         layer.set_codebook(codebook)
+
+
+def round_without_data(layers: Sequence[QuantizedWeight], config: Settings) -> None:
+    """Give weights the codebooks of least error of themselves, and round them to nearest."""
+    for layer in layers:
+        layer.set_codebook(choose_codebook(layer.rows, config.grid, layer.n_bits, options=config.grid_options))
 
 
 class FiniteErrors:
@@ -114,7 +120,7 @@ def per_codebook(error: ErrorFunction, layer: QuantizedWeight) -> ErrorFunction:
 def layer_error(
     float_block: nn.Module,
     block: nn.Module,
-    float_layer: nn.Module,
+    float_weight: Tensor,
     layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
@@ -123,11 +129,10 @@ def layer_error(
     batch_size: int = 32,
 ) -> ErrorFunction:
     """The LW measure of one layer, from δ [C, K] to [C], for so many candidates; other arguments as `layer_moments`."""
-    arguments = (float_block, block, float_layer, layer, float_inputs, inputs)
-    groups, shape = getattr(layer.module, "groups", 1), layer.shape
-    _, given = run_to(block, layer.module, inputs[:1])
-    rows = inputs.total * given.numel() // shape[0]
-    if moments_are_cheaper(candidates, rows, shape[0] // groups, shape[1:].numel()):
+    arguments = (float_block, block, float_weight, layer, float_inputs, inputs)
+    outputs = sum(use.y.numel() for use in uses_of(block, layer.weight, inputs[:1], layer.n_uses))
+    rows = inputs.total * outputs // layer.shape[0]
+    if moments_are_cheaper(candidates, rows, layer.shape[0] // layer.groups, layer.shape[1:].numel()):
         return of_all_ranks(layer_moments(*arguments, batch_size=batch_size)).error
     return summed(layer_residual(*arguments, batch_size=batch_size).error)
 
@@ -136,7 +141,7 @@ def layer_error(
 def layer_residual(
     float_block: nn.Module,
     block: nn.Module,
-    float_layer: nn.Module,
+    float_weight: Tensor,
     layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
@@ -144,22 +149,53 @@ def layer_residual(
     batch_size: int = 32,
 ) -> OutputResidual:
     """The LW measure of one layer through its outputs; arguments as `layer_moments`."""
-    fed, residual = [], []
+    seen = _Seen(layer.n_uses)
+    residuals = []
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        _, wanted = run_to(float_block, float_layer, float_inputs[batch])
-        x, given = run_to(block, layer.module, inputs[batch])
-        fed.append(wide(x))
-        residual.append(_positions_last(layer.module, wide(wanted) - wide(given)))
-    x = torch.cat(fed)
-    return OutputResidual(lambda delta: _apply(layer.module, x, delta), torch.cat(residual))
+        wanted = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
+        given = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
+        seen.take(given)
+        residuals.append(
+            [use.positions_last(wide(exact.y) - wide(use.y)) for exact, use in zip(wanted, given, strict=True)]
+        )
+    return OutputResidual(seen.outputs, seen.joined(residuals))
+
+
+class _Seen:
+    """What a weight was multiplied with in its operations, batch by batch."""
+
+    def __init__(self, n_uses: int) -> None:
+        self._n_uses = n_uses
+        self._fed: list[list[Tensor]] = [[] for _ in range(n_uses)]
+        self._uses: list[Use] = []
+
+    def take(self, uses: Sequence[Use]) -> None:
+        """Keep a batch."""
+        self._uses = list(uses)
+        for fed, use in zip(self._fed, uses, strict=True):
+            fed.append(wide(use.x.detach()))
+
+    def outputs(self, delta: Tensor) -> Tensor:
+        """X̂δ for a weight δ [C, K], [B, C, positions of all operations]."""
+        if len(self._fed[0]) > 1:
+            self._fed = [[torch.cat(fed)] for fed in self._fed]
+        given = []
+        for (x,), use in zip(self._fed, self._uses, strict=True):
+            x = x.to(torch.promote_types(x.dtype, use.weight.dtype))
+            given.append(use.apply(x, delta.to(x.dtype)))
+        return torch.cat(given, -1) if len(given) > 1 else given[0]
+
+    def joined(self, batches: Sequence[Sequence[Tensor]], dim: int = 0) -> Tensor:
+        """Tensors [..., C, positions] of each operation of each batch, batches in `dim`, as one."""
+        return torch.cat([torch.cat(list(of_uses), -1) if self._n_uses > 1 else of_uses[0] for of_uses in batches], dim)
 
 
 @torch.no_grad()
 def layer_moments(
     float_block: nn.Module,
     block: nn.Module,
-    float_layer: nn.Module,
+    float_weight: Tensor,
     layer: QuantizedWeight,
     float_inputs: Captured,
     inputs: Captured,
@@ -172,73 +208,37 @@ def layer_moments(
     """The LW measure of one layer, which must still hold its float weight, over this rank's images.
 
     Args:
-        float_block, block: what holds the layer in the float network and in the one being quantized.
+        float_block, block: where the weight is used in the float network and in the one being quantized.
+        float_weight, layer: the weight in both.
         float_inputs, inputs: the calls of both, for n images.
         shifted: take `shift` or, without it, the first rows' mean away from all; for moments that are to be `centred`.
         images: which of the images of all ranks; None is all.
     """
-    module, weight = layer.module, layer.weight
-    groups, elements = getattr(module, "groups", 1), weight[0].numel()
-    moments = OutputMoments.zeros(groups, weight.shape[0], elements, weight.device)
+    channels, elements = layer.shape[0], layer.shape[1:].numel()
+    moments = OutputMoments.zeros(layer.groups, channels, elements, layer.weight.device)
     moments.shift = shift
     own = inputs.own(range(inputs.total) if images is None else images)
     for start in own[::batch_size]:
         batch = slice(start, min(start + batch_size, own.stop))
-        _, wanted = run_to(float_block, float_layer, float_inputs[batch])
-        x, given = run_to(block, module, inputs[batch])
-        residual = _positions_last(module, wide(wanted) - wide(given))
-        step = max(1, max(_PATCH_ELEMENTS // (groups * elements), 2 * elements) // residual.shape[2])
-        for first in range(0, len(x), step):
-            patches = unfold(module, wide(x[first : first + step]))
-            if shifted and moments.shift is None:
-                mean = patches.mean(1, dtype=torch.float64).to(patches)
-                moments.shift = ranks.from_first(mean.cpu()).to(patches)
-            part = residual[first : first + step].unflatten(1, (groups, -1))
-            moments.add(patches, part.permute(1, 2, 0, 3).flatten(2).mT)
+        wanted = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
+        given = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
+        for exact, use in zip(wanted, given, strict=True):
+            _add(moments, use, use.positions_last(wide(exact.y) - wide(use.y)), shifted)
     if shifted and moments.shift is None:  # this rank has none of these images
-        moments.shift = ranks.from_first(None).to(weight.device)
+        moments.shift = ranks.from_first(None).to(layer.weight.device)
     return moments
 
 
-def unfold(layer: nn.Module, x: Tensor) -> Tensor:
-    """The rows that a layer's weight is multiplied with.
-
-    Args:
-        layer: a Conv2d (any stride, padding, padding mode, dilation, groups) or Linear.
-        x: its input, [B, Cin, H, W] or [B, ..., Cin].
-
-    Returns:
-        [groups, n, K], n = B·positions, K = the weight's elements per output channel.
-    """
-    if not isinstance(layer, nn.Conv2d):
-        return x.reshape(1, -1, x.shape[-1])
-    x = _padded(layer, x).contiguous()
-    images, channels, *size = x.shape
-    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    positions = [(n - r - 1) // s + 1 for n, r, s in zip(size, reach, layer.stride, strict=True)]
-    *strides, row, column = x.stride()
-    windows = x.as_strided(
-        (channels, *layer.kernel_size, images, *positions),
-        (strides[1], layer.dilation[0] * row, layer.dilation[1] * column, strides[0])
-        + (layer.stride[0] * row, layer.stride[1] * column),
-        x.storage_offset(),
-    )
-    return windows.reshape(layer.groups, channels // layer.groups * prod(layer.kernel_size), -1).mT
-
-
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution's input with its padding made explicit."""
-    if isinstance(layer, Conv2dSame):
-        return pad_same(x, layer.kernel_size, layer.stride, layer.dilation)  # type: ignore[arg-type]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-
-
-def _positions_last(layer: nn.Module, y: Tensor) -> Tensor:
-    """A layer's output as [B, C, positions]: channels are dimension 1 of a convolution's, the last of a linear's."""
-    if isinstance(layer, nn.Conv2d):
-        return y.flatten(2)
-    return y.reshape(len(y), -1, y.shape[-1]).mT
+def _add(moments: OutputMoments, use: Use, residual: Tensor, shifted: bool) -> None:
+    x, groups, elements = use.x, use.groups, use.elements
+    step = max(1, max(_PATCH_ELEMENTS // (groups * elements), 2 * elements) // residual.shape[2])
+    for first in range(0, len(x), step):
+        patches = use.rows(wide(x[first : first + step]))
+        if shifted and moments.shift is None:
+            mean = patches.mean(1, dtype=torch.float64).to(patches)
+            moments.shift = ranks.from_first(mean.cpu()).to(patches)
+        part = residual[first : first + step].unflatten(1, (groups, -1))
+        moments.add(patches, part.permute(1, 2, 0, 3).flatten(2).mT)
 
 
 def block_sensitivity(
@@ -253,57 +253,41 @@ def block_sensitivity(
 ) -> BlockSensitivity:
     """The BW measure of one layer, which must still hold its float weight; arguments as `layer_moments`."""
     signs = BatchSigns(seed, inputs.total, batch_size)
-    x, pulls, probes = [], [], []
+    seen, pulls, probes = _Seen(layer.n_uses), [], []
     for images in ranks.own_batches(inputs.total, batch_size):
         own = inputs.own(images)
         batch, draw = slice(own.start, own.stop), partial(signs.of, images, draws=PROBES)
-        seen, vjp, *along = _vjps(float_block, block, layer.module, float_inputs[batch], inputs[batch], draw)
-        x.append(wide(seen))
-        pulls.append(wide(vjp))
-        probes.append(wide(torch.stack(along)))
-    fed = torch.cat(x)
-    return BlockSensitivity(lambda delta: _apply(layer.module, fed, delta), torch.cat(pulls), torch.cat(probes, dim=1))
+        uses, vjp, along = _vjps(float_block, block, layer, float_inputs[batch], inputs[batch], draw)
+        seen.take(uses)
+        pulls.append([wide(each) for each in vjp])
+        probes.append([wide(each) for each in along])
+    return BlockSensitivity(seen.outputs, seen.joined(pulls), seen.joined(probes, 1))
 
 
 def _vjps(
     float_block: nn.Module,
     block: nn.Module,
-    layer: nn.Module,
+    layer: QuantizedWeight,
     float_inputs: Call,
     inputs: Call,
     draw: Callable[[Tensor], list[Tensor]],
-) -> list[Tensor]:
-    """One batch: the layer's input, then Jᵀr and each probe's Jᵀv as [B, C, positions]; `draw` gives v."""
-    seen: list[Tensor] = []
+) -> tuple[list[Use], list[Tensor], list[Tensor]]:
+    """One batch: a weight's operations, and of each Jᵀr [B, C, positions] and the probes' Jᵀv [probes, B, C, ...]."""
+    uses: list[Use] = []
 
-    def watch(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.extend((args[0].detach(), output.detach().requires_grad_()))
-        return seen[1].clone()  # autograd forbids an in-place activation on a leaf
+    def watch(_: str, use: Use) -> Tensor:
+        use.x = use.x.detach().clone() if layer.n_uses > 1 else use.x.detach()
+        use.y = use.y.detach().requires_grad_()
+        uses.append(use)
+        return use.y.clone()  # autograd forbids an in-place activation on a leaf
 
-    handle = layer.register_forward_hook(watch)
-    try:
-        with torch.enable_grad():
-            z = only_tensor(inputs.copy().on(block), block)
-    finally:
-        handle.remove()
+    with torch.enable_grad(), Watch({"": layer.weight}, watch):
+        z = only_tensor(inputs.copy().on(block), block)
     with torch.no_grad():
         residual = only_tensor(float_inputs.copy().on(float_block), float_block) - z
     if not z.requires_grad:
         raise NetworkError("no gradient reaches it from its block's output, under no_grad or a checkpoint, say")
-    x, y = seen
-    along = [residual, *draw(z)]
-    pulls = [_positions_last(layer, torch.autograd.grad(z, y, v, retain_graph=True)[0]) for v in along]
-    return [x, *pulls]
-
-
-@torch.no_grad()
-def _apply(layer: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """X̂δ: the layer's output for the weight δ [C, K] and no bias, [B, C, positions]."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    x = x.to(torch.promote_types(x.dtype, weight.dtype))
-    delta = delta.to(x.dtype).reshape(weight.shape)
-    if isinstance(layer, nn.Conv2d):
-        y = F.conv2d(_padded(layer, x), delta, None, layer.stride, 0, layer.dilation, layer.groups)
-        return _positions_last(layer, y)
-    return _positions_last(layer, F.linear(x, delta))
+    outputs = [use.y for use in uses]
+    pulls = [torch.autograd.grad(z, outputs, v, retain_graph=True) for v in [residual, *draw(z)]]
+    each = [[use.positions_last(pull) for pull in own] for use, own in zip(uses, zip(*pulls, strict=True), strict=True)]
+    return uses, [own[0] for own in each], [torch.stack(own[1:]) for own in each]

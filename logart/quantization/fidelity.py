@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from logart.grids.rounding import nearest
+from logart.quantization.layers import find_parameter, get_weight
+from logart.quantization.operations import Use
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
+from logart.quantization.watching import Watch
 
 N_IMAGES = 64  # of either kind: outputs have many positions, and so few tell layers apart
 _AT_ONCE = 8  # images: a batch's outputs of all layers are held
@@ -24,7 +26,7 @@ KINDS = ("calibration, nearest", "calibration, final", "held out, nearest", "hel
 def layer_output_errors(
     reference: nn.Module, quantized: nn.Module, calibration: Tensor | None, held_out: Tensor | None
 ) -> dict[str, tuple[float | None, ...]]:
-    """Of every quantized layer that runs as a module its output errors, in the order of `KINDS`; None: not measured.
+    """Of every quantized layer whose operation is seen its output errors, in the order of `KINDS`; None: not measured.
 
     An error is Σ(y - ŷ)² / Σ(y - mean y)², y the layer's outputs in the float network and ŷ those in the quantized
     one, behind its quantized prefix; means are per channel. "nearest" takes the same codebooks with codes rounded to
@@ -50,40 +52,31 @@ def layer_output_errors(
 @torch.no_grad()
 def output_errors(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
     """The relative squared error of each quantized layer's output on images [n, ...], see `layer_output_errors`."""
-    sums: dict[str, _Sums] = {}
-    waiting: dict[str, list[Tensor]] = {}
-    with ExitStack() as hooks:
-        for name in quantized_layers(quantized):
-            of = sums.setdefault(name, _Sums())
-            taken = waiting.setdefault(name, [])
-            hooks.callback(reference.get_submodule(name).register_forward_hook(partial(_keep, taken)).remove)
-            hooks.callback(quantized.get_submodule(name).register_forward_hook(partial(_compare, taken, of.add)).remove)
-        device = next(quantized.parameters()).device
-        for batch in images.split(_AT_ONCE):
+    layers = quantized_layers(quantized)
+    sums = {name: _Sums() for name in layers}
+    waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str, use: Use) -> None:
+        waiting[name].append(_channels_last(use).clone())
+
+    def compare(name: str, use: Use) -> None:
+        if waiting[name]:
+            sums[name].add(waiting[name].pop(0), _channels_last(use))
+
+    device = next(quantized.parameters()).device
+    float_weights = {name: get_weight(reference, name) for name in layers}
+    weights = {name: layer.weight for name, layer in layers.items()}
+    for batch in images.split(_AT_ONCE):
+        with Watch(float_weights, keep):
             reference(batch.to(device, copy=True))  # some networks normalise in place
+        with Watch(weights, compare):
             quantized(batch.to(device, copy=True))
     return {name: of.relative() for name, of in sums.items() if of.count}
 
 
-def _keep(taken: list[Tensor], module: nn.Module, args: object, output: Tensor) -> None:
-    taken.append(_channels_last(module, output).clone())
-
-
-def _compare(
-    taken: list[Tensor], add: Callable[[Tensor, Tensor], None], module: nn.Module, args: object, output: Tensor
-) -> None:
-    add(taken.pop(0), _channels_last(module, output))
-
-
-def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
-    """A layer's output as [n·positions, C]."""
-    return (output.movedim(1, -1) if isinstance(module, nn.Conv2d) else output).reshape(-1, _channels(module))
-
-
-def _channels(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return len(weight)
+def _channels_last(use: Use) -> Tensor:
+    """An operation's output as [n·positions, C]."""
+    return use.positions_last(use.y).mT.reshape(-1, use.channels)
 
 
 class _Sums:
@@ -111,10 +104,11 @@ def _rounded_to_nearest(reference: nn.Module, quantized: nn.Module) -> Iterator[
     with ExitStack() as undo:
         for name, layer in quantized_layers(quantized).items():
             undo.callback(layer.snapshot())
-            _round_to_nearest(layer, reference.get_submodule(name))
+            _round_to_nearest(layer, find_parameter(reference, name)[0])
         yield
 
 
 def _round_to_nearest(layer: QuantizedWeight, float_layer: nn.Module) -> None:
     layer.set_codes(nearest(layer.rows, layer.codebook))
-    layer.module.bias = float_layer.bias
+    if layer.bias_name is not None:
+        layer.module._parameters[layer.bias_name] = float_layer._parameters.get(layer.bias_name)

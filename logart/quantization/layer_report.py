@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -74,6 +74,8 @@ class Report:
     Attributes:
         layers: one entry per quantized layer, in the order they run.
         skipped: (name, reason) of every weight that stays float, by the name of its layer or its own.
+        blind: by name why a quantized weight was rounded to nearest without data: what it is multiplied with is not
+            seen in any one block.
         n_weights: elements of all the network's weights, quantized or not; see `survey.Survey`.
         baked: names of the layers whose weight was computed from parameters alone, and is a parameter now.
         folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
@@ -87,6 +89,7 @@ class Report:
 
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    blind: dict[str, str] = field(default_factory=dict)
     n_weights: int = 0
     baked: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
@@ -132,6 +135,13 @@ class Report:
         more = len(self.skipped) - len(names)
         return f"{line}; float: {', '.join(names)}" + f" and {more} more" * (more > 0)
 
+    def blind_line(self) -> str:
+        """Which weights were rounded without data, in a line; empty where none was."""
+        names = [f"{name} ({reason})" for name, reason in list(self.blind.items())[:3]]
+        more = len(self.blind) - len(names)
+        what = f"rounded to nearest without data: {', '.join(names)}" + f" and {more} more" * (more > 0)
+        return what if names else ""
+
     def gap_line(self) -> str:
         """Which layers do worse on images that they were not calibrated on, in a line; empty where none does."""
         gaps = [layer for layer in self.layers if layer.overfits]
@@ -157,7 +167,9 @@ class Report:
 
     def info(self) -> dict[str, Any]:
         """What a packed file says of the whole network, as JSON can say it."""
-        info: dict[str, Any] = {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)}
+        info: dict[str, Any] = {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)} | (
+            {"rounded_without_data": self.blind} if self.blind else {}
+        )
         if self.activations:
             info["activations"] = {one.name: one.as_dict() for one in self.activations}
             info["float_products"] = dict(self.float_products)
@@ -188,37 +200,41 @@ def layer_reports(
     quantized: nn.Module,
     blocks: list[Block],
     output_errors: Mapping[str, tuple[float | None, ...]] = MappingProxyType({}),
+    blind: Iterable[str] = (),
 ) -> list[LayerReport]:
-    """The report of every layer of a network that was quantized and still knows its float weights."""
+    """The report of every layer of a network that was quantized and still knows its float weights.
+
+    Args:
+        output_errors: see `fidelity.layer_output_errors`.
+        blind: the layers in no block.
+    """
     layers = surgery.quantized_layers(quantized)
-    reports = []
-    for block in blocks:
-        for name in block.layers:
-            layer = layers[name]
-            w, codebook, codes = layer.rows, layer.codebook, layer.codes
-            assert codes is not None
-            plain = nearest(w, codebook)
-            energy = max(float(w.double().square().sum()), 1e-300)
-            final, zero = layer.weight.reshape(w.shape).double() - w.double(), w == 0
-            mix = base_mix(codebook.spec)
-            reports.append(
-                LayerReport(
-                    name=name,
-                    shape=tuple(layer.shape),
-                    n_bits=layer.n_bits,
-                    block=block.name,
-                    base_mix=mix,
-                    error_nearest=float(rounding_error(w, codebook).square().sum()) / energy,
-                    error=float(final.square().sum()) / energy,
-                    n_changed_codes=int((codes.reshape(w.shape) != plain).sum()),
-                    histogram=weight_histogram(layer),
-                    zeros=int(zero.sum()),
-                    zeros_lost=int((zero & (final != 0)).sum()),
-                    **_generalisation(layer),
-                    output_errors=output_errors.get(name, ()),
-                )
-            )
-    return reports
+    owners = {name: block.name for block in blocks for name in block.layers} | dict.fromkeys(blind, "")
+    return [_report(name, layers[name], block, output_errors.get(name, ())) for name, block in owners.items()]
+
+
+def _report(
+    name: str, layer: QuantizedWeight, block: str, output_errors: tuple[float | None, ...]
+) -> LayerReport:
+    w, codebook, codes = layer.rows, layer.codebook, layer.codes
+    assert codes is not None
+    energy = max(float(w.double().square().sum()), 1e-300)
+    final, zero = layer.current_rows.double() - w.double(), w == 0
+    return LayerReport(
+        name=name,
+        shape=tuple(layer.shape),
+        n_bits=layer.n_bits,
+        block=block,
+        base_mix=base_mix(codebook.spec),
+        error_nearest=float(rounding_error(w, codebook).square().sum()) / energy,
+        error=float(final.square().sum()) / energy,
+        n_changed_codes=int((codes.reshape(w.shape) != nearest(w, codebook)).sum()),
+        histogram=weight_histogram(layer),
+        zeros=int(zero.sum()),
+        zeros_lost=int((zero & (final != 0)).sum()),
+        **_generalisation(layer),
+        output_errors=output_errors,
+    )
 
 
 def weight_histogram(layer: QuantizedWeight) -> tuple[int, ...]:

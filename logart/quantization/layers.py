@@ -16,6 +16,7 @@ from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
+from logart.quantization.layout import WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.weight_state import PREFIX, layer_name
 
@@ -61,14 +62,25 @@ def _blank(kind: Any, names: tuple[str, ...]) -> nn.Module:
     return made.__new__(made)  # type: ignore[no-any-return]
 
 
-def quantize_parameter(module: nn.Module, name: str, n_bits: int, n_codebooks: int) -> QuantizedWeight:
-    """Let a parameter be read off a codebook from here on; what is returned still holds the float weight."""
-    weight = QuantizedWeight(module, name, n_bits, n_codebooks)
+def quantize_parameter(
+    module: nn.Module, name: str, n_bits: int, n_codebooks: int, use: WeightUse | None = None
+) -> QuantizedWeight:
+    """Let a parameter be read off a codebook from here on; what is returned still holds the float weight.
+
+    Args:
+        use: how it is used; without it, as torch's own layers use their weight.
+    """
+    weight = QuantizedWeight(module, name, n_bits, n_codebooks, use or WeightUse.by_module(module, name))
+    read_off(module, name, weight)
+    return weight
+
+
+def read_off(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    """Let a parameter be read off a quantized weight, which may be that of another module, too."""
     del module._parameters[name]
     kind: Any = getattr(module, "_float_type", type(module))
     module.__class__ = _subclass(kind, (*getattr(module, "_read_off_codes", ()), name))
     module.add_module(PREFIX + name, weight)
-    return weight
 
 
 def plain_parameters(module: nn.Module) -> None:
@@ -108,6 +120,14 @@ def find_parameter(model: nn.Module, layer: str) -> tuple[nn.Module, str]:
         if module is not None and (own in module._parameters or is_quantized(module, own)):
             return module, own
     raise AttributeError(f"{type(model).__name__} has no weight {layer}")
+
+
+def get_weight(model: nn.Module, layer: str) -> Tensor:
+    """The weight of a layer's name as it is read now."""
+    module, name = find_parameter(model, layer)
+    weight = getattr(module, name)
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 @contextmanager

@@ -10,8 +10,9 @@ outputs beside the float outputs. What libraries take for themselves is not in i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from logart.quantization.blocks import Block
 from logart.quantization.cache import MemoryEstimate
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources
+from logart.quantization.layers import find_parameter, get_weight
+from logart.quantization.layout import WeightUse
 from logart.quantization.rounding_methods import BlockSize
 
 
@@ -34,6 +37,7 @@ def estimate_memory(
     sources: Sequence[Sources | None],
     example: Tensor,
     config: QuantConfig,
+    uses: Mapping[str, WeightUse] = MappingProxyType({}),
 ) -> dict[str, MemoryEstimate]:
     """The most that each block of a float network will take, by name.
 
@@ -41,8 +45,9 @@ def estimate_memory(
         reference: the float network.
         sources: of `trace_sources`.
         example: a few images [n, ...] on its device.
+        uses: how weights are used, where it is not as torch's own layers use theirs.
     """
-    sizes = block_sizes(reference, blocks, example)
+    sizes = block_sizes(reference, blocks, example, uses)
     stages = [stage for stage in config.stages if stage.needs(config)]
     largest = max(size.largest for size in sizes)
     forward = 4 * largest * max((stage.images(config)[1] for stage in stages), default=0)
@@ -58,7 +63,9 @@ def estimate_memory(
 
 
 @torch.no_grad()
-def block_sizes(model: nn.Module, blocks: Sequence[Block], example: Tensor) -> list[BlockSize]:
+def block_sizes(
+    model: nn.Module, blocks: Sequence[Block], example: Tensor, uses: Mapping[str, WeightUse]
+) -> list[BlockSize]:
     """The sizes of a network's blocks, from one forward of `example`."""
     made = {block.name: _Made() for block in blocks}
     handles = []
@@ -76,7 +83,7 @@ def block_sizes(model: nn.Module, blocks: Sequence[Block], example: Tensor) -> l
         for seen in made.values():
             if seen.inside:  # the forward raised in this block
                 seen.leave()
-    return [made[block.name].size(model, block, len(example)) for block in blocks]
+    return [made[block.name].size(model, block, len(example), uses) for block in blocks]
 
 
 class _Made(TorchDispatchMode):
@@ -106,12 +113,10 @@ class _Made(TorchDispatchMode):
                 self.largest = max(self.largest, tensor.nbytes)
         return result
 
-    def size(self, model: nn.Module, block: Block, images: int) -> BlockSize:
-        layers = [model.get_submodule(name) for name in block.layers]
-        weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-        grams = (
-            getattr(layer, "groups", 1) * weight[0].numel() ** 2 for layer, weight in zip(layers, weights, strict=True)
-        )
+    def size(self, model: nn.Module, block: Block, images: int, uses: Mapping[str, WeightUse]) -> BlockSize:
+        weights = [get_weight(model, name) for name in block.layers]
+        known = (uses.get(name) or WeightUse.by_module(*find_parameter(model, name)) for name in block.layers)
+        grams = (use.groups * use.layout.shape[1:].numel() ** 2 for use in known)
         return BlockSize(
             inputs=self.inputs // images,
             outputs=self.outputs // images,

@@ -28,11 +28,13 @@ from logart.quantization.cache import Cache
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources, trace_sources
+from logart.quantization.dbs import round_without_data
 from logart.quantization.fidelity import layer_output_errors
 from logart.quantization.folding import fold_batch_norms
 from logart.quantization.images import gather_images
 from logart.quantization.inputs import Inputs, taking_inputs
 from logart.quantization.layer_report import Report, layer_reports
+from logart.quantization.layout import WeightUse
 from logart.quantization.memory import estimate_memory
 from logart.quantization.modes import autocast_inside, own_modes
 from logart.quantization.quantized_weight import QuantizedWeight
@@ -43,6 +45,8 @@ from logart.quantization.sensitivity import budgeted_bits
 from logart.quantization.state import StageResult, StageStore, Stored
 from logart.quantization.survey import Survey, survey
 from logart.runtime import progress_bar
+
+NO_BLOCK = "is used in several places, which no one block holds"
 
 
 def quantize_model(
@@ -112,25 +116,32 @@ def quantize_model(
         names = [name for name in seen.layers if name not in dict(report.skipped)]
         if not names:
             raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
+        seeing = [name for name in names if name not in seen.blind]
         blocks = (
-            find_blocks(reference, names, example)
+            find_blocks(reference, seeing, example, seen.places)
             if block_types is None
-            else blocks_of_types(reference, names, block_types)
+            else blocks_of_types(reference, seeing, block_types, seen.places)
         )
+        placed = {name for block in blocks for name in block.layers}
+        report.blind = {name: seen.blind.get(name, NO_BLOCK) for name in names if name not in placed}
         stage_store = stage_store or StageStore()
         bits = config.bits_of(names, [*seen.inputs, *seen.heads])
         if config.has_budget:
-            named = config.named_bits(names, [*seen.inputs, *seen.heads])
-            bits = stage_store.bits(lambda: budgeted_bits(reference, names, named, images, config, row_groups, device))
+            named = dict.fromkeys(report.blind, config.n_bits) | config.named_bits(names, [*seen.inputs, *seen.heads])
+            how = (images, config, row_groups, seen.uses, device)
+            bits = stage_store.bits(lambda: budgeted_bits(reference, names, named, *how))
         on_stage_end("float", reference)
         quantized = clone_sharing(reference)
         if several:
             stack.enter_context(taking_inputs(quantized))
-        surgery.replace_layers(quantized, bits, config.channel_wise, row_groups)
+        surgery.replace_layers(quantized, bits, config.channel_wise, row_groups, seen.uses)
         surgery.check_replaced(quantized, example, seen)
+        round_without_data([surgery.quantized_layers(quantized)[name] for name in report.blind], config)
         cache = Cache(device) if cache is None else cache
-        bits_a = config.activation_bits(names, seen.inputs, seen.heads)
-        work = _Work(reference, quantized, blocks, images, config, device, quiet, cache, stage_store, bits_a)
+        bits_a = config.activation_bits([name for name in names if name in seen.modules], seen.inputs, seen.heads)
+        work = _Work(
+            reference, quantized, blocks, images, config, device, quiet, cache, stage_store, bits_a, seen.uses
+        )
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
             for stage in config.stages:
@@ -143,7 +154,7 @@ def quantize_model(
                 on_stage_end(stage.event, quantized)
         seen_images = images if config.images_needed else None
         output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images)
-        report.layers = layer_reports(quantized, blocks, output_errors)
+        report.layers = layer_reports(quantized, blocks, output_errors, report.blind)
         report.activations, report.float_products = activation_reports(quantized), work.float_products
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
     quantized.packed_info = info  # type: ignore[assignment]
@@ -188,6 +199,7 @@ class _Work:
     cache: Cache
     stage_store: StageStore
     bits_a: Mapping[str, int]
+    uses: Mapping[str, WeightUse]
     float_products: list[tuple[str, str]] = field(default_factory=list)
     _sources: list[Sources | None] = field(default_factory=list)
     _rows: list[BlockRows] = field(default_factory=list)
@@ -203,7 +215,7 @@ class _Work:
         modules = {block.name: self.reference.get_submodule(block.name) for block in self.blocks}
         self._sources = trace_sources(self.reference, list(modules.values()), example)
         self._rows = trace_rows(self.reference, modules, example)
-        needs = estimate_memory(self.reference, self.blocks, self._sources, example, self.config)
+        needs = estimate_memory(self.reference, self.blocks, self._sources, example, self.config, self.uses)
         message = self.cache.choose(needs)
         if not self.quiet:
             print(message, flush=True)
@@ -281,7 +293,7 @@ class _Work:
         return surgery.quantized_layers(self.quantized)
 
     def _loss(self, block: Block, shape: torch.Size) -> Loss:
-        return self._losses.of(block, shape)
+        return self._losses.of(block, shape, self._layers[block.layers[-1]].shape[0])
 
     @cached_property
     def _losses(self) -> BlockLosses:

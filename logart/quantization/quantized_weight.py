@@ -20,6 +20,7 @@ from logart.grids.packing import dequantize_packed, pack, packed_bytes
 from logart.grids.plain import stored_spec
 from logart.grids.rounding import dequantize, nearest
 from logart.quantization.damping import Damping
+from logart.quantization.layout import Layout, WeightUse
 from logart.quantization.soft_rounding import SoftRounding
 from logart.quantization.weight_state import describe, described, name_of
 
@@ -37,7 +38,10 @@ class QuantizedWeight(nn.Module):
         spec: what the codebooks are made of.
         damping: how compensated rounding chose it, where it did.
         n_codebooks: G; rows of the weight are split evenly among codebooks, in order.
-        shape: the weight's.
+        layout: how the parameter is a matrix, channels first.
+        shape: the weight's, channels first, as that of its codes.
+        parameter_shape: the parameter's.
+        groups, n_uses, bias_name: see `WeightUse`.
         packed_codes: in a loaded network the packed codes [bytes] uint8, in place of codes and levels.
         dtype_marker: [0]; its type is what the user moved a loaded network to, as torch moves every buffer.
     """
@@ -54,10 +58,15 @@ class QuantizedWeight(nn.Module):
     damping: Damping | None
     n_codebooks: int
     n_bits: int
+    layout: Layout
+    groups: int
+    n_uses: int
+    bias_name: str | None
     shape: torch.Size
+    parameter_shape: torch.Size
     dtype: torch.dtype
 
-    def __init__(self, module: nn.Module, name: str, n_bits: int, n_codebooks: int) -> None:
+    def __init__(self, module: nn.Module, name: str, n_bits: int, n_codebooks: int, use: WeightUse) -> None:
         """Still holding the float weight: the parameter `name` of `module`."""
         super().__init__()
         weight = getattr(module, name)
@@ -70,7 +79,9 @@ class QuantizedWeight(nn.Module):
             self.register_buffer(buffer, None, persistent=False)
         self.register_module("soft", None)
         self.n_bits, self.n_codebooks = n_bits, n_codebooks
-        self.shape, self.dtype, self.spec, self.damping = weight.shape, weight.dtype, None, None
+        self.layout, self.groups, self.n_uses, self.bias_name = use.layout, use.groups, use.n_uses, use.bias
+        self.shape, self.parameter_shape = use.layout.shape, weight.shape
+        self.dtype, self.spec, self.damping = weight.dtype, None, None
 
     @property
     def module(self) -> nn.Module:
@@ -79,12 +90,13 @@ class QuantizedWeight(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """What the module adds to the product with the weight."""
-        return self.module._parameters.get("bias")
+        """What the module adds to the product with the weight, where it can be corrected."""
+        return None if self.bias_name is None else self.module._parameters.get(self.bias_name)
 
     def set_bias(self, bias: Tensor) -> None:
-        """Let the module add this."""
-        self.module.bias = nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        """Let the module add this; only where it has a place for it (`bias_name`)."""
+        assert self.bias_name is not None
+        self.module._parameters[self.bias_name] = nn.Parameter(bias, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
@@ -100,7 +112,18 @@ class QuantizedWeight(nn.Module):
     @property
     def rows(self) -> Tensor:
         """The float weight as the matrix [G, M] that the core's functions take."""
-        return self._float_weight.detach().reshape(self.n_codebooks, -1)
+        return self._rows_of(self._float_weight)
+
+    @property
+    def current_rows(self) -> Tensor:
+        """What the module reads now as that matrix."""
+        return self._rows_of(self.weight)
+
+    def _rows_of(self, parameter: Tensor) -> Tensor:
+        return self.layout.channels_first(parameter.detach()).reshape(self.n_codebooks, -1)
+
+    def _as_parameter(self, weight: Tensor) -> Tensor:
+        return self.layout.as_parameter(weight, self.parameter_shape)
 
     @property
     def _float_weight(self) -> nn.Parameter:
@@ -145,14 +168,14 @@ class QuantizedWeight(nn.Module):
         assert target is None or self.codes is not None
         codes = None if target is None or self.codes is None else self.codes.reshape(rows.shape)
         self.soft = SoftRounding(towards, self.codebook, codes)
-        self.soft_weight = self.rows.reshape(self.shape)
+        self.soft_weight = self._as_parameter(self.rows)
         return self.soft
 
     def update_soft_weight(self, beta: float | None) -> Tensor:
         """Compute the soft weights for the next forward; returns their rounding penalty (see `soft_round`)."""
         assert self.soft is not None
         soft, penalty = self.soft(beta)
-        self.soft_weight = soft.reshape(self.shape).to(self.rows.dtype)
+        self.soft_weight = self._as_parameter(soft).to(self._float_weight.dtype)
         return penalty  # type: ignore[no-any-return]
 
     def codes_now(self) -> Tensor:
@@ -191,7 +214,8 @@ class QuantizedWeight(nn.Module):
 
         def restore() -> None:
             self.__setstate__(kept)
-            self.module.bias = bias  # type: ignore[assignment]
+            if self.bias_name is not None:
+                self.module._parameters[self.bias_name] = bias
 
         return restore
 
@@ -207,13 +231,13 @@ class QuantizedWeight(nn.Module):
         return self
 
     def dequantize(self) -> Tensor:
-        """What the codes stand for, in the weight's shape; of packed codes in the type it was moved to."""
+        """What the codes stand for, in the parameter's shape; of packed codes in the type it was moved to."""
         if self.packed_codes is not None and self.spec is not None and self.dtype_marker is not None:
             weight = dequantize_packed(self.packed_codes, self.spec, self.shape, self.n_bits, self.dtype)
-            return weight.to(self.dtype_marker.dtype)
+            return self._as_parameter(weight.to(self.dtype_marker.dtype))
         assert self.codes is not None and self.levels is not None
         rows = self.codes.reshape(self.n_codebooks, -1)
-        return dequantize(rows, self.levels).to(self.dtype).reshape(self.shape)
+        return self._as_parameter(dequantize(rows, self.levels).to(self.dtype))
 
     def discard_float_weight(self) -> None:
         """Forget the float weight: from here on the codes are all there is."""

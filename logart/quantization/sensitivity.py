@@ -9,8 +9,7 @@ Hessian of the divergence by the logits, diag(p) - ppᵀ. ‖LᵀJd‖² is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,8 +25,11 @@ from logart.quantization.budget import Budget, allocate_bits
 from logart.quantization.clone import clone_sharing
 from logart.quantization.compensate import estimate_layer, round_layer
 from logart.quantization.config import QuantConfig
-from logart.quantization.dbs import unfold
+from logart.quantization.layers import get_weight
+from logart.quantization.layout import WeightUse
+from logart.quantization.operations import Use
 from logart.quantization.quantized_weight import QuantizedWeight
+from logart.quantization.watching import Watch
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 SENSITIVITY_IMAGES = 128
@@ -45,6 +47,7 @@ def budgeted_bits(
     images: Tensor,
     config: QuantConfig,
     row_groups: Mapping[str, int],
+    uses: Mapping[str, WeightUse],
     device: torch.device,
 ) -> dict[str, int]:
     """The width of each layer within the budget of `config`; other arguments as `layer_effects`.
@@ -57,10 +60,10 @@ def budgeted_bits(
         SettingError: no widths keep to the budget.
     """
     free = [name for name in layers if name not in named]
-    weights = {name: reference.get_parameter(f"{name}.weight").numel() for name in layers}
+    weights = {name: get_weight(reference, name).numel() for name in layers}
     budget = Budget(weights, config.bits_budget, config.size_budget)
     budget.check({name: WIDTHS for name in free} | {name: [bits] for name, bits in named.items()})
-    effects = layer_effects(reference, free, images, config, row_groups, device)
+    effects = layer_effects(reference, free, images, config, row_groups, uses, device)
     effects |= {name: {bits: 0.0} for name, bits in named.items()}
     bits = allocate_bits(effects, budget)
     return {name: bits[name] for name in layers}
@@ -72,6 +75,7 @@ def layer_effects(
     images: Tensor,
     config: QuantConfig,
     row_groups: Mapping[str, int],
+    uses: Mapping[str, WeightUse],
     device: torch.device,
 ) -> dict[str, dict[int, float]]:
     """The effect of each layer at each of `WIDTHS`: KL divergence in nats, a mean over images, to second order.
@@ -81,6 +85,7 @@ def layer_effects(
         layers: their names.
         images: [n, C, H, W], of which the first `SENSITIVITY_IMAGES` count.
         row_groups: as for `quantize_model`.
+        uses: how weights are used; of one that is used several times the first counts for its codes.
         device: where the network is.
     """
     images = images[:SENSITIVITY_IMAGES]
@@ -89,7 +94,7 @@ def layer_effects(
     quantized: dict[str, Quantized] = {name: {} for name in layers}
     for width in WIDTHS:
         network = clone_sharing(reference)
-        surgery.replace_layers(network, dict.fromkeys(layers, width), config.channel_wise, row_groups)
+        surgery.replace_layers(network, dict.fromkeys(layers, width), config.channel_wise, row_groups, uses)
         for name, layer in surgery.quantized_layers(network).items():
             quantized[name][width] = layer
     _quantize(reference, quantized, seen.to(device), config)
@@ -100,12 +105,15 @@ def layer_effects(
 def _quantize(reference: nn.Module, quantized: Mapping[str, Quantized], images: Tensor, config: QuantConfig) -> None:
     """Give every layer its codes at every width, in one forward of the float network."""
 
-    def quantize(name: str, x: Tensor, output: Tensor) -> None:
+    def quantize(name: str, use: Use) -> None:
+        if name in done:
+            return
+        done.add(name)
         widths = quantized[name]
         usual = widths[config.n_bits]
         estimate = None
         if config.method.calibrates:
-            estimate = estimate_layer(name, usual, partial(_moments, usual, x), len(x), config)
+            estimate = estimate_layer(name, usual, partial(_moments, use), len(use.x), config)
         for width, layer in widths.items():
             options = config.grid_options
             if width > _MOST_SEARCHED and options.scale_search is ScaleSearch.GRID:
@@ -115,22 +123,24 @@ def _quantize(reference: nn.Module, quantized: Mapping[str, Quantized], images: 
             else:
                 round_layer(layer, estimate, config.grid, options)
 
-    with _watched(reference, quantized, quantize):
+    done: set[str] = set()
+    with Watch(_weights(reference, quantized), quantize):
         reference(images.clone())
 
 
-def _moments(
-    layer: QuantizedWeight, x: Tensor, images: range | None = None, shift: Tensor | None = None
-) -> OutputMoments:
-    """Of a layer's inputs, with no error made before it; other arguments as `dbs.layer_moments`."""
-    groups = getattr(layer.module, "groups", 1)
-    moments = OutputMoments.zeros(groups, layer.shape[0], layer.shape[1:].numel(), x.device)
+def _weights(reference: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: get_weight(reference, name) for name in names}
+
+
+def _moments(use: Use, images: range | None = None, shift: Tensor | None = None) -> OutputMoments:
+    """Of what a weight is multiplied with, with no error made before it; other arguments as `dbs.layer_moments`."""
+    moments = OutputMoments.zeros(use.groups, use.channels, use.elements, use.x.device)
     moments.shift = shift
-    for part in (x if images is None else x[images.start : images.stop]).split(_BATCH):
-        patches = unfold(layer.module, part)
+    for part in (use.x if images is None else use.x[images.start : images.stop]).split(_BATCH):
+        patches = use.rows(part)
         if moments.shift is None:
             moments.shift = patches.mean(1, dtype=torch.float64).to(patches)
-        moments.add(patches, patches.new_zeros(groups, patches.shape[1], layer.shape[0] // groups))
+        moments.add(patches, patches.new_zeros(use.groups, patches.shape[1], use.channels // use.groups))
     return moments
 
 
@@ -139,46 +149,43 @@ def _effects(
 ) -> dict[str, dict[int, float]]:
     signs = torch.Generator().manual_seed(seed)
     effects = {name: dict.fromkeys(widths, 0.0) for name, widths in quantized.items()}
-    passed: dict[str, tuple[Tensor, Tensor]] = {}
+    passed: list[tuple[str, Use]] = []
 
-    def keep(name: str, x: Tensor, output: Tensor) -> Tensor:
-        passed[name] = x.detach().clone(), output  # clones: an operation in place may follow
-        return output.clone()
+    def keep(name: str, use: Use) -> Tensor:
+        use.x = use.x.detach().clone()  # clones: an operation in place may follow
+        passed.append((name, use))
+        return use.y.clone()
 
+    weights = _weights(reference, quantized)
     for batch in images.split(_BATCH):
-        with _watched(reference, quantized, keep), torch.enable_grad():
+        passed.clear()
+        with Watch(weights, keep), torch.enable_grad():
             logits = reference(batch.to(device, copy=True).requires_grad_().clone())
         if not logits.isfinite().all():
             raise NetworkError("the logits of a calibration image are not finite")
         root = logits.detach().double().softmax(-1).sqrt()
-        outputs = [output for _, output in passed.values()]
+        outputs = [use.y for _, use in passed]
         pulls = []
         for _ in range(PROBES):
             v = torch.randint(0, 2, logits.shape, generator=signs).mul_(2).sub_(1).to(root)
             along = root * v - root.square() * (root * v).sum(-1, keepdim=True)
             pulls.append(torch.autograd.grad(logits, outputs, along.to(logits), retain_graph=True))
         with torch.no_grad():
-            for (name, (x, output)), *vjps in zip(passed.items(), *pulls, strict=True):
+            along_probes: dict[tuple[str, int], Tensor] = {}
+            for (name, use), *vjps in zip(passed, *pulls, strict=True):
                 for width, layer in quantized[name].items():
-                    change = (layer.module(x) - output).flatten(1)
-                    along_probes = torch.stack([(vjp.flatten(1) * change).sum(1) for vjp in vjps])
-                    effects[name][width] += float(along_probes.double().square().sum()) / (2 * PROBES * len(images))
+                    change = _change(use, layer)
+                    dots = [(use.positions_last(vjp) * change).flatten(1).sum(1) for vjp in vjps]
+                    before = along_probes.get((name, width), torch.zeros(()))
+                    along_probes[name, width] = torch.stack(dots) + before.to(change)
+            for (name, width), dots_of_all in along_probes.items():
+                effects[name][width] += float(dots_of_all.double().square().sum()) / (2 * PROBES * len(images))
     return effects
 
 
-@contextmanager
-def _watched(
-    model: nn.Module, names: Mapping[str, object], look: Callable[[str, Tensor, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """While the context lasts, `look` is called with each layer's name, input and output; what it gives replaces the
-    output.
-    """
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: look(name, args[0], output))
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _change(use: Use, layer: QuantizedWeight) -> Tensor:
+    """What the output of a weight's operation changes by once it is quantized, [B, C, positions]."""
+    change = use.apply(use.x, (layer.current_rows - layer.rows).to(use.x.dtype))
+    if layer.bias is None:
+        return change
+    return change + (layer.bias if use.bias is None else layer.bias - use.bias)[:, None]

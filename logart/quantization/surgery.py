@@ -5,25 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError
+from logart.quantization.flow import memory_of
 from logart.quantization.folding import same_outputs
 from logart.quantization.layers import (
     find_parameter,
     plain_parameters,
     quantize_parameter,
     quantized_weight,
+    read_off,
 )
+from logart.quantization.layout import WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.survey import Survey
 from logart.quantization.weight_state import layer_name
 
 
 def replace_layers(
-    model: nn.Module, bits: dict[str, int], channel_wise: bool, row_groups: Mapping[str, int] = MappingProxyType({})
+    model: nn.Module,
+    bits: dict[str, int],
+    channel_wise: bool,
+    row_groups: Mapping[str, int] = MappingProxyType({}),
+    uses: Mapping[str, WeightUse] = MappingProxyType({}),
 ) -> None:
     """Let every layer that `bits` names read its weight off a codebook; the float weight is shared.
 
@@ -32,13 +40,30 @@ def replace_layers(
         channel_wise: one codebook per output channel, or one per layer.
         row_groups: layers that get several even so, one for each group of rows: how many, by the last part of the
             layer's name. Where the rows cannot be split evenly, the layer gets one.
+        uses: how weights are used, where it is not as torch's own layers use theirs.
     """
+    held = holders(model)
     for name, n_bits in bits.items():
         module, own = find_parameter(model, name)
-        channels = getattr(module, own).shape[0]
+        same = held[memory_of(getattr(module, own))]
+        use = uses.get(name, WeightUse.by_module(module, own))
+        channels = use.layout.shape[0]
         groups = row_groups.get(name.rpartition(".")[2], 1)
         per_layer = groups if channels % groups == 0 else 1
-        quantize_parameter(module, own, n_bits, channels if channel_wise else per_layer)
+        weight = quantize_parameter(module, own, n_bits, channels if channel_wise else per_layer, use)
+        for other, its in same:
+            if (other, its) != (module, own):
+                read_off(other, its, weight)
+
+
+def holders(model: nn.Module) -> dict[Any, list[tuple[nn.Module, str]]]:
+    """The modules that hold each parameter, by `memory_of` it, and what they call it."""
+    held: dict[Any, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                held.setdefault(memory_of(parameter), []).append((module, own))
+    return held
 
 
 @torch.no_grad()
@@ -66,9 +91,10 @@ def to_float(model: nn.Module) -> nn.Module:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """Every quantized weight by its layer's name, in the order of the network's modules."""
-    return {
-        layer_name(name, own): quantized_weight(module, own)
-        for name, module in model.named_modules()
-        for own in getattr(module, "_read_off_codes", ())
-    }
+    """Every quantized weight by its layer's name, in the order of the network's modules; a shared one once."""
+    found: dict[int, tuple[str, QuantizedWeight]] = {}
+    for name, module in model.named_modules():
+        for own in getattr(module, "_read_off_codes", ()):
+            weight = quantized_weight(module, own)
+            found.setdefault(id(weight), (layer_name(name, own), weight))
+    return dict(found.values())

@@ -1,31 +1,21 @@
-"""What a network does, seen in one forward: which layers run, what stays float, its input layers and its heads."""
+"""What a network does, seen in one forward: how weights are used, what stays float, input layers and heads."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from logart.errors import NetworkError
 from logart.quantization.clone import attributes
+from logart.quantization.flow import Flow, Owner, Seen
 from logart.quantization.layers import LAYER_TYPES
-from logart.quantization.modes import autocast_now
-
-_LINEAR = {
-    F.linear, F.bilinear, torch.conv1d, torch.conv2d, torch.conv3d,
-    torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-}  # fmt: skip
-_IMAGES = ""  # what stands for the network's input among the names of layers
+from logart.quantization.layout import WeightUse
+from logart.quantization.weight_state import layer_name
 
 
 @dataclass(frozen=True)
@@ -33,9 +23,12 @@ class Survey:
     """What one forward showed.
 
     Attributes:
-        layers: names of the layers that can be quantized, in the order they run.
-        skipped: (name, reason) of every weight that stays float: the layer's name, or the parameter's where it is not
-            the `weight` of a layer.
+        uses: of every weight that can be quantized how it is used, in the order they are first used; by the layer's
+            name, or the parameter's where it is not the `weight` of a layer.
+        places: of each, for each operation, the innermost module in whose forward it is that runs once, by name.
+        modules: those of them that are torch's own layers, whose one operation is all they do.
+        blind: (name, reason) of those that are rounded without data: what they are multiplied with is not seen.
+        skipped: (name, reason) of every weight that stays float.
         inputs: the layers that see the network's input before any other layer did.
         heads: the layers whose output reaches the network's without another layer between.
         n_weights: elements of all weights, which are the parameters of two dimensions and more, and whatever else
@@ -45,7 +38,10 @@ class Survey:
         eps: of the coarsest floating type that was computed in.
     """
 
-    layers: list[str]
+    uses: dict[str, WeightUse]
+    places: dict[str, list[str]]
+    modules: list[str]
+    blind: dict[str, str]
     skipped: list[tuple[str, str]]
     inputs: list[str]
     heads: list[str]
@@ -54,160 +50,88 @@ class Survey:
     autocast: dict[str, torch.dtype]
     eps: float
 
+    @property
+    def layers(self) -> list[str]:
+        """The names of the weights that can be quantized."""
+        return list(self.uses)
+
 
 @torch.no_grad()
 def survey(model: nn.Module, example: Tensor) -> Survey:
     """Look at a network in one forward of `example`.
 
     Raises:
-        NetworkError: a layer runs more than once in a forward, shares its weight with another module, or holds a
-            weight or bias that is not finite; the message names it.
+        NetworkError: a weight, or a parameter beside it, is not finite; the message names it.
     """
-    if is_plain(model):
-        raise NetworkError(f"the network is a single {type(model).__name__}; expected it inside nn.Sequential")
-    _refuse_sharing(model)
-    flow = _Flow(model, example)
-    with flow, flow.watching_autocast(model):
-        runs, output = count_runs(model, is_plain, flow.example)
-    for name, count in runs.items():
-        if count > 1:
-            raise NetworkError(f"layer {name} runs {count} times in one forward; a layer may run once")
-        for kind, parameter in model.get_submodule(name).named_parameters(recurse=False):
+    flow = Flow(model, example)
+    with flow.watching(model):
+        output = model(flow.example)
+    uses: dict[str, WeightUse] = {}
+    blind: dict[str, str] = {}
+    for name, seen in flow.seen.items():
+        for kind, parameter in flow.owners[name].module.named_parameters(recurse=False):
             if not torch.isfinite(parameter).all():
                 raise NetworkError(f"layer {name}: its {kind} holds NaN or infinite values")
-    skipped = list(_skipped(model, set(runs), flow))
+        uses[name], why = _how(flow.owners[name], seen)
+        if why:
+            blind[name] = why
     n_weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     n_weights += sum(t.numel() for t in flow.unregistered.values())
-    layers = list(runs)
-    return Survey(layers, skipped, *flow.ends(output, layers), n_weights, output, flow.autocast, flow.eps)
+    places = {name: [_place(flow, one) for one in seen] for name, seen in flow.seen.items()}
+    modules = [name for name, seen in flow.seen.items() if len(seen) == 1 and _is_all_of(flow.owners[name], seen[0])]
+    skipped = list(_skipped(model, flow))
+    return Survey(uses, places, modules, blind, skipped, *flow.ends(output), n_weights, output, flow.autocast, flow.eps)
 
 
-def count_runs(model: nn.Module, which: Any, example: Tensor) -> tuple[Counter[str], Any]:
-    """How often each of these modules, by name, runs in one forward, in the order they first do; and its output."""
-    runs: Counter[str] = Counter()
-    handles = []
-    for name, module in model.named_modules():
-        if which(module):
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: runs.update([name])))
-    try:
-        output = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return runs, output
+def _how(owner: Owner, seen: Sequence[Seen]) -> tuple[WeightUse, str]:
+    """How a weight is used, and why what it is multiplied with is not seen; empty where it is."""
+    first = seen[0]
+    why = next((one.hidden for one in seen if one.hidden), "")
+    if not why and any(one.layout is None for one in seen):
+        why = "is used in parts"
+    if not why and any((one.layout, one.groups) != (first.layout, first.groups) for one in seen):
+        why = "is used in several ways"
+    if why or first.layout is None:
+        return replace(WeightUse.by_module(owner.module, owner.name), n_uses=len(seen), bias=None), why
+    return WeightUse(first.layout, first.groups, len(seen), _bias(owner, seen)), ""
+
+
+def _bias(owner: Owner, seen: Sequence[Seen]) -> str | None:
+    """Where a bias that only these operations add can be corrected, in the weight's own module."""
+    own, bias = owner.module._parameters, seen[0].bias
+    if any(one.bias is not bias for one in seen):
+        return None
+    if bias is not None:
+        return next((name for name, parameter in own.items() if parameter is bias), None)
+    return "bias" if "bias" in own and all(_is_all_of(owner, one) for one in seen) else None
+
+
+def _is_all_of(owner: Owner, seen: Seen) -> bool:
+    """Whether an operation is what one of torch's own layers does with its `weight`."""
+    own = isinstance(owner.module, nn.Linear | nn.modules.conv._ConvNd) and owner.name == "weight"
+    return own and seen.own_forward
+
+
+def _place(flow: Flow, seen: Seen) -> str:
+    return next(name for name in reversed(seen.running) if flow.runs[name] == 1 or not name)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it is a layer that can be quantized: of such a type, with a weight of its own."""
+    """Whether it is a layer of a type whose forward is known, with a weight of its own."""
     return type(module) in LAYER_TYPES and "weight" in module._parameters
 
 
-class _Flow(TorchFunctionMode):
-    """Follows, tensor by tensor, which layers the values last came through."""
-
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        super().__init__()
-        self.example = example.clone()  # an operation in place at the start must not reach the caller's images
-        self.layer_of = {id(m.weight): name for name, m in model.named_modules() if is_plain(m)}
-        self.registered = {id(t) for t in (*model.parameters(), *model.buffers())}
-        self.used: set[int] = set()
-        self.unregistered: dict[int, Tensor] = {}
-        self.autocast: dict[str, torch.dtype] = {}
-        self.eps = 0.0
-        self._inputs: list[str] = []
-        self._followed: set[str] = set()  # layers whose output another layer was given
-        self._through: Any = WeakIdKeyDictionary()
-        for leaf in tree_leaves(self.example):
-            if isinstance(leaf, Tensor):
-                self._through[leaf] = frozenset([_IMAGES])
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if result is None and given:  # y[...] = value
-            made = given[:1]
-        if not made:
-            return result
-        self.used |= {id(tensor) for tensor in given}
-        self._look_for_weight(func, args, kwargs or {})
-        came: frozenset[str] = frozenset().union(*(self._through.get(tensor, ()) for tensor in given))
-        layers = {self.layer_of[id(tensor)] for tensor in given if id(tensor) in self.layer_of}
-        if layers and any(t.is_floating_point() for t in made) and came:
-            self._inputs += [layer for layer in layers if came == {_IMAGES} and layer not in self._inputs]
-            self._followed |= came
-            came = frozenset(layers)
-        for tensor in made:
-            if id(tensor) not in self.registered:
-                self._through[tensor] = came
-            if tensor.is_floating_point():
-                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
-        return result
-
-    @contextmanager
-    def watching_autocast(self, model: nn.Module) -> Iterator[None]:
-        """Note under which autocast each module is entered."""
-        device_type = self.example.device.type
-
-        def enter(name: str, *_: object) -> None:
-            dtype = autocast_now(device_type)
-            if dtype is not None:
-                self.autocast[name] = dtype
-
-        handles = [m.register_forward_pre_hook(partial(enter, name)) for name, m in model.named_modules()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _look_for_weight(self, func: Any, args: Any, kwargs: Any) -> None:
-        if func in _LINEAR:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            if isinstance(weight, Tensor) and id(weight) not in self.registered and weight not in self._through:
-                self.unregistered[id(weight)] = weight
-
-    def ends(self, output: Any, layers: list[str]) -> tuple[list[str], list[str]]:
-        """The input layers and the heads; where the flow was lost, the first and the last layer to run."""
-        reached: set[str] = set()
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                reached |= self._through.get(leaf, frozenset())
-        inputs = [name for name in layers if name in self._inputs]
-        heads = [name for name in layers if name in reached - self._followed]
-        return inputs or layers[:1], heads or layers[-1:]
-
-
-def _skipped(model: nn.Module, ran: set[str], flow: _Flow) -> Iterable[tuple[str, str]]:
+def _skipped(model: nn.Module, flow: Flow) -> Iterable[tuple[str, str]]:
+    known = {id(owner.parameter): name for name, owner in flow.owners.items()}
     for name, module in model.named_modules():
-        if name in ran:
-            continue
-        if is_plain(module):
-            used = id(module.weight) in flow.used
-            yield name, "is used but not run as a layer" if used else "did not run in the forward pass"
-        elif type(module) in LAYER_TYPES:
+        if type(module) in LAYER_TYPES and "weight" not in module._parameters:
             yield name, "its weight is computed from other tensors, by pruning or a norm"
-        else:
-            for own, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim > 1:
-                    held = name if own == "weight" and name else _join(name, own)
-                    what = f"{type(module).__name__} is not one of the layer types that are quantized"
-                    yield held, what if id(parameter) in flow.used else "is not used in the forward pass"
-    names = {id(t): _join(name, key) for name, key, value in attributes(model) for t in tree_leaves(value)}
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and known.get(id(parameter)) not in flow.seen:
+                used = id(parameter) in flow.used
+                how = f"{type(module).__name__} uses it, but not as the weight of a linear operation that is known"
+                yield layer_name(name, own), how if used else "did not run in the forward pass"
+    names = {id(t): layer_name(name, key) for name, key, value in attributes(model) for t in tree_leaves(value)}
     for identity in flow.unregistered:
         yield names.get(identity, "a tensor"), "is used as a weight, but no module holds it as a parameter or buffer"
-
-
-def _join(name: str, own: str) -> str:
-    return f"{name}.{own}" if name else own
-
-
-def _refuse_sharing(model: nn.Module) -> None:
-    """Raise where one weight belongs to two names: they could not be quantized apart."""
-    owner: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim > 1:
-                other = owner.setdefault(id(parameter), name)
-                if other != name:
-                    raise NetworkError(f"layers {other} and {name} share one weight; give each its own")

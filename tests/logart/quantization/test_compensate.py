@@ -92,7 +92,7 @@ def plain_metric_and_target(layer: nn.Module, x: Tensor, x_hat: Tensor) -> tuple
 def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
     layer, quantized, x, x_hat = double_case(name)
     moments = layer_moments(
-        layer, quantized.module, layer, quantized, calls(x), calls(x_hat), batch_size=4, shifted=True
+        layer, quantized.module, layer.weight, quantized, calls(x), calls(x_hat), batch_size=4, shifted=True
     ).centred()
     a, t = plain_metric_and_target(layer, x, x_hat)
     groups = getattr(layer, "groups", 1)
@@ -105,7 +105,8 @@ def test_metric_and_target_equal_a_plain_computation(name: str) -> None:
 
 def test_target_is_the_weight_where_the_prefix_is_exact() -> None:
     layer, quantized, x, _ = double_case("conv")
-    moments = layer_moments(layer, quantized.module, layer, quantized, calls(x), calls(x), shifted=True).centred()
+    arguments = (layer, quantized.module, layer.weight, quantized, calls(x), calls(x))
+    moments = layer_moments(*arguments, shifted=True).centred()  # type: ignore[arg-type]
     assert torch.equal(target(quantized.rows, Factor.of(metric(moments, DAMPING)), moments), quantized.rows)
 
 
@@ -147,7 +148,7 @@ def test_hard_inputs_leave_a_definite_metric_and_sane_weights(name: str, build: 
     x = hard_inputs(name)
     x_hat = 1.01 * x + 0.1 * (x != 0)
     moments = layer_moments(
-        layer, quantized.module, layer, quantized, calls(x), calls(x_hat), batch_size=16, shifted=True
+        layer, quantized.module, layer.weight, quantized, calls(x), calls(x_hat), batch_size=16, shifted=True
     ).centred()
     assert float(torch.linalg.eigvalsh(metric(moments, DAMPING)).amin()) > 0
     config = QuantConfig(n_bits=3, rounding="compensated", batch_size=16)
@@ -171,7 +172,7 @@ def test_large_means_cost_no_accuracy_in_float32() -> None:
     x = hard_inputs("mean 1e4")
     x_hat = x + 0.2 * torch.randn_like(x)
     moments = layer_moments(
-        layer, quantized.module, layer, quantized, calls(x), calls(x_hat), batch_size=8, shifted=True
+        layer, quantized.module, layer.weight, quantized, calls(x), calls(x_hat), batch_size=8, shifted=True
     ).centred()
     exact = layer.double()
     a, t = plain_metric_and_target(exact, x.double(), x_hat.double())

@@ -14,11 +14,14 @@ from logart.grids.grid import Codebook, ScaleSearch
 from logart.grids.search import least_error, rounding_error, squared_error
 from logart.quantization import dbs
 from logart.quantization.blocks import Block
+from logart.quantization.capture import Call
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.folding import fold_batch_norms
+from logart.quantization.layout import WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers, replace_layers
+from logart.quantization.watching import uses_of
 
 IMAGE = (5, 4, 7, 6)  # neither square nor divisible by the strides
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -35,6 +38,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2), IMAGE),
     "depth multiplier": (lambda: nn.Conv2d(4, 8, 3, groups=4), IMAGE),
     "1x1": (lambda: nn.Conv2d(4, 6, 1), IMAGE),
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (5, 4, 9)),
+    "3d": (lambda: nn.Conv3d(4, 6, (2, 3, 1), dilation=(1, 2, 1), padding=(0, 2, 1)), (3, 4, 3, 5, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3), IMAGE),
+    "transposed, strided": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), 1, (1, 2), bias=False), IMAGE),
+    "transposed, grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, dilation=2, groups=2), IMAGE),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 4, 3, 2), (5, 4, 7)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, 2, 2, groups=2), (3, 4, 3, 2, 4)),
     "linear": (lambda: nn.Linear(4, 6), (20, 4)),
     "tokens": (lambda: nn.Linear(4, 6), (5, 7, 4)),
     "channels last": (lambda: nn.Linear(4, 6, bias=False), (5, 3, 2, 4)),
@@ -55,14 +65,15 @@ def make(
 
 def channels_first(layer: nn.Module, y: Tensor) -> Tensor:
     """[C, everything else] of a layer's output."""
-    return (y.transpose(0, 1) if isinstance(layer, nn.Conv2d) else y.movedim(-1, 0)).flatten(1)
+    return (y.transpose(0, 1) if isinstance(layer, nn.modules.conv._ConvNd) else y.movedim(-1, 0)).flatten(1)
 
 
 def forward_errors(layer: nn.Module, x: Tensor, x_hat: Tensor, deltas: list[Tensor]) -> Tensor:
     """‖Xw - X̂q‖² per δ and channel, [candidates, C], by running the layer with each q in place of its weight."""
     wanted, weight, errors = layer(x), layer.weight.clone(), []  # type: ignore[operator]
     for delta in deltas:
-        layer.weight.copy_(weight + delta.reshape(weight.shape))  # type: ignore[operator]
+        change = WeightUse.by_module(layer, "weight").layout.as_parameter(delta, weight.shape)
+        layer.weight.copy_(weight + change)  # type: ignore[operator]
         errors.append(channels_first(layer, wanted - layer(x_hat)).square().sum(1))
     layer.weight.copy_(weight)  # type: ignore[operator]
     return torch.stack(errors)
@@ -83,8 +94,9 @@ def candidate_deltas(layer: QuantizedWeight) -> list[Tensor]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_unfolded_rows_times_weights_are_the_output(name: str) -> None:
     layer, quantized, x, _ = make(name)
-    rows = dbs.unfold(quantized.module, x)  # [groups, n, K]
-    weight = layer.weight.flatten(1).unflatten(0, (len(rows), -1))  # type: ignore[operator, union-attr]
+    (use,) = uses_of(layer, layer.weight, Call((x,), {}))  # type: ignore[arg-type]
+    rows = use.rows(use.x)  # [groups, n, K]
+    weight = quantized.layout.channels_first(layer.weight).flatten(1).unflatten(0, (len(rows), -1))  # type: ignore[arg-type]
     expected = channels_first(layer, layer(x) if layer.bias is None else layer(x) - layer(torch.zeros_like(x)))
     torch.testing.assert_close((weight @ rows.mT).flatten(0, 1), expected, rtol=1e-10, atol=1e-12)
 
@@ -95,7 +107,7 @@ def test_layer_wise_errors_equal_forward_passes(name: str) -> None:
     layer, quantized, x, x_hat = make(name)
     deltas = candidate_deltas(quantized)
     expected = forward_errors(layer, x, x_hat, deltas)
-    blocks = (layer, quantized.module, layer, quantized, calls(x), calls(x_hat))
+    blocks = (layer, quantized.module, layer.weight, quantized, calls(x), calls(x_hat))
     measures = {
         "moments": dbs.layer_moments(*blocks, batch_size=2).error,
         "residual": dbs.layer_residual(*blocks).error,
@@ -110,7 +122,7 @@ def test_too_many_patches_are_taken_image_by_image(monkeypatch: pytest.MonkeyPat
     layer, quantized, x, x_hat = make("grouped")
     deltas = candidate_deltas(quantized)
     monkeypatch.setattr(dbs, "_PATCH_ELEMENTS", 10)
-    error = dbs.layer_moments(layer, quantized.module, layer, quantized, calls(x), calls(x_hat)).error
+    error = dbs.layer_moments(layer, quantized.module, layer.weight, quantized, calls(x), calls(x_hat)).error
     found = torch.stack([error(delta) for delta in deltas])
     torch.testing.assert_close(found, forward_errors(layer, x, x_hat, deltas), rtol=1e-9, atol=0)
 
@@ -127,7 +139,7 @@ def test_the_search_takes_the_least_error_of_brute_force(
     if method == "layer_wise":
         expected = forward_errors(layer, x, x_hat, deltas)
     else:
-        expected = torch.stack([delta.reshape(len(layer.weight), -1).square().sum(1) for delta in deltas])  # type: ignore[arg-type]
+        expected = torch.stack([delta.reshape(quantized.shape[0], -1).square().sum(1) for delta in deltas])
     if not channel_wise:
         expected = expected.sum(1, keepdim=True)
     config = QuantConfig(n_bits=n_bits, search_method=method, search_samples=len(x), iters=0)  # type: ignore[arg-type]
@@ -136,7 +148,7 @@ def test_the_search_takes_the_least_error_of_brute_force(
     dbs.search_block(float_model, model, Block("0", ("0",)), data, config)
     assert quantized.codes is not None
     assert n_base2(quantized.codebook).tolist() == last_least(expected)
-    reached = quantized.weight.reshape(quantized.rows.shape) - quantized.rows
+    reached = quantized.current_rows - quantized.rows
     for row, k in enumerate(n_base2(quantized.codebook).tolist()):
         torch.testing.assert_close(reached[row], deltas[k][row], rtol=0, atol=1e-14)
 

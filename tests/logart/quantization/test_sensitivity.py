@@ -47,7 +47,7 @@ def test_the_effect_is_the_divergence_of_the_network_with_that_layer_quantized(m
     monkeypatch.setattr(sensitivity, "PROBES", 256)
     reference, names = floats()
     images = torch.randn(48, *IMAGES.shape[1:], generator=torch.Generator().manual_seed(1))
-    found = layer_effects(reference, names, images, QuantConfig(rounding="nearest"), {}, CPU)
+    found = layer_effects(reference, names, images, QuantConfig(rounding="nearest"), {}, {}, CPU)
     for name in names:
         # a run of its own, all layers but one float
         config = QuantConfig(rounding="nearest", n_bits=4, skip=[other for other in names if other != name])
@@ -61,7 +61,7 @@ def test_the_effect_is_the_divergence_of_the_network_with_that_layer_quantized(m
 
 def test_a_loud_branch_counts_by_the_square_of_its_factor() -> None:
     images = torch.randn(32, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    effects = layer_effects(Scaled(0.1).requires_grad_(False), ["loud", "quiet"], images, COMPENSATED, {}, CPU)
+    effects = layer_effects(Scaled(0.1).requires_grad_(False), ["loud", "quiet"], images, COMPENSATED, {}, {}, CPU)
     for width in (2, 3, 4, 5):
         assert effects["loud"][width] == pytest.approx(0.01 * effects["quiet"][width], rel=1e-4)
     assert effects["quiet"][2] > effects["quiet"][3] > effects["quiet"][4]
@@ -91,7 +91,7 @@ def test_the_float_network_is_left_as_it_was() -> None:
     reference, names = floats()
     before, logits = {k: v.clone() for k, v in reference.state_dict().items()}, reference(IMAGES.clone())
     images = IMAGES.clone()
-    layer_effects(reference, names, images, COMPENSATED, {}, CPU)
+    layer_effects(reference, names, images, COMPENSATED, {}, {}, CPU)
     assert torch.equal(images, IMAGES) and torch.equal(reference(IMAGES.clone()), logits)
     assert all(torch.equal(v, before[k]) for k, v in reference.state_dict().items())
     assert not any(m._forward_hooks for m in reference.modules())
