@@ -180,7 +180,9 @@ def _restore(model: nn.Module, file: PackedFile, *, dequantized_weight: bool) ->
         if isinstance(layer, nn.Conv2d | nn.Linear) and not is_plain(layer) and packed.kind in _PLAIN:  # baked
             layer = plain_layer(layer, _PLAIN[packed.kind], layer.weight.detach(), layer.bias)
             replace_module(model, name, layer)
-        _restore_layer(model, name, packed, file.rest.get(f"{name}.bias"), dequantized_weight)
+        owner = name if name in modules else name.rpartition(".")[0]
+        bias = file.rest.get(f"{owner}.bias".lstrip("."))
+        _restore_layer(model, name, packed, bias, dequantized_weight)
     _restore_quantizers(model, file)
     state = _rest(model)
     for name, tensor in state.items():

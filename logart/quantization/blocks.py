@@ -8,6 +8,7 @@ the same for other inputs; a block with a shortcut around its members does not.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,12 +53,12 @@ def find_blocks(
         layers: names of the layers.
         example: a few inputs of the network.
         places: of a layer, the modules that its weight is used in; without, it is the layer itself. Layers that are
-            used in no one block, nor in a module with no block inside, are left out.
+            used in several blocks, or in a module with a block inside, are left out.
     """
     used = [place for layer in layers for place in dict.fromkeys(places.get(layer, [layer]))]
     blocks = _Finder(model, used, example).blocks()
     found = _grouped(layers, blocks, places)
-    modules = [b.name for b in found if b.name not in blocks and places.get(b.name, [b.name]) != [b.name]]
+    modules = [b.name for b in found if b.name not in blocks and b.name not in b.layers]
     runs = _look(model, {name: model.get_submodule(name) for name in modules}, example) if modules else {}
     return [block for block in found if block.name not in modules or runs[block.name].is_usable]
 
@@ -92,6 +93,11 @@ def _grouped(layers: Sequence[str], blocks: Sequence[str], places: Mapping[str, 
         layer: {next((b for b in blocks if _inside(place, b)), place) for place in places.get(layer, [layer])}
         for layer in layers
     }
+    for of_layer in owners.values():
+        if len(of_layer) > 1 and not of_layer & set(blocks):
+            common = os.path.commonprefix([name.split(".") for name in of_layer])
+            of_layer.clear()
+            of_layer.add(".".join(common))
     outside = {owner for of_layer in owners.values() for owner in of_layer} - set(blocks)
     outside = {name for name in outside if not any(_inside(block, name) for block in blocks)}
     members: dict[str, list[str]] = {}

@@ -276,9 +276,12 @@ def _vjps(
     uses: list[Use] = []
 
     def watch(_: str, use: Use) -> Tensor:
-        use.x = use.x.detach().clone() if layer.n_uses > 1 else use.x.detach()
-        use.y = use.y.detach().requires_grad_()
         uses.append(use)
+        if layer.n_uses > 1:  # each may be behind another
+            use.x, y = use.x.detach().clone(), use.y
+            use.y = torch.zeros_like(y).requires_grad_()
+            return y + use.y
+        use.x, use.y = use.x.detach(), use.y.detach().requires_grad_()
         return use.y.clone()  # autograd forbids an in-place activation on a leaf
 
     with torch.enable_grad(), Watch({"": layer.weight}, watch):

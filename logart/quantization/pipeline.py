@@ -210,7 +210,7 @@ class _Work:
         Returns:
             The names of the blocks that are reached from the images on.
         """
-        if self.config.images_needed == 0:
+        if self.config.images_needed == 0 or not self.blocks:
             return []
         modules = {block.name: self.reference.get_submodule(block.name) for block in self.blocks}
         self._sources = trace_sources(self.reference, list(modules.values()), example)

@@ -87,11 +87,10 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
     )
     seen = survey(model, IMAGES.float())
     layers, skipped = seen.layers, seen.skipped
-    assert layers == ["conv"]
-    assert [name for name, _ in skipped] == ["other", "up", "table", "idle"]  # a norm has no matrix to quantize
+    assert layers == ["conv", "up"]
+    assert [name for name, _ in skipped] == ["other", "table", "idle"]  # a norm has no matrix to quantize
     reasons = dict(skipped)
-    assert "OtherConv" in reasons["other"] and "ConvTranspose2d" in reasons["up"] and "Embedding" in reasons["table"]
-    assert "not run" in reasons["idle"]
+    assert "OtherConv" in reasons["other"] and "Embedding" in reasons["table"] and "not run" in reasons["idle"]
 
 
 def test_a_weight_that_is_computed_is_skipped_with_the_reason() -> None:
@@ -117,18 +116,6 @@ def test_a_layer_that_is_run_from_a_list_is_quantized_there() -> None:
     assert hooks_of(clone) == 0 and hooks_of(model) == 0
 
 
-def tied(norms: bool) -> nn.Module:
-    first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-    second.weight = first.weight
-    between = nn.BatchNorm2d(3) if norms else nn.ReLU()
-    return nn.Sequential(first, between, nn.Sequential(second))
-
-
-def alias() -> nn.Module:
-    conv = nn.Conv2d(3, 3, 1)
-    return Graph(lambda m, x: m.one(x), one=conv, two=conv)
-
-
 def spoilt(kind: str, value: float) -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1)))
     with torch.no_grad():
@@ -145,11 +132,6 @@ def bad_statistics() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: tied(False), "layers 0 and 2.0 share one weight"),
-        (lambda: tied(True), "layers 0 and 2.0 share one weight"),
-        (alias, "layers one and two share one weight"),
-        (lambda: nn.Conv2d(3, 3, 1), "the network is a single Conv2d; expected it inside nn.Sequential"),
-        (lambda: Graph(lambda m, x: m.a(m.a(m.a(x))), a=nn.Conv2d(3, 3, 1)), "layer a runs 3 times"),
         (lambda: spoilt("weight", torch.nan), "layer 1.0: its weight holds NaN"),
         (lambda: spoilt("weight", -torch.inf), "layer 1.0: its weight holds NaN"),
         (lambda: spoilt("bias", torch.inf), "layer 1.0: its bias holds NaN"),
