@@ -79,7 +79,7 @@ def test_a_layer_that_the_output_minds_gets_more_bits(rounding: str) -> None:
 def test_effects_are_of_codes_by_the_damping_of_the_run() -> None:
     reference, names = floats()
     found = [
-        layer_effects(reference, names, IMAGES, QuantConfig(rounding="compensated", damping=damping), {}, CPU)
+        layer_effects(reference, names, IMAGES, QuantConfig(rounding="compensated", damping=damping), {}, {}, CPU)
         for damping in (0.01, 100.0, "auto")
     ]
     for name in names:
