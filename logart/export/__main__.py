@@ -45,7 +45,7 @@ def build_parser() -> FlagParser:
                 help="write the whole CNN as an integer network there, a new or an empty folder: graph, layers, "
                 "golden vectors and a NumPy program that computes it without multiplications")  # fmt: skip
     parser.flag("--a_bit", type=int, choices=range(2, 17), metavar="{2..16}",
-                help="bits of what the integer network's layers read (default 8)")  # fmt: skip
+                help="bits of what the integer network's layers read (default: as the file says, else 8)")  # fmt: skip
     parser.flag("--test_images", type=int, metavar="N",
                 help="test images that the integer network's accuracy is measured on (default: all)")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="print nothing")
@@ -116,14 +116,14 @@ def _integer(args: argparse.Namespace) -> None:
             args.file,
             args.integer,
             inputs,
-            a_bit=default_if_none(args.a_bit, 8),
+            a_bit=args.a_bit,
             images=default_if_none(args.n, GOLDEN_IMAGES),
             terms=args.terms,
             test_images=args.test_images,
             quiet=bool(args.quiet),
         )
     except NetworkError as error:
-        raise UserError(f"{error}; --out exports its layers one by one") from error
+        raise UserError(str(error)) from error
     if not args.quiet:
         print(f"exported to {args.integer}")
 

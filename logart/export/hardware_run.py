@@ -139,7 +139,7 @@ def _watched(layers: Mapping[str, nn.Module], after: Any, before: Any = None) ->
     try:
         for name, module in layers.items():
             if before is not None:
-                handles.append(module.register_forward_pre_hook(before))
+                handles.append(module.register_forward_pre_hook(before, prepend=True))  # before a quantizer's
             handles.append(module.register_forward_hook(lambda m, args, y, name=name: after(name, args[0], y)))
         yield
     finally:

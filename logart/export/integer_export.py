@@ -46,7 +46,7 @@ def export_integer(
     out: str | Path,
     data: str,
     *,
-    a_bit: int = 8,
+    a_bit: int | None = None,
     images: int = 8,
     terms: int | None = None,
     test_images: int | None = None,
@@ -60,7 +60,8 @@ def export_integer(
         path: the packed file.
         out: the folder; it must not be there yet, or be empty.
         data: a folder in ImageNet layout or 'digits': `train` gives the formats, `val` golden vectors and accuracy.
-        a_bit: bits of what convolutions and linear layers read, 2 to 16.
+        a_bit: bits of what convolutions and linear layers read, 2 to 16; None is 8, or what the file's own activation
+            quantizers say, whose levels are taken as they are.
         images: how many of `val` are golden vectors.
         terms: 2, 3 or 4, what stands for an exact √2.
         test_images: how many of `val` to measure on; None is all.
@@ -82,6 +83,10 @@ def export_integer(
     network = load_packed(path, model)
     calibration, _ = calibration_images(source, min(CALIBRATION_IMAGES, len(source.train)), seed, quiet=quiet)
     steps = trace(network, calibration[:2])
+    own = any(step.format is not None for step in steps)
+    if own and a_bit is not None:
+        raise UserError("--a_bit has no effect here: the file's activations are quantized, and their levels are taken")
+    a_bit = max(step.format.bits for step in steps if step.format) if own else (8 if a_bit is None else a_bit)
     biases = {name: file.rest.get(f"{name}.bias") for name in layers}
     known = {name: (layer.levels, layer.codes, biases[name]) for name, layer in layers.items()}
     try:
@@ -175,7 +180,7 @@ def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
     elif step.op == "add":
         most = max(f.fraction for f in given)
         node |= {"align": [most - f.fraction for f in given], "requantize": most - to.fraction}
-    elif step.op == "relu":
+    elif step.op in ("relu", "requantize"):
         node |= {"op": "requantize", "requantize": given[0].fraction - to.fraction}
     elif step.op == "average_pool":
         integer, exponent = reciprocal(step.count)

@@ -70,7 +70,9 @@ class IntegerNetwork:
                 values[step.name] = real(step, inputs, network, layers)
             x = values[step.name]
             network.shapes[step.name] = tuple(x.shape[1:])
-            if step.same_format:
+            if step.format is not None:
+                network.formats[step.name] = step.format
+            elif step.same_format:
                 network.formats[step.name] = network.formats[step.inputs[0]]
             else:
                 bits = a_bit if network._reaches(step.name, read) else WIDE_BITS
@@ -164,9 +166,8 @@ def real(
     if step.op == "average_pool":
         integer_, exponent = reciprocal(step.count)
         return _windows(step, x, 0.0).sum((4, 5)) * math.ldexp(integer_, -exponent)
-    if step.op == "relu":
-        assert step.clamp
-        return x.clamp(*step.clamp)
+    if step.op in ("relu", "requantize"):
+        return x.clamp(*step.clamp) if step.clamp else x
     return _moved(step, inputs, fill=-math.inf)
 
 
@@ -184,7 +185,7 @@ def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor
     if step.op == "average_pool":
         factor, exponent = reciprocal(step.count)
         return requantized(_windows(step, x, 0.0).sum((4, 5)) * factor, given[0].fraction + exponent - to.fraction)
-    if step.op == "relu":
+    if step.op in ("relu", "requantize"):
         return requantized(x, given[0].fraction - to.fraction)
     if step.op == "concatenate":
         return torch.cat([requantized(x, f.fraction - to.fraction) for x, f in zip(inputs, given, strict=True)], 1)

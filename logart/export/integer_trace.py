@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from logart.errors import NetworkError
 from logart.export.hardware_run import geometry_of
+from logart.export.integer_formats import Format
 from logart.export.integer_layer import Geometry
+from logart.quantization.activation_quantizer import INPUT, ActivationQuantizer
 from logart.quantization.layers import is_quantized, quantized_weight
 
 Pairs = tuple[tuple[int, int], ...]
@@ -31,7 +33,7 @@ class Step:
     """An operation of the integer network.
 
     Attributes:
-        op: input, conv, linear, add, relu, max_pool, average_pool, concatenate, flatten, pad or slice.
+        op: input, conv, linear, add, relu, requantize, max_pool, average_pool, concatenate, flatten, pad or slice.
         name: of the value it makes, and of the node in the trace.
         inputs: names of the values it reads.
         module: the layer's name in the network.
@@ -39,6 +41,7 @@ class Step:
         clamp: (low, high) in real numbers of the ReLU or ReLU6 in it; empty without one.
         kernel, stride, padding: of a pooling; paddings are (before, after) for height and width.
         slices: (start, stop, step) of each dimension but the images'.
+        format: of a `requantize`, the levels that the network's own activation quantizer has there.
     """
 
     op: str
@@ -52,6 +55,7 @@ class Step:
     stride: tuple[int, int] = (1, 1)
     padding: Pairs = _ZERO
     slices: tuple[tuple[int | None, int | None, int | None], ...] = ()
+    format: Format | None = None
 
     @property
     def same_format(self) -> bool:
@@ -131,7 +135,9 @@ class _Builder:
         what = getattr(node.target, "__name__", str(node.target))
         if node.op == "call_module":
             what = f"{type(self._modules[str(node.target)]).__name__} {node.target}"
-        return NetworkError(f"--integer: {what}{why} (step {node.name}) has no integer form")
+        return NetworkError(
+            f"--integer: {what}{why} (step {node.name}) has no integer form; --out exports the layers one by one"
+        )
 
     def _inputs(self, *nodes: Any) -> list[str]:
         return [self._alias.get(node.name, node.name) for node in nodes]
@@ -145,7 +151,7 @@ class _Builder:
         if is_quantized(module):
             assert isinstance(source, fx.Node)
             shape = tuple(quantized_weight(module).shape)
-            inputs = self._inputs(source)
+            inputs = self._requantized(node, module, self._inputs(source))
             if isinstance(module, nn.Conv2d):
                 geometry = geometry_of(module, torch.empty(self._shapes[source.name], device="meta"))
                 if geometry.padding_mode != "zeros":
@@ -169,6 +175,25 @@ class _Builder:
             self._global(node)
         else:
             raise self._refusal(node)
+
+    def _requantized(self, node: fx.Node, layer: nn.Module, inputs: list[str]) -> list[str]:
+        """What a layer reads: the input on the levels of its own quantizer, where it has one."""
+        quantizer = getattr(layer, INPUT, None)
+        if not isinstance(quantizer, ActivationQuantizer) or not quantizer.tensors():
+            return inputs
+        grid = quantizer.even_grid
+        mantissa, exponent = math.frexp(grid.step if grid else 0.0)
+        if mantissa != 0.5:
+            seen = f"steps of {grid.step:.6g}" if grid else "a log grid"
+            raise NetworkError(
+                f"--integer: layer {node.target} reads activations with {seen}; "
+                "expected steps that are powers of two (--act_scale pow2)"
+            )
+        assert grid is not None
+        step = Step("requantize", f"{node.name}_input", inputs)
+        step.format = Format(quantizer.n_bits, 1 - exponent, grid.low < 0)
+        self._add(node, step)
+        return [step.name]
 
     def identity(self, node: fx.Node) -> None:
         (self._alias[node.name],) = self._inputs(node.args[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -18,6 +19,7 @@ from integer_networks import Odd, built
 from small_runs import assert_refused
 from torch import Tensor, nn
 
+import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import NetworkError
@@ -31,6 +33,7 @@ from logart.export.integer_graph import reciprocal
 from logart.export.integer_trace import trace
 from logart.networks.digits import DIGITS
 from logart.packed.file import PackedFile
+from logart.quantization.activation_quantizer import quantizers
 from logart_cnn.main import main as cnn_main
 
 
@@ -239,6 +242,41 @@ def test_wrong_calls_take_one_line(packed: Path, tmp_path: Path, capfd: Any) -> 
     ):
         assert_refused(main, argv, f"logart-export: {line}", capfd)
         assert not Path(out).exists()
+
+
+def test_levels_of_the_files_own_activations_are_taken(tmp_path: Path, capfd: Any) -> None:
+    network = logart_cnn.models.load_network("digits_resnet")
+    info = {
+        "network": network.recipe, "preprocessing": asdict(network.preprocessing), "source": {"data": DIGITS},
+        "class_names": [str(digit) for digit in range(10)],
+    }  # fmt: skip
+    calibration = torch.stack([open_source(info, DIGITS).train[index][0] for index in range(32)])
+    for scale in ("pow2", "float"):
+        config = QuantConfig(rounding="nearest", hardware_terms=2, n_bits_a=6, act_scale=scale, calib_samples=32)
+        quantized = quantize_model(copy.deepcopy(network.model), config, calibration)[0]
+        save_packed(quantized, tmp_path / f"{scale}.safetensors", json.loads(json.dumps(info)))
+    argv = ["--integer", str(tmp_path / "out")]
+    line = "logart-export: --integer: layer conv1 reads activations with steps of "
+    assert_refused(main, [str(tmp_path / "float.safetensors"), *argv], line, capfd)
+    file = str(tmp_path / "pow2.safetensors")
+    assert_refused(main, [file, *argv, "--a_bit", "6"], "logart-export: --a_bit has no effect here", capfd)
+    assert main([file, *argv, "--n", "8", "--quiet"]) == 0
+    graph, loaded = graph_of(tmp_path / "out"), load_packed(file)
+    known = {f"{name.removesuffix('.input_quantizer')}": q for name, q in quantizers(loaded).items()}
+    read = {node["layer"]: graph["values"][node["inputs"][0]] for node in graph["nodes"] if node.get("layer")}
+    assert read.keys() == known.keys() and graph["activation_bits"] == 6
+    for name, quantizer in known.items():
+        grid = quantizer.even_grid
+        assert grid is not None and grid.step == 2.0 ** -read[name]["fraction"]
+        assert (read[name]["bits"], read[name]["signed"]) == (6, grid.low < 0)
+    # Values between layers have 16 bits: the logits are the quantized network's but for few roundings.
+    val = open_source(info, DIGITS).val
+    images = torch.stack([val[index][0] for index in range(8)])
+    with torch.no_grad():
+        logits = loaded(images)
+    golden = np.load(tmp_path / "out" / "golden" / f"{graph['output']['value']}.npy").astype(float)
+    distance = np.abs(np.ldexp(golden, -graph["output"]["fraction"]) - logits.numpy())
+    assert np.median(distance) < 0.01 * float(logits.abs().max())
 
 
 def test_a_transformer_is_refused_by_the_first_step_that_has_no_integer_form(tmp_path: Path, capfd: Any) -> None:
