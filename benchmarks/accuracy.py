@@ -115,9 +115,7 @@ def main() -> None:
             own = replace(with_setting(config, setting), seed=seed)
             images, _names = calibration_images(source, max(2, own.images_needed), seed, quiet=True)
             start = time.process_time()
-            quantized, _report = quantize_model(
-                network.model, own, images, block_types=network.block_types, row_groups=network.row_groups
-            )
+            quantized, _report = quantize_model(network.model, own, images, row_groups=network.row_groups)
             seconds = f"{time.process_time() - start:.0f}"
             row = {"flags": said, "setting": setting, "seed": str(seed), "seconds": seconds}
             row |= compared(float_logits, logits_of(quantized, batches), labels)

@@ -22,13 +22,14 @@ def preset(name: str, n_bits: int) -> dict[str, Any]:
     """The defaults that a preset of `PRESETS` stands for at a bit width: see docs/experiments.md."""
     if name == "paper":
         return {"rounding": "learned", "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
-    if name == "fast":
-        return {"rounding": "compensated", "calib_samples": 256}
-    best = {"rounding": "compensated", "calib_samples": 1024}
+    closed: dict[str, Any] = {"rounding": "compensated", "damping": "auto"}
+    if name == "fast":  # of few levels the largest must lie well, which half-steps reach at no cost
+        return closed | {"calib_samples": 256} | ({"scale_search": ScaleSearch.HALF_STEP} if n_bits <= 3 else {})
+    best = closed | {"calib_samples": 1024, "mirror": True}
     best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
     # With more bits there is nothing left for these to gain, and thousands of candidates to search.
     best |= {"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {}
-    return best | ({"zero_code": True} if n_bits <= 4 else {})
+    return best | ({"zero_code": True} if n_bits <= 3 else {})
 
 
 @dataclass(frozen=True)

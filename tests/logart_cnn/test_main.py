@@ -117,23 +117,25 @@ def test_alias_weight_is_rrweight() -> None:
 
 # Presets
 
-FAST = QuantConfig(rounding="compensated", calib_samples=256)
+FAST = QuantConfig(rounding="compensated", damping="auto", calib_samples=256)
 MOST = {  # of preset best
-    "rounding": "compensated", "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
-    "iters": 500, "lr": 0.03,
+    "rounding": "compensated", "damping": "auto", "mirror": True, "calib_samples": 1024,
+    "scale_search": ScaleSearch.GRID, "iters": 500, "lr": 0.03,
 }  # fmt: skip
-PLAIN = {"scale_search": ScaleSearch.NONE, "zero_code": False}  # from 5 bits on
+PLAIN = {"scale_search": ScaleSearch.NONE}  # from 6 bits on
 RESOLVED = {
     "fast": (FAST, "rounding=compensated calib_samples=256 "),
     "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
     "best": (QuantConfig(**MOST), "rounding=compensated calib_samples=1024 "),
     "best --n_bits_w 6": (QuantConfig(**MOST | PLAIN, n_bits=6), "zero_code=False rounding=compensated "),
-    "best --n_bits_w 5": (QuantConfig(**MOST | {"zero_code": False}, n_bits=5), "scale_search=grid asymmetric=False "),
+    "best --n_bits_w 5": (QuantConfig(**MOST, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --n_bits_w 8 --zero_code": (QuantConfig(**MOST | PLAIN | {"zero_code": True}, n_bits=8), "zero_code=True "),
     "best --rounding both": (QuantConfig(**MOST | {"rounding": "both"}), "iters_w=500 "),
-    "fast --n_bits_w 2 --scale_search half_step --asymmetric --zero_code --calib_samples 32": (
-        replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
-        "scale_search=half_step asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",
+    "fast --n_bits_w 3": (replace(FAST, n_bits=3, scale_search=ScaleSearch.HALF_STEP), "scale_search=half_step "),
+    "best --n_bits_w 3": (QuantConfig(**MOST | {"zero_code": True}, n_bits=3), "scale_search=grid asymmetric=False "),
+    "fast --n_bits_w 2 --scale_search grid --asymmetric --zero_code --calib_samples 32": (
+        replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32),
+        "scale_search=grid asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",
     ),
     "fast --rounding both --iters_w 7": (replace(FAST, rounding="both", iters=7), "iters_w=7 "),
     "paper --rounding compensated": (
@@ -141,7 +143,7 @@ RESOLVED = {
     ),
     "best --scale_search none": (QuantConfig(**MOST | {"scale_search": ScaleSearch.NONE}), "scale_search=none "),
     "best --rounding learned --calib_lr 0.5": (
-        QuantConfig(scale_search=ScaleSearch.GRID, zero_code=True, iters=500, lr=0.5),
+        QuantConfig(**MOST | {"rounding": "learned", "lr": 0.5}),
         "rounding=learned calib_samples=1024 ",
     ),
 }  # fmt: skip

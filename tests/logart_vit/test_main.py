@@ -198,22 +198,24 @@ def test_the_paper_s_command_is_understood_and_runs_as_it_stands(
 
 # Presets
 
-FAST = replace(BEST, rounding="compensated", calib_samples=256)
+FAST = replace(BEST, rounding="compensated", damping="auto", calib_samples=256)
 MOST = {  # of preset best
-    "rounding": "compensated", "calib_samples": 1024, "scale_search": ScaleSearch.GRID, "zero_code": True,
-    "iters": 500, "lr": 0.03,
+    "rounding": "compensated", "damping": "auto", "mirror": True, "calib_samples": 1024,
+    "scale_search": ScaleSearch.GRID, "iters": 500, "lr": 0.03,
 }  # fmt: skip
-PLAIN = {"scale_search": ScaleSearch.NONE, "zero_code": False}  # from 5 bits on
+PLAIN = {"scale_search": ScaleSearch.NONE}  # from 6 bits on
 RESOLVED = {
     "fast": (FAST, "rounding=compensated "),
     "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
     "best": (replace(BEST, **MOST), "rounding=compensated "),
     "best --w_bit 6": (replace(BEST, **MOST | PLAIN, n_bits=6), "zero_code=False "),
-    "best --w_bit 5": (replace(BEST, **MOST | {"zero_code": False}, n_bits=5), "scale_search=grid asymmetric=False "),
+    "best --w_bit 5": (replace(BEST, **MOST, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=500 lr=0.03 "),
-    "fast --w_bit 2 --scale_search half_step --asymmetric --zero_code --optim_size 32": (
-        replace(FAST, n_bits=2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, calib_samples=32),
-        "scale_search=half_step asymmetric=True zero_code=True optim_size=32 ",
+    "fast --w_bit 3": (replace(FAST, n_bits=3, scale_search=ScaleSearch.HALF_STEP), "scale_search=half_step "),
+    "best --w_bit 3": (replace(BEST, **MOST | {"zero_code": True}, n_bits=3), "scale_search=grid asymmetric=False "),
+    "fast --w_bit 2 --scale_search grid --asymmetric --zero_code --optim_size 32": (
+        replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32),
+        "scale_search=grid asymmetric=True zero_code=True optim_size=32 ",
     ),
     "fast --optimize --iters_w 7": (replace(FAST, rounding="both", iters=7), "rounding=both "),
     "paper --iters_w 5 --lr 0.5": (replace(BEST, iters=5, rrweight=10000.0, lr=0.5), "iters_w=5 lr=0.5 "),

@@ -219,12 +219,14 @@ def test_scales_make_any_log_grid_one_to_search(scale_method: str, scale_search:
 
 
 def test_presets_are_settings() -> None:
-    closed = {"rounding": "compensated"}
     for n_bits in range(2, 9):
-        assert QuantConfig(**preset("fast", n_bits)) == QuantConfig(**closed, calib_samples=256)
+        half_steps = {"scale_search": ScaleSearch.HALF_STEP if n_bits < 4 else ScaleSearch.NONE}
+        fast = QuantConfig(rounding="compensated", damping="auto", calib_samples=256, **half_steps)
+        assert QuantConfig(**preset("fast", n_bits)) == fast
         assert QuantConfig(**preset("paper", n_bits)) == QuantConfig(iters=20000, rrweight=10000.0)
-        grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, "zero_code": n_bits < 5}
-        best = QuantConfig(**closed, **grid, calib_samples=1024, iters=500, lr=0.03)
+        grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, "zero_code": n_bits < 4}
+        more = {"calib_samples": 1024, "mirror": True, "iters": 500, "lr": 0.03}
+        best = QuantConfig(rounding="compensated", damping="auto", **grid, **more)
         assert QuantConfig(**preset("best", n_bits)) == best
     assert set(PRESETS) == {"fast", "paper", "best"}
 
