@@ -59,6 +59,7 @@ class Activations:
         self._inputs: list[Call | None] = [None] * len(self._images)
         self._outputs: list[dict[int, Any]] = [{} for _ in self._images]  # by block
         self._blanks = torch.empty(0)
+        self._empty = True  # blanks have no values
 
     @torch.no_grad()
     def inputs(self, index: int) -> Captured:
@@ -120,7 +121,13 @@ class Activations:
 
         modules = self._modules[: index + 1] if self._sources[index] is not None else [self._modules[index]]
         images = (self._images[b].to(self._cache.device) for b in batches)
-        replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
+        try:
+            replay_to_last(self._network, modules, images, lambda place, i: self._replayed(batches[place], i), take)
+        except RuntimeError as error:  # what torch raises, and what lies between blocks may
+            if not self._empty or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._empty = False
+            self._enter(index)
         self._blanks = torch.empty(0)
 
     def _replayed(self, b: int, passed: int) -> Any:
@@ -136,7 +143,13 @@ class Activations:
         return tree_map(leaf, self._outputs[b][passed])
 
     def _blank(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """In the place of values that reach no block: zeros at first, then whatever has become of them in place."""
+        """In the place of values that reach no block: no values, so that nothing is computed with them.
+
+        Where they meet others, parameters say, which torch refuses: zeros at first, then whatever has become of them in
+        place.
+        """
+        if self._empty:
+            return torch.empty(shape, dtype=dtype, device="meta")
         if not dtype.is_floating_point:  # an index, say, which must stay one
             return torch.zeros(shape, dtype=dtype, device=self._cache.device)
         if self._blanks.dtype != dtype or self._blanks.numel() < shape.numel():

@@ -172,6 +172,31 @@ def test_outputs_are_held_for_as_long_as_they_are_needed(name: str, most: list[i
     assert found == most
 
 
+@pytest.mark.parametrize(("met", "times"), [(False, 7), (True, 28)])
+def test_what_lies_between_blocks_is_computed_once_unless_it_meets_other_values(met: bool, times: int) -> None:
+    """Eight layers in a row: what is between two of them runs for every later one, but computes for the next alone."""
+    computed: list[Tensor] = []
+
+    def between(m: Any, y: Tensor) -> Tensor:
+        computed.extend([] if y.is_meta else [y])
+        return (y + m.c0.bias[:, None, None] if met else y).relu()
+
+    def chain(m: Any, x: Tensor) -> Tensor:
+        for i in range(7):
+            x = between(m, m.get_submodule(f"c{i}")(x))
+        return m.c7(x)  # type: ignore[no-any-return]
+
+    model, images = Net(8, chain), torch.randn(3, 3, 8, 8)
+    blocks = blocks_of(model)
+    expected = seen_in_a_forward(model, [block.name for block in blocks], [images])
+    activations, _ = made(model, blocks, images)
+    computed.clear()
+    for index, (inputs, _) in enumerate(expected):
+        assert torch.equal(activations.inputs(index)[:].args[0], inputs)
+    # Where values meet, the first try ends there: before c2, for the outputs of c0, nothing has been computed.
+    assert len(computed) == times
+
+
 class Counting(nn.Sequential):
     """A block that counts its forwards, over all copies of it, and the images in them."""
 
