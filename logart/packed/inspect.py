@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,18 @@ def layer_table(layers: dict[str, dict[str, Any]]) -> str:
     return table(head, rows, text=("layer", "shape", "grid", "channels per n_base2"))
 
 
+def activation_table(activations: Mapping[str, Any]) -> str:
+    """The quantized activations as a table; `activations` as the file's info has them, of which anything may be."""
+    head = ("activations read by", "bits", "signed", "step", "error", "saturated")
+    kept = {name: entry for name, entry in activations.items() if isinstance(entry, dict)}
+    rows = [(printable(name)[:80], *(_short(entry.get(what)) for what in head[1:])) for name, entry in kept.items()]
+    return table(head, rows, text=("activations read by",))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value)[:20])
+
+
 def codebook_lines(books: Iterable[dict[str, Any]]) -> Iterator[str]:
     """One layer's codebooks, a channel a line: its integers, then code by code the level and how often it is used."""
     for channel, book in enumerate(books):
@@ -111,10 +123,15 @@ def command(args: argparse.Namespace) -> None:
         print(json.dumps(content))
         return
     for name, value in content["info"].items():
+        if name == "activations" and isinstance(value, dict):
+            continue  # a table of its own, below
         text = ", ".join(map(str, value)) if isinstance(value, list) else _pairs(value)
         print(printable(f"{name}: {text[:400]}{'…' * (len(text) > 400)}"))
     rest = sum(entry["bytes"] for entry in content["rest"].values())
     print(f"\n{layer_table(content['layers'])}\n")
+    activations = content["info"].get("activations")
+    if isinstance(activations, dict) and activations:
+        print(f"{activation_table(activations)}\n")
     size = Path(args.file).stat().st_size
     print(f"{len(content['rest'])} other tensors: {rest} bytes; the whole file: {size} bytes")
 

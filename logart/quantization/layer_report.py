@@ -142,6 +142,15 @@ class Report:
         what = f"rounded to nearest without data: {', '.join(names)}" + f" and {more} more" * (more > 0)
         return what if names else ""
 
+    def activation_line(self) -> str:
+        """How many tensors are quantized and which saturates most, in a line."""
+        most = max(self.activations, key=lambda one: one.saturated)
+        line = f"activations: {len(self.activations)} tensors are quantized"
+        if most.saturated > 0:
+            line += f"; most saturates what {most.name} reads, {100 * most.saturated:.2g} % of its values"
+        left = [f"{name} ({reason})" for name, reason in self.float_products[:2]]
+        return f"{line}; float: {', '.join(left)}{' …' * (len(self.float_products) > 2)}" if left else line
+
     def gap_line(self) -> str:
         """Which layers do worse on images that they were not calibrated on, in a line; empty where none does."""
         gaps = [layer for layer in self.layers if layer.overfits]

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from logart.report.groups import signed
 from logart.report.page import Block, Cell, Details, Heading, Paragraph, Plot, Table
 from logart.report.run_charts import base_mix, block_errors, histograms, losses, output_errors
-from logart.report.runs import Run, RunLayer
+from logart.report.runs import Run, RunActivation, RunLayer
 from logart.runs.headline import size_text
 
 
@@ -23,6 +23,8 @@ def run_blocks(run: Run, prefix: str) -> list[Block]:
     drawn = [chart for name, draw in kinds.items() if (chart := draw(run, f"{prefix}_{name}"))]
     blocks += map(Plot, drawn)
     blocks.append(_layers(run.layers))
+    if run.activations:
+        blocks.append(_activations(run.activations))
     if run.blocks:
         blocks.append(_blocks(run))
     for title, charts in (("Weights and levels", histograms(run, f"{prefix}_weights")),
@@ -104,6 +106,23 @@ def _layers(layers: Sequence[RunLayer]) -> Table:
         ))  # fmt: skip
     return Table("Layers; weight error: ‖w − q‖² / ‖w‖²; it may rise while the output's error falls", head, tuple(rows),
                  words=(3, 4)).without_empty_columns()  # fmt: skip
+
+
+def _activations(found: Mapping[str, RunActivation]) -> Table:
+    rows = tuple(
+        (
+            Cell(name),
+            Cell(str(one.bits), (), float(one.bits)),
+            Cell(f"{'signed' if one.signed else 'unsigned'}, {f'step {one.step:.4g}' if one.step else 'log'}"),
+            _figure(one.error),
+            Cell(f"{100 * one.saturated:.2f}", (), one.saturated),
+        )
+        for name, one in found.items()
+    )
+    title = (
+        "Quantized activations, on calibration images; error: Σ|x − q|^2.4 / Σ|x|^2.4; saturated: beyond the end levels"
+    )
+    return Table(title, ("read by", "bits", "levels", "error", "saturated [%]"), rows, words=(2,))
 
 
 def _blocks(run: Run) -> Table:

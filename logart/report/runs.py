@@ -68,6 +68,17 @@ class RunBlock:
 
 
 @dataclass(frozen=True)
+class RunActivation:
+    """A quantized tensor; `step` is 0 on a log grid, error and saturation are those on calibration images."""
+
+    bits: int
+    signed: bool
+    step: float
+    error: float
+    saturated: float
+
+
+@dataclass(frozen=True)
 class Run:
     """A run to show.
 
@@ -75,6 +86,7 @@ class Run:
         floats: whether the histograms are of the float weights, and not of their codes' levels.
         n_bytes: of the packed file.
         rest: how many numbers in it are not quantized.
+        activations: of each quantized tensor what its levels are and how it did, by name; of those known.
     """
 
     name: str
@@ -85,6 +97,7 @@ class Run:
     floats: bool
     n_bytes: int
     rest: int
+    activations: dict[str, RunActivation] = field(default_factory=dict)
 
 
 def read_run(path: str) -> Run:
@@ -147,7 +160,7 @@ def _packed_run(name: str, file: PackedFile, size: int) -> Run:
                 output_errors=_output_errors(known),
             )
         )
-    return Run(name, _measured(file.info), layers, [], [], False, size, _rest(file))
+    return Run(name, _measured(file.info), layers, [], [], False, size, _rest(file), _activations(file.info))
 
 
 def _account_run(name: str, account: Mapping[str, Any], file: PackedFile, size: int) -> Run:
@@ -181,7 +194,22 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile, size: 
         for entry in account["blocks"]
     ]
     skipped = [(str(layer), str(reason)) for layer, reason in account["skipped"]]
-    return Run(name, dict(account["row"].items()), layers, blocks, skipped, True, size, _rest(file))
+    return Run(
+        name, dict(account["row"].items()), layers, blocks, skipped, True, size, _rest(file), _activations(file.info)
+    )
+
+
+def _activations(info: Mapping[str, Any]) -> dict[str, RunActivation]:
+    """The quantized tensors that a packed file's info tells of; entries that tell nothing are left out."""
+    told = info.get("activations")
+    found = {}
+    for name, entry in told.items() if isinstance(told, dict) else ():
+        figures = [_error(entry.get(what)) for what in ("bits", "step", "error", "saturated")] if isinstance(
+            entry, dict) else [None]  # fmt: skip
+        if None not in figures:
+            bits, step, error, saturated = (figure or 0.0 for figure in figures)
+            found[str(name)] = RunActivation(int(bits), bool(entry.get("signed")), step, error, saturated)
+    return found
 
 
 def _measured(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +217,7 @@ def _measured(info: Mapping[str, Any]) -> dict[str, Any]:
     stages = info.get("accuracy")
     stages = stages if isinstance(stages, dict) else {}
     found = {stage: value for stage, value in stages.items() if isinstance(value, dict)}
-    final = found.get("rounded", found.get("searched", {}))
+    final = ([value for stage, value in found.items() if stage not in ("float", "approximated")] or [{}])[-1]
     row = {"val_images": final.get("images"), "Acc@1": final.get("top1"),
            "float_Acc@1": found.get("float", {}).get("top1")}  # fmt: skip
     return {name: value for name, value in row.items() if _error(value) is not None}

@@ -119,6 +119,8 @@ def run(
             stage_store=folder if ranks.size() == 1 else RankStore(folder or StageStore()),
         )
     print(report.share_line(), flush=True)
+    if report.activations:
+        print(report.activation_line(), flush=True)
     for line in filter(None, (report.blind_line(), report.gap_line(), report.zeros_line())):
         print(line, flush=True)
     if options.test_with_terms:
