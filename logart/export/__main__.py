@@ -1,4 +1,4 @@
-"""A packed network for other tools: `python -m logart.export FILE`, `--out` for hardware, `--onnx` for ONNX."""
+"""A packed network for other tools: `python -m logart.export FILE` with `--out`, `--integer` or `--onnx`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_parser() -> FlagParser:
     parser = FlagParser(
         prog="logart-export",
         description="Export a packed network: codes, shift-and-add codebooks and golden vectors for hardware (--out), "
-        "or ONNX (--onnx).",
+        "the whole CNN in integers (--integer), or ONNX (--onnx).",
     )
     parser.add_argument("file", metavar="FILE", help="a packed network (.safetensors)")
     parser.flag("--out", metavar="DIR", help="write the hardware export there, a new or an empty folder")

@@ -102,6 +102,7 @@ def export_integer(
             "source": {"file": Path(path).name, "sha256": file_sha256(path), "data": source.name},
             "info": {name: file.info.get(name) for name in ("network", "preprocessing", "settings", "accuracy")},
             "activation_bits": a_bit,
+            "own_activation_levels": own,
             "calibration_images": len(calibration),
             "class_names": list(source.class_names),
             "golden_images": list(source.val.names[:images]),

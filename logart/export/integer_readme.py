@@ -52,6 +52,7 @@ def readme(graph: dict[str, Any]) -> str:
         file=graph["source"]["file"],
         sha256=graph["source"]["sha256"],
         a_bit=graph["activation_bits"],
+        chosen="theirs are the packed network's own, other " if graph["own_activation_levels"] else "",
         n=graph["calibration_images"],
         data=graph["source"]["data"],
         accumulator=ACCUMULATOR_BITS,
@@ -73,7 +74,7 @@ _README = """\
 # An integer network without multiplications
 
 Made from the packed network {file} (SHA-256 {sha256}). Activations of convolutions and linear layers have {a_bit}
-bits; formats were chosen from {n} calibration images of {data}.
+bits; {chosen}formats were chosen from {n} calibration images of {data}.
 
 `python run.py` computes the network for the golden images with NumPy alone and compares every value with `golden/`;
 `python run.py INPUT.npy OUTPUT.npy` computes it for other images. `run.py` is the definition in code; this page in

@@ -265,6 +265,7 @@ def test_levels_of_the_files_own_activations_are_taken(tmp_path: Path, capfd: An
     known = {f"{name.removesuffix('.input_quantizer')}": q for name, q in quantizers(loaded).items()}
     read = {node["layer"]: graph["values"][node["inputs"][0]] for node in graph["nodes"] if node.get("layer")}
     assert read.keys() == known.keys() and graph["activation_bits"] == 6
+    assert "theirs are the packed network's own" in (tmp_path / "out" / "README.md").read_text("utf-8")
     for name, quantizer in known.items():
         grid = quantizer.even_grid
         assert grid is not None and grid.step == 2.0 ** -read[name]["fraction"]
