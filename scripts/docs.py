@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from logart.cli import FlagParser
-from logart.export import __main__ as export
+from logart.export import command as export
 from logart.packed import inspect
 from logart.report import command as report
 from logart.report import compare

@@ -56,6 +56,7 @@ MOMENTS = {
     "the CNN track imports": (["-m", "logart_cnn.main"], "logart-cnn: interrupted; nothing was recorded"),
     "the transformer track imports": (["-m", "logart_vit.main"], "logart-vit: interrupted; nothing was recorded"),
     "inspect imports": (["-m", "logart.inspect"], "logart-inspect: interrupted; nothing was recorded"),
+    "export imports": (["-m", "logart.export"], "logart-export: interrupted; nothing was recorded"),
     "report imports": (["-m", "logart.report"], "logart-report: interrupted; nothing was recorded"),
     "compare imports": (["-m", "logart.compare"], "logart-compare: interrupted; nothing was recorded"),
     "a sweep's first row imports": (

@@ -21,8 +21,8 @@ import torch
 from small_runs import SMALL, SMALL_KWARGS, SWIN_KWARGS, VIT_KWARGS, rows, seeded, small, small_transformer
 
 from logart.cli import key_values
-from logart.export.__main__ import build_parser as build_export_parser
-from logart.export.__main__ import main as export_main
+from logart.export.command import build_parser as build_export_parser
+from logart.export.command import main as export_main
 from logart.networks.digits import DIGITS
 from logart.packed.inspect import build_parser as build_inspect_parser
 from logart.packed.inspect import main as inspect_main

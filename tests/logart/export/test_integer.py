@@ -24,7 +24,7 @@ import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import NetworkError
 from logart.export import integer_reference
-from logart.export.__main__ import main
+from logart.export.command import main
 from logart.export.hardware import HardwareLevels
 from logart.export.inputs import open_source
 from logart.export.integer_export import export_integer

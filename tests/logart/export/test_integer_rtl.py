@@ -10,7 +10,7 @@ import pytest
 import torch
 from integer_networks import Odd, built, exported
 
-from logart.export.__main__ import main
+from logart.export.command import main
 from logart.export.hardware_export import new_folder, write_hex
 from logart.export.integer_rtl import ENGINES, write_rtl
 from logart_cnn.main import main as cnn_main
