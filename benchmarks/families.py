@@ -40,7 +40,7 @@ MOST_INPUTS = 1152  # of a layer's channel; larger ones stay float under compens
 LEARNED = QuantConfig(calib_samples=2, batch_size=2, iters=2)
 CHOSEN = Path(__file__).with_suffix(".csv")
 PAGE = Path(__file__).parents[1] / "docs/families.md"
-SECONDS = 120  # for each stage of each network
+SECONDS = 120  # of the processor, for each stage of each network
 TORCHVISION = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
     *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
@@ -100,32 +100,33 @@ def _thinned(model: nn.Module) -> nn.Module:
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
     """The network of this name, with random weights, and two inputs of the least size that it is seen to run on."""
-    kind, _, name = name.partition(":")
-    generator = torch.Generator().manual_seed(0)
-    if kind == "torchvision":
-        kwargs = {"weights_backbone": None} if "resnet50" in name or "_v3_large" in name else {}
-        model = torchvision.models.get_model(name, weights=None, **kwargs).eval()
-        size = (3, 16, 64, 64) if name in VIDEO else (3, 224, 224)
-        return model, torch.randn(2, *size, generator=generator)
-    own = timm.get_pretrained_cfg(name)
-    channels, *default = own.input_size if own is not None else (3, 224, 224)
-    for size in ((128, 128), default):
+    kind, _, own = name.partition(":")
+    shapes = [(3, 128, 128), (3, 224, 224)]
+    if own in VIDEO:
+        shapes = [(3, 16, 64, 64)]
+    elif kind == "timm" and (config := timm.get_pretrained_cfg(own)) is not None:
+        shapes[1] = config.input_size
+        shapes[0] = (shapes[1][0], 128, 128)
+    for shape in shapes:
         try:
-            model = _sized(name, size)
-            images = torch.randn(2, channels, *size, generator=generator)
+            model = _sized(kind, own, shape[1:])
+            images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 model(images.clone())
             return model, images
         except Exception:  # of any type: the size is not one of its own
-            if size == default:
+            if shape == shapes[-1]:
                 raise
     raise AssertionError
 
 
-def _sized(name: str, size: Iterable[int]) -> nn.Module:
+def _sized(kind: str, name: str, size: tuple[int, ...]) -> nn.Module:
     torch.manual_seed(0)
+    if kind == "torchvision":
+        kwargs = {"weights_backbone": None} if "resnet50" in name or name.endswith("_v3_large") else {}
+        return torchvision.models.get_model(name, weights=None, **kwargs).eval()  # type: ignore[no-any-return]
     try:
-        return timm.create_model(name, img_size=tuple(size)).eval()  # type: ignore[no-any-return]
+        return timm.create_model(name, img_size=size).eval()  # type: ignore[no-any-return]
     except TypeError:
         return timm.create_model(name).eval()  # type: ignore[no-any-return]
 
@@ -140,13 +141,13 @@ def look(name: str, stages: list[str]) -> dict[str, Any]:
 
     def attempt(stage: str, function: Callable[[], Any]) -> None:
         if stage in stages:
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 line[stage] = function()
             except Exception as error:  # the error is the result
                 line[stage] = f"{type(error).__name__}: {one_line(error):.150}"
             finally:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
 
     def share() -> float:
         nonlocal network
@@ -179,7 +180,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _late(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"not through after {SECONDS} s")
+    raise TimeoutError(f"not through after {SECONDS} s of the processor")
 
 
 def sweep(out: Path, networks: Iterable[str], stages: list[str]) -> None:
@@ -256,7 +257,7 @@ def main() -> None:
         found = {row["network"]: row for row in csv.DictReader(args.out.open())}
         PAGE.write_text(page([found[name] for name in all_networks() if name in found]))
         return
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     sweep(args.out, args.only or all_networks(), args.stages)
 
 
