@@ -214,13 +214,15 @@ def page(rows: list[dict[str, str]]) -> str:
     ]
     for kind in ("timm", "torchvision"):
         own = [row for row in rows if row["network"].startswith(f"{kind}:")]
+        every = sum(name.startswith(f"{kind}:") for name in all_networks())
         enough = sum(_number(row["share"]) >= 99 for row in own)
         fine = sum(_number(row["share"]) >= 99 and all(row[stage] == "ok" for stage in STAGES[1:]) for row in own)
         lines += [
             "",
             f"## {kind}",
             "",
-            f"{enough} of {len(own)} have 99 % of their weights quantized or more, {fine} of these with all else fine.",
+            f"{len(own)} of {every} were looked at: {enough} have 99 % of their weights quantized or more, {fine}",
+            "of them with all else fine.",
             "",
             "| network | % quantized | compensated | LLR | packed | trace | export | float, the first of it |",
             "|---|---|---|---|---|---|---|---|",
