@@ -77,7 +77,8 @@ def run_layers(
         images = torch.zeros(1, *preprocessing.input_size)
         golden = GoldenImages(images, images, "")
     held = surgery.quantized_layers(network)
-    quantized = {name: held[name].module for name in layers}
+    # Of what else is quantized, a weight used by a function or a convolution of other dimensions, codes alone are kept.
+    quantized = {name: held[name].module for name in layers if isinstance(held[name].module, nn.Conv2d | nn.Linear)}
     dtype = next(iter(layers.values())).dtype
     try:
         for name, layer in layers.items():

@@ -148,7 +148,7 @@ class _Builder:
 
     def _module(self, node: fx.Node, name: str, module: nn.Module) -> None:
         source = node.args[0]
-        if is_quantized(module):
+        if is_quantized(module) and isinstance(module, nn.Conv2d | nn.Linear):
             assert isinstance(source, fx.Node)
             shape = tuple(quantized_weight(module).shape)
             inputs = self._requantized(node, module, self._inputs(source))

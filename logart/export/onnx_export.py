@@ -119,6 +119,10 @@ def export_onnx(
     for name, layer in packed.layers.items():
         if layer.dtype is not torch.float32:
             raise UserError(f"--onnx: {source}: layer {name} has weights of {layer.dtype}; expected torch.float32")
+        if layer.layout is not None or name not in quantized_layers(network):
+            why = "beside other tensors of its module"
+            why = why if layer.layout is None else "whose channels do not come first"
+            raise UserError(f"--onnx: {source}: {name} is a weight {why}, which is not exported yet")
     try:
         size = input_size_of(packed.info)
     except ValueError as error:

@@ -68,7 +68,8 @@ def quantize_model(
     """Quantize the convolutions and linear layers of a network onto the grid that `config` asks for.
 
     Args:
-        model: any module of Conv2d and Linear layers that maps a batch of images to logits. It is not changed.
+        model: any module that maps a batch of images to logits; it is not changed. What is quantized is every parameter
+            that enters a linear operation, see `survey`.
         config: the settings.
         calibration_images: a tensor [n, C, H, W], or batches of images as data loaders give them, see
             `images.gather_images`, or `Inputs` for a network of several inputs or keywords; DBS uses the first

@@ -218,7 +218,7 @@ class Refused(nn.Module):
 @pytest.mark.parametrize(
     ("act", "named"),
     [(nn.SiLU(), "SiLU act"), (nn.BatchNorm2d(4), "BatchNorm2d act"), (Gate(), "sigmoid"),
-     (Shift(), "add with a constant")],
+     (Shift(), "add with a constant"), (nn.ConvTranspose2d(4, 4, 2), "ConvTranspose2d act")],
 )  # fmt: skip
 def test_what_has_no_integer_form_is_refused_by_name(act: Any, named: str) -> None:
     model = Refused(nn.Identity()).eval()

@@ -422,3 +422,11 @@ def test_without_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.Mon
     spec.loader.exec_module(module)
     with pytest.raises(UserError, match=rf"--onnx: needs the extra \[onnx\] \(.*{package}.*\); .*logart\[onnx\]"):
         module.export_onnx(tmp_path / "packed.safetensors", tmp_path / "network.onnx")
+
+
+def test_weights_whose_channels_do_not_come_first_are_refused(tmp_path: Path, out: Path) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Flatten(), nn.Linear(324, 2)).eval()
+    network = quantize_model(model, QuantConfig(rounding="nearest"), torch.rand(2, 3, 8, 8))[0]
+    save_packed(network, tmp_path / "packed.safetensors", PREPROCESSING)
+    with pytest.raises(UserError, match="--onnx: .*: 0 is a weight whose channels do not come first"):
+        export_onnx(tmp_path / "packed.safetensors", out, model=model)
