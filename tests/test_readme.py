@@ -81,6 +81,7 @@ def test_every_command_has_a_rule() -> None:
     known += tuple(f"bash scripts/{name}.sh" for name in ("demo", "test", "test_browser", "test_rtl"))
     known += ("python scripts/docs.py", "python -m logart.runs.columns", "python run.py")
     known += ("torchrun --nproc-per-node 2 -m logart_cnn.main",)  # see tests/logart/test_ranks.py
+    known += ("python benchmarks/families.py",)  # see tests/test_benchmarks.py
     for words in [words for block in SHELL for words in block] + IN_PROSE:
         if any(map(ABLATION.fullmatch, words)) or words[:2] in NOT_RUN:
             continue
