@@ -1,4 +1,4 @@
-"""The runs whose every bit is pinned, and what a run comes to: `python tests/pinned_runs.py NETWORK [LABELS]` prints
+"""The runs whose every bit is pinned, and what a run comes to: `python tests/pinned_runs.py NETWORKS [LABELS]` prints
 the digests of those whose label matches, all by default, as JSON. Under torchrun its ranks share each run.
 
 The digests are compared with `pinned_codes.json`. `SURROUNDINGS` takes the processor's own instructions out of sums,
@@ -125,4 +125,7 @@ if __name__ == "__main__":
     from logart.ranks import joined
 
     with joined("pinned_runs"):
-        sys.stdout.write(json.dumps(digests(*sys.argv[1:]), indent=1) + "\n")
+        found: dict[str, str] = {}
+        for network in sys.argv[1].split(","):
+            found |= digests(network, *sys.argv[2:])
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
