@@ -198,11 +198,11 @@ def quantizers(module: nn.Module, prefix: str = "") -> dict[str, ActivationQuant
 
 
 @contextmanager
-def watching(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+def watching(modules: Sequence[nn.Module], see: Callable[[int, Any], None]) -> Iterator[None]:
     """While the context lasts, `see` is given the index of each of these that runs, and its input."""
 
     def hook(index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        see(index, args[0])
+        see(index, args[0] if args else None)
 
     handles = [module.register_forward_pre_hook(partial(hook, index)) for index, module in enumerate(modules)]
     try:

@@ -51,12 +51,16 @@ class Activations(Stage):
         """Put quantizers before layers and at the operands of products."""
         names = [block.name for block in task.blocks]
         left = quantize_products(task.quantized, task.config.n_bits_a, names, task.example)
-        for name, n_bits in task.bits_a.items():
-            module, own = find_parameter(task.quantized, name)
-            if own == "weight" and isinstance(module, LAYER_TYPES):
-                attach(module, n_bits)
+        found = {name: find_parameter(task.quantized, name) for name in task.bits_a}
+        modules = [module for module, _ in found.values()]
+        ran: set[int] = set()
+        with torch.no_grad(), watching(modules, lambda index, _: ran.add(index)):
+            task.quantized(task.example.clone())
+        for index, (name, (module, own)) in enumerate(found.items()):
+            if own == "weight" and isinstance(module, LAYER_TYPES) and index in ran:
+                attach(module, task.bits_a[name])
             else:
-                left.append((name, f"the input of a {type(module).__name__} is not quantized"))
+                left.append((name, f"{type(module).__name__} is not run as a layer, whose input could be quantized"))
         return left
 
     def run(self, task: BlockTask) -> None:

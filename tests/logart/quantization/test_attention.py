@@ -85,6 +85,26 @@ def test_products_of_other_modules_stay_float_and_are_named() -> None:
     assert left and {reason for _, reason in left} == {"it is in no block"} and not quantizers(known)
 
 
+def test_a_layer_that_is_not_run_as_one_is_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mixed, self.head = (
+                nn.Linear(6, 8),
+                nn.MultiheadAttention(8, 2, batch_first=True),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(self.mixed(x, x, x, need_weights=False)[0].mean(1))  # type: ignore[no-any-return]
+
+    model, report = quantize_model(Net().eval(), QuantConfig(**FAST, n_bits_a=8), torch.randn(8, 5, 6))
+    assert [one.name for one in report.activations] == ["first", "head"]
+    assert all(q.even_grid for q in quantizers(model).values())
+    assert "mixed" in dict(report.float_products)
+
+
 def test_attention_whose_forward_differs_is_left_alone() -> None:
     model = copy.deepcopy(NETWORK)
     attention = model.blocks[0].attn  # type: ignore[index,union-attr]
