@@ -24,6 +24,7 @@ from logart.quantization.layout import Layout, WeightUse
 from logart.quantization.soft_rounding import SoftRounding
 from logart.quantization.weight_state import describe, described, name_of
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 _CODES = ("codes", "levels", "packed_codes")
 _MEMBERS = ("_parameters", "_buffers", "_modules")  # where a module keeps its tensors
 
@@ -106,6 +107,8 @@ class QuantizedWeight(nn.Module):
         if self.dequantized_weight is not None:
             return self.dequantized_weight
         if self.packed_codes is not None:
+            if _is_exporting():  # what the codebooks are made of decides how they are made
+                raise ValueError('a network loaded with dequantize="on-the-fly" has no graph; expected "once"')
             return self.dequantize()
         return self._float_weight
 
