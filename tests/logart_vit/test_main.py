@@ -87,7 +87,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: VitFiles, tmp_path: Pa
     assert called["kwargs"] == dict.fromkeys(called["kwargs"]) and len(called["kwargs"]) == 8
     network, source, images, config, options, columns, _ = called["run"]
     assert source.name == "digits" and images.shape == (1024, 1, 8, 8)
-    assert network.row_groups == {"qkv": 3}
+    assert network.row_groups == {"qkv": 3, "in_proj_weight": 3}
     assert config == replace(BEST, rounding="learned", rrweight=0.1)
     cuda, flags = torch.device("cuda"), "--model, --checkpoint"
     assert options == RunOptions(cuda, "results.csv", 128, 2, test_before_calibration=True, network_flags=flags)

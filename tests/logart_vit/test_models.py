@@ -96,7 +96,7 @@ def test_vit_from_a_checkpoint(path: str) -> None:
     assert (network.arch, network.num_classes) == ("vit_tiny", 5)
     assert (network.source, network.sha256) == (Path(path).name, file_sha256(path))
     assert network.preprocessing == Preprocessing((3, 32, 32), 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3)
-    assert network.row_groups == {"qkv": 3}
+    assert network.row_groups == {"qkv": 3, "in_proj_weight": 3}
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "timm:vit_tiny_patch16_224"])
@@ -169,7 +169,7 @@ def test_digits_vit() -> None:
     with resources.as_file(packaged) as path:
         assert (network.source, network.sha256) == ("digits_vit.safetensors", file_sha256(path))
     assert network.preprocessing == Preprocessing((1, 8, 8), 1.0, "bilinear", (0.3053,), (0.3761,))
-    assert network.row_groups == {"qkv": 3}
+    assert network.row_groups == {"qkv": 3, "in_proj_weight": 3}
     with torch.no_grad():
         assert network.model(torch.rand(3, 1, 8, 8)).shape == (3, 10) and network.num_classes == 10
     assert sum(p.numel() for p in network.model.parameters()) * 4 < 400_000  # what may be shipped
