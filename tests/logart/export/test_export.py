@@ -536,7 +536,6 @@ def test_onnx_is_handed_on(exact: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_it_runs_as_a_module(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["export", str(exact), "--out", str(tmp_path / "out"), "--terms", "2", "--quiet"])
-    monkeypatch.delitem(sys.modules, "logart.export.command")
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("logart.export", run_name="__main__")
     assert stopped.value.code == 0 and read_export(tmp_path / "out")
