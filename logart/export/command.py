@@ -10,7 +10,7 @@ from logart.errors import NetworkError, UserError
 from logart.export.hardware_export import CHOICES, export_hardware
 from logart.export.hardware_readme import approximation, cost_table
 from logart.export.inputs import EXPECTED, GOLDEN_IMAGES, golden_images, own_data
-from logart.export.integer_export import export_integer
+from logart.export.integer_export import TEST_IMAGES, export_integer
 from logart.grids.root2 import ROOT2_TEXT
 from logart.packed.file import PackedFile
 
@@ -46,7 +46,8 @@ def build_parser() -> FlagParser:
     parser.flag("--a_bit", type=int, choices=range(2, 17), metavar="{2..16}",
                 help="bits of what the integer network's layers read (default: as the file says, else 8)")  # fmt: skip
     parser.flag("--test_images", type=int, metavar="N",
-                help="test images that the integer network's accuracy is measured on (default: all)")  # fmt: skip
+                help="test images that the integer network's accuracy is measured on, of every class as many "
+                f"(default {TEST_IMAGES})")  # fmt: skip
     parser.flag("--quiet", action="store_true", help="print nothing")
     return parser
 
@@ -118,7 +119,7 @@ def _integer(args: argparse.Namespace) -> None:
             a_bit=args.a_bit,
             images=default_if_none(args.n, GOLDEN_IMAGES),
             terms=args.terms,
-            test_images=args.test_images,
+            test_images=default_if_none(args.test_images, TEST_IMAGES),
             quiet=bool(args.quiet),
         )
     except NetworkError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,13 @@ class Split(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._transform(self._load(self.names[index])), self._labels[index]
+
+    def balanced(self, count: int) -> Split:
+        """`count` of the items, in their order: of every class as many, the same at every call."""
+        places = balanced_choice([str(label) for label in self._labels], count, 1)
+        some = copy.copy(self)
+        some.names, some._labels = [self.names[i] for i in places], [self._labels[i] for i in places]
+        return some
 
     def augmented(self, index: int) -> Tensor:
         """The item [C, H, W] cropped and flipped at random, by torch's global generator."""

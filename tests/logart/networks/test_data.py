@@ -279,3 +279,10 @@ def test_an_unreadable_image_is_named(folder, how):
             list,
             validation_batches(source, 4, workers),
         )
+
+
+def test_some_images_are_of_every_class_as_many(folder):
+    val = open_images(str(folder), COLOUR, 2).val
+    some = val.balanced(2)
+    assert len(some) == 2 and len({some[0][1], some[1][1]}) == 2 and set(some.names) <= set(val.names)
+    assert torch.equal(some[0][0], val[val.names.index(some.names[0])][0])
