@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from logart.grids.rounding import nearest
+from logart.quantization.dbs import wide
 from logart.quantization.layers import find_parameter, get_weight
 from logart.quantization.operations import Use
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 from logart.quantization.watching import Watch
 
-N_IMAGES = 64  # of either kind: outputs have many positions, and so few tell layers apart
+N_IMAGES = 32  # of either kind: outputs have many positions, and so few tell layers apart
 _AT_ONCE = 8  # images: a batch's outputs of all layers are held
 
 # The order of `LayerReport.output_errors`: on which images, and with which codes.
@@ -37,41 +39,56 @@ def layer_output_errors(
         quantized: the one that was made of it, rounded; unchanged in the end.
         calibration, held_out: images [n, ...], of which the first `N_IMAGES` are looked at; None leaves these out.
     """
+    layers = quantized_layers(quantized)
+    final = [layer.snapshot() for layer in layers.values()]
+    for name, layer in layers.items():
+        _round_to_nearest(layer, find_parameter(reference, name)[0])
+    plain = [layer.snapshot() for layer in layers.values()]
     found: list[Mapping[str, float]] = []
-    for images in (calibration, held_out):
-        if images is None:
-            found += [{}, {}]
-            continue
-        with _rounded_to_nearest(reference, quantized):
-            found.append(output_errors(reference, quantized, images[:N_IMAGES]))
-        found.append(output_errors(reference, quantized, images[:N_IMAGES]))
+    try:
+        for images in (calibration, held_out):
+            some = None if images is None else images[:N_IMAGES]
+            found += [{}, {}] if some is None else output_errors(reference, quantized, some, plain, final)
+    finally:
+        for restore in final:
+            restore()
     names = dict.fromkeys(name for errors in found for name in errors)
     return {name: tuple(errors.get(name) for errors in found) for name in names}
 
 
 @torch.no_grad()
-def output_errors(reference: nn.Module, quantized: nn.Module, images: Tensor) -> dict[str, float]:
-    """The relative squared error of each quantized layer's output on images [n, ...], see `layer_output_errors`."""
+def output_errors(
+    reference: nn.Module, quantized: nn.Module, images: Tensor, *states: Sequence[Callable[[], None]]
+) -> list[dict[str, float]]:
+    """The relative squared error of each quantized layer's output on images [n, ...], see `layer_output_errors`.
+
+    Args:
+        states: what each layer is made by, as its `snapshot` gives it; an entry of the result for each.
+    """
     layers = quantized_layers(quantized)
-    sums = {name: _Sums() for name in layers}
-    waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
+    sums = [{name: _Sums() for name in layers} for _ in states]
+    float_weights = {name: get_weight(reference, name) for name in layers}
+    outputs: dict[str, list[Tensor]] = {}
 
     def keep(name: str, use: Use) -> None:
-        waiting[name].append(_channels_last(use).clone())
+        outputs[name].append(_channels_last(use).clone())
 
-    def compare(name: str, use: Use) -> None:
-        if waiting[name]:
-            sums[name].add(waiting[name].pop(0), _channels_last(use))
+    def compare(of: Mapping[str, _Sums], at: Counter[str], name: str, use: Use) -> None:
+        if at[name] < len(outputs[name]):
+            of[name].add(outputs[name][at[name]], _channels_last(use))
+        at[name] += 1
 
     device = next(quantized.parameters()).device
-    float_weights = {name: get_weight(reference, name) for name in layers}
-    weights = {name: layer.weight for name, layer in layers.items()}
     for batch in images.split(_AT_ONCE):
+        outputs = {name: [] for name in layers}
         with Watch(float_weights, keep):
             reference(batch.to(device, copy=True))  # some networks normalise in place
-        with Watch(weights, compare):
-            quantized(batch.to(device, copy=True))
-    return {name: of.relative() for name, of in sums.items() if of.count}
+        for state, of in zip(states, sums, strict=True):
+            for restore in state:
+                restore()
+            with Watch({name: layer.weight for name, layer in layers.items()}, partial(compare, of, Counter())):
+                quantized(batch.to(device, copy=True))
+    return [{name: each.relative() for name, each in of.items() if each.count} for of in sums]
 
 
 def _channels_last(use: Use) -> Tensor:
@@ -86,29 +103,20 @@ class _Sums:
         self.count = 0
         self._error, self._total, self._squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
 
-    def add(self, wanted: Tensor, given: Tensor) -> None:
-        wanted, given = wanted.double(), given.double()
-        self.count += len(wanted)
-        self._error = self._error.to(wanted.device) + (wanted - given).square().sum()
-        self._total = self._total.to(wanted.device) + wanted.sum(0)
-        self._squares = self._squares.to(wanted.device) + wanted.square().sum(0)
+    def add(self, target: Tensor, output: Tensor) -> None:
+        target, output = wide(target), wide(output)
+        self.count += len(target)
+        self._error = self._error.to(target.device) + (target - output).square().sum(dtype=torch.float64)
+        self._total = self._total.to(target.device) + target.sum(0, dtype=torch.float64)
+        self._squares = self._squares.to(target.device) + target.square().sum(0, dtype=torch.float64)
 
     def relative(self) -> float:
         variance = float((self._squares - self._total.square() / self.count).sum())
         return float(self._error) / max(variance, 1e-300)
 
 
-@contextmanager
-def _rounded_to_nearest(reference: nn.Module, quantized: nn.Module) -> Iterator[None]:
-    """While the context lasts, codes are rounded to nearest on the same codebooks, and biases are the float ones."""
-    with ExitStack() as undo:
-        for name, layer in quantized_layers(quantized).items():
-            undo.callback(layer.snapshot())
-            _round_to_nearest(layer, find_parameter(reference, name)[0])
-        yield
-
-
 def _round_to_nearest(layer: QuantizedWeight, float_layer: nn.Module) -> None:
+    """Codes rounded to nearest on the same codebook, and the float bias."""
     layer.set_codes(nearest(layer.rows, layer.codebook))
     if layer.bias_name is not None:
         layer.module._parameters[layer.bias_name] = float_layer._parameters.get(layer.bias_name)
