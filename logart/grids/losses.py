@@ -27,5 +27,5 @@ def absolute_error(output: Tensor, target: Tensor, channel_dim: int = 1) -> Tens
 
 def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(softmax(target / T) ‖ softmax(logits / T)) of each image, averaged over the batch; both [B, classes]."""
-    wanted, given = (F.log_softmax(z / temperature, dim=1) for z in (target, logits))
-    return F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+    target_log, output_log = (F.log_softmax(z / temperature, dim=1) for z in (target, logits))
+    return F.kl_div(output_log, target_log, reduction="batchmean", log_target=True)

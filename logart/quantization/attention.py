@@ -104,8 +104,8 @@ def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], exam
     """
     prefixes = tuple(f"{name}." if name else "" for name in blocks)
     reasons: dict[str, str] = {}
-    wanted = model(example.clone())
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(wanted) if isinstance(leaf, Tensor))
+    target = model(example.clone())
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree_leaves(target) if isinstance(leaf, Tensor))
     for name, module in list(model.named_modules()):
         if type(module) not in ATTENTION:
             continue
@@ -114,7 +114,7 @@ def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], exam
             continue
         spell_out(module, n_bits)
         try:
-            if same_outputs(model(example.clone()), wanted, eps**0.5):
+            if same_outputs(model(example.clone()), target, eps**0.5):
                 continue
             reasons[name] = "with its products spelled out the network gave other outputs"
         except Exception as error:  # of any type: another release's forward

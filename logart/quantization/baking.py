@@ -26,14 +26,14 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.inside: list[str] = []
-        self.given: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+        self.weights: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _OPERATIONS and self.inside:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            self.given.setdefault(self.inside[-1], []).append((weight.detach().clone(), bias))
+            self.weights.setdefault(self.inside[-1], []).append((weight.detach().clone(), bias))
         return func(*args, **kwargs)
 
 
@@ -58,12 +58,13 @@ def bake_weights(model: nn.Module, example: Tensor) -> list[str]:
     other, _, _ = _run(model, candidates, example.flip(0) * 0.5)
     replaced = []
     for name, module in candidates.items():
-        given = watch.given.get(name, [])
-        if len(given) != 1 or len(seen.get(name, [])) != 1 or not torch.equal(given[0][0], other.given[name][0][0]):
+        weights = watch.weights.get(name, [])
+        once = len(weights) == 1 == len(seen.get(name, []))
+        if not once or not torch.equal(weights[0][0], other.weights[name][0][0]):
             continue
         x, y = seen[name][0]
         for kind in (nn.Linear,) if isinstance(module, nn.Linear) else (nn.Conv2d, Conv2dSame):
-            plain = plain_layer(module, kind, *given[0])
+            plain = plain_layer(module, kind, *weights[0])
             if same_outputs(plain(x.clone()), y, torch.finfo(y.dtype).eps ** 0.5):
                 replace_module(model, name, plain)
                 replaced.append(name)
@@ -104,15 +105,15 @@ def _run(
     """What the candidates gave to operations, their inputs and outputs by name, and the network's output."""
     watch = _Watch()
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    fed: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def enter(name: str, args: tuple[Any, ...]) -> None:
         watch.inside.append(name)
-        fed.append(args[0].clone() if args and isinstance(args[0], Tensor) else x)
+        inputs.append(args[0].clone() if args and isinstance(args[0], Tensor) else x)
 
     def leave(name: str, output: Any) -> None:
         watch.inside.pop()
-        seen.setdefault(name, []).append((fed.pop(), output.clone()))
+        seen.setdefault(name, []).append((inputs.pop(), output.clone()))
 
     handles = []
     for name, module in candidates.items():

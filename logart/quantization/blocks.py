@@ -229,10 +229,10 @@ class _Finder:
                 torch.no_grad(),
                 intercepted(modules, lambda i, _: tree_map_only(Tensor, torch.clone, outputs[i])),
             ):
-                given = other.copy().on(self._modules[name])
+                replayed = other.copy().on(self._modules[name])
         except Exception:  # of any type: the module is the user's, and not made for this
             return False
-        pairs = zip(_tensors(given), _tensors(run.output), strict=True)
+        pairs = zip(_tensors(replayed), _tensors(run.output), strict=True)
         return all(torch.equal(a, b) for a, b in pairs)
 
     def _beside(self, blocks: Sequence[str]) -> Iterable[str]:

@@ -150,5 +150,5 @@ def run_to(block: nn.Module, layer: nn.Module, call: Call) -> tuple[Tensor, Tens
             handle.remove()
     if not seen:
         raise NetworkError(f"the forward pass never reached {type(layer).__name__}")
-    fed, output = seen
-    return fed, output
+    operand, output = seen
+    return operand, output

@@ -140,9 +140,9 @@ def round_layer(layer: QuantizedWeight, estimate: Estimate, grid: Grid, options:
     """Give a layer its codebook, codes and bias."""
     layer.damping = estimate.damping
     w, t, a = layer.rows.reshape(layer.shape[0], -1), estimate.target, estimate.a
-    wanted = t.reshape(layer.n_codebooks, -1).to(w.dtype)
+    real = t.reshape(layer.n_codebooks, -1).to(w.dtype)
     error = per_codebook(partial(quadratic_error, a=a), layer)
-    codebook = choose_codebook(wanted, grid, layer.n_bits, error=error, options=options)
+    codebook = choose_codebook(real, grid, layer.n_bits, error=error, options=options)
     rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
     codes = round_compensated(t, a, codebook.select(rows), estimate.factor)
     if options.zero_code:

@@ -153,12 +153,11 @@ def layer_residual(
     residuals = []
     for start in range(0, len(inputs), batch_size):
         batch = slice(start, start + batch_size)
-        wanted = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
-        given = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
-        seen.take(given)
-        residuals.append(
-            [use.positions_last(wide(exact.y) - wide(use.y)) for exact, use in zip(wanted, given, strict=True)]
-        )
+        float_uses = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
+        quantized_uses = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
+        seen.take(quantized_uses)
+        pairs = zip(float_uses, quantized_uses, strict=True)
+        residuals.append([use.positions_last(wide(exact.y) - wide(use.y)) for exact, use in pairs])
     return OutputResidual(seen.outputs, seen.joined(residuals))
 
 
@@ -167,24 +166,24 @@ class _Seen:
 
     def __init__(self, n_uses: int) -> None:
         self._n_uses = n_uses
-        self._fed: list[list[Tensor]] = [[] for _ in range(n_uses)]
+        self._inputs: list[list[Tensor]] = [[] for _ in range(n_uses)]
         self._uses: list[Use] = []
 
     def take(self, uses: Sequence[Use]) -> None:
         """Keep a batch."""
         self._uses = list(uses)
-        for fed, use in zip(self._fed, uses, strict=True):
-            fed.append(wide(use.x.detach()))
+        for batches, use in zip(self._inputs, uses, strict=True):
+            batches.append(wide(use.x.detach()))
 
     def outputs(self, delta: Tensor) -> Tensor:
         """X̂δ for a weight δ [C, K], [B, C, positions of all operations]."""
-        if len(self._fed[0]) > 1:
-            self._fed = [[torch.cat(fed)] for fed in self._fed]
-        given = []
-        for (x,), use in zip(self._fed, self._uses, strict=True):
+        if len(self._inputs[0]) > 1:
+            self._inputs = [[torch.cat(batches)] for batches in self._inputs]
+        outputs = []
+        for (x,), use in zip(self._inputs, self._uses, strict=True):
             x = x.to(torch.promote_types(x.dtype, use.weight.dtype))
-            given.append(use.apply(x, delta.to(x.dtype)))
-        return torch.cat(given, -1) if len(given) > 1 else given[0]
+            outputs.append(use.apply(x, delta.to(x.dtype)))
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def joined(self, batches: Sequence[Sequence[Tensor]], dim: int = 0) -> Tensor:
         """Tensors [..., C, positions] of each operation of each batch, batches in `dim`, as one."""
@@ -220,9 +219,9 @@ def layer_moments(
     own = inputs.own(range(inputs.total) if images is None else images)
     for start in own[::batch_size]:
         batch = slice(start, min(start + batch_size, own.stop))
-        wanted = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
-        given = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
-        for exact, use in zip(wanted, given, strict=True):
+        float_uses = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
+        quantized_uses = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
+        for exact, use in zip(float_uses, quantized_uses, strict=True):
             _add(moments, use, use.positions_last(wide(exact.y) - wide(use.y)), shifted)
     if shifted and moments.shift is None:  # this rank has none of these images
         moments.shift = ranks.from_first(None).to(layer.weight.device)

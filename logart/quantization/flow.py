@@ -113,15 +113,15 @@ class Flow(TorchFunctionMode):
             result = attention(partial(self._call, noted), self._is_weight, *args, **kwargs)
         else:
             result = self._call(noted, func, args, kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if result is None and given:  # y[...] = value
-            made = given[:1]
+        if result is None and operands:  # y[...] = value
+            made = operands[:1]
         if made:
-            self.used |= {id(tensor) for tensor in given}
+            self.used |= {id(tensor) for tensor in operands}
             if func in _LINEAR and not noted:
                 self._look_for_weight(args, kwargs)
-            self._pass_on(given, noted, made)
+            self._pass_on(operands, noted, made)
         return result
 
     def _call(self, noted: list[str], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -148,9 +148,9 @@ class Flow(TorchFunctionMode):
         self.seen.setdefault(name, []).append(seen)
         return name
 
-    def _pass_on(self, given: Sequence[Tensor], layers: Sequence[str], made: Sequence[Tensor]) -> None:
+    def _pass_on(self, operands: Sequence[Tensor], layers: Sequence[str], made: Sequence[Tensor]) -> None:
         """Of several layers in one operation, attention's projections, the last gives the output."""
-        came: frozenset[str] = frozenset().union(*(self._through.get(tensor, ()) for tensor in given))
+        came: frozenset[str] = frozenset().union(*(self._through.get(tensor, ()) for tensor in operands))
         if layers and came:
             first = layers[:-1] or layers
             self._inputs += [layer for layer in first if came == {_IMAGES} and layer not in self._inputs]

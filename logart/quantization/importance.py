@@ -92,18 +92,18 @@ class PerturbationImportance:
     def _gradient(self, block: nn.Module, x: Tensor, decision: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         seen: list[Tensor] = []
 
-        def perturb(_: nn.Module, args: tuple[Any, ...], given: Any) -> Any:
-            seen.append(change(only_tensor(given, block)).detach().requires_grad_())
+        def perturb(_: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
+            seen.append(change(only_tensor(outputs, block)).detach().requires_grad_())
             # Clones: autograd forbids an operation in place on a leaf.
-            return tree_map_only(Tensor, lambda _: seen[0].clone(), given)
+            return tree_map_only(Tensor, lambda _: seen[0].clone(), outputs)
 
         handle = block.register_forward_hook(perturb)
         try:
             with torch.enable_grad():
-                given = F.log_softmax(self._model(x.clone()) / self._temperature, dim=1)
+                outputs = F.log_softmax(self._model(x.clone()) / self._temperature, dim=1)
         finally:
             handle.remove()
-        divergence = F.kl_div(given, decision, reduction="sum", log_target=True)
+        divergence = F.kl_div(outputs, decision, reduction="sum", log_target=True)
         found = torch.autograd.grad(divergence, seen[0], allow_unused=True)[0] if divergence.requires_grad else None
         if found is None:
             name = next(name for name, module in self._model.named_modules() if module is block)

@@ -237,12 +237,12 @@ class Learn(Stage):
         return f"LLR {config.iters} steps a block ({how}, lr {config.lr:g}, λ {config.rrweight:g})"
 
     def needs(self, config: Settings) -> frozenset[Capture]:
-        fed = {
+        source = {
             ReconInput.QUANTIZED: {Capture.INPUTS},
             ReconInput.FLOAT: {Capture.FLOAT_INPUTS},
             ReconInput.MIXED: {Capture.INPUTS, Capture.FLOAT_INPUTS},
         }
-        return frozenset({*fed[config.recon_input], Capture.TARGETS})
+        return frozenset({*source[config.recon_input], Capture.TARGETS})
 
     def steps(self, config: Settings) -> int:
         return config.iters
@@ -264,10 +264,10 @@ class Learn(Stage):
         What was captured of images held out, if any, decides which learned codes and biases stand.
         """
         config, captured = task.config, task.captured
-        fed = Capture.FLOAT_INPUTS if config.recon_input is ReconInput.FLOAT else Capture.INPUTS
-        inputs = captured[fed]
+        source = Capture.FLOAT_INPUTS if config.recon_input is ReconInput.FLOAT else Capture.INPUTS
+        inputs = captured[source]
         float_inputs = captured[Capture.FLOAT_INPUTS] if config.recon_input is ReconInput.MIXED else None
-        judge = None if held_out is None else (held_out[fed], held_out[Capture.TARGETS])
+        judge = None if held_out is None else (held_out[source], held_out[Capture.TARGETS])
         began = time.perf_counter()
         loss = task.loss(captured[Capture.TARGETS].shape)
         ready = time.perf_counter()

@@ -176,8 +176,8 @@ class Settings:
         object.__setattr__(self, "softmax_grid", SoftmaxGrid(self.softmax_grid))
         log = self.softmax_grid is not SoftmaxGrid.UNIFORM
         if log and self.quantizes_activations and self.n_bits_a > MAX_BITS:
-            wanted = f"2 to {MAX_BITS} for softmax_grid {self.softmax_grid.value}"
-            raise ValueError(f"n_bits_a must be {wanted}, got {self.n_bits_a}")
+            expected = f"2 to {MAX_BITS} for softmax_grid {self.softmax_grid.value}"
+            raise ValueError(f"n_bits_a must be {expected}, got {self.n_bits_a}")
 
     def _check_budget(self) -> None:
         if self.bits_budget is not None and self.size_budget is not None:
