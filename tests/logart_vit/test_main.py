@@ -459,15 +459,18 @@ def test_passes_over_the_calibration_images(
     used, in which order and how much memory is needed, three of them once to see what grows with their number, and two
     once through the quantized one.
     The importance takes one in float64 in all and two a block, over its first images.
+    Once, before `blocks.1`, a batch of 4 is run to where a blank without values in the place of the patches meets the
+    positions; from there on blanks have values.
     """
     monkeypatch.setattr(logart.quantization.block_loss, "IMPORTANCE_IMAGES", 5)
     argv = [*files.on_images(), "--optim_size", "7", "--results", str(tmp_path / "results.csv"), *flags.split()]
     assert main(argv) == 0
 
-    def block(times: int) -> dict[str, int]:
-        return of_each | ({"float64": times * of_importance} if times * of_importance else {})
+    def block(times: int, more: int = 0) -> dict[str, int]:
+        own = {network: images + more for network, images in of_each.items()}
+        return own | ({"float64": times * of_importance} if times * of_importance else {})
 
-    of_llr = [("patch_embed.proj", block(3)), ("blocks.0", block(2)), ("blocks.1", block(2)), ("head", block(0))]
+    of_llr = [("patch_embed.proj", block(3)), ("blocks.0", block(2)), ("blocks.1", block(2, 4)), ("head", block(0))]
     assert passes[1:-1] == [("searched", {"quantized": 2, "float": 19}), *of_llr] and passes[-1][1] == {}
 
 
