@@ -246,15 +246,15 @@ def _ended(number: int, frame: Any) -> NoReturn:
     raise _lost(f"ended, or one of {size()} ranks was killed (SIGTERM)")
 
 
-def _lost(otherwise: str) -> RankLost:
+def _lost(message: str) -> RankLost:
     """What to raise, with the word that another rank has left, if any."""
     assert _group is not None
     try:
         if _group.store.check(["code"]):
             return RankLost("", int(_group.store.get("code")))
-        return RankLost(_group.store.get("word").decode() if _group.store.check(["word"]) else otherwise)
+        return RankLost(_group.store.get("word").decode() if _group.store.check(["word"]) else message)
     except RuntimeError:  # the store went with its rank
-        return RankLost(otherwise)
+        return RankLost(message)
 
 
 def _leave_word(message: str) -> None:

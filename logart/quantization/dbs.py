@@ -252,15 +252,15 @@ def block_sensitivity(
 ) -> BlockSensitivity:
     """The BW measure of one layer, which must still hold its float weight; arguments as `layer_moments`."""
     signs = BatchSigns(seed, inputs.total, batch_size)
-    seen, pulls, probes = _Seen(layer.n_uses), [], []
+    seen, vjps, probes = _Seen(layer.n_uses), [], []
     for images in ranks.own_batches(inputs.total, batch_size):
         own = inputs.own(images)
         batch, draw = slice(own.start, own.stop), partial(signs.of, images, draws=PROBES)
         uses, vjp, along = _vjps(float_block, block, layer, float_inputs[batch], inputs[batch], draw)
         seen.take(uses)
-        pulls.append([wide(each) for each in vjp])
+        vjps.append([wide(each) for each in vjp])
         probes.append([wide(each) for each in along])
-    return BlockSensitivity(seen.outputs, seen.joined(pulls), seen.joined(probes, 1))
+    return BlockSensitivity(seen.outputs, seen.joined(vjps), seen.joined(probes, 1))
 
 
 def _vjps(
@@ -290,6 +290,6 @@ def _vjps(
     if not z.requires_grad:
         raise NetworkError("no gradient reaches it from its block's output, under no_grad or a checkpoint, say")
     outputs = [use.y for use in uses]
-    pulls = [torch.autograd.grad(z, outputs, v, retain_graph=True) for v in [residual, *draw(z)]]
-    each = [[use.positions_last(pull) for pull in own] for use, own in zip(uses, zip(*pulls, strict=True), strict=True)]
+    vjps = [torch.autograd.grad(z, outputs, v, retain_graph=True) for v in [residual, *draw(z)]]
+    each = [[use.positions_last(vjp) for vjp in own] for use, own in zip(uses, zip(*vjps, strict=True), strict=True)]
     return uses, [own[0] for own in each], [torch.stack(own[1:]) for own in each]

@@ -133,11 +133,11 @@ def name_groups(groups: Sequence[Group]) -> None:
         members = [(place, group) for place, found in enumerate(cells.values()) for group in found]
         words: list[tuple[str, ...]] = [() for _ in members]
         for column in (*_TELLING, "device"):
-            told = len({(place, w) for (place, _), w in zip(members, words, strict=True)})
-            if told == len(members):
+            distinct = len({(place, w) for (place, _), w in zip(members, words, strict=True)})
+            if distinct == len(members):
                 break
             more = [(*w, difference_word(column, g.row[column])) for (_, g), w in zip(members, words, strict=True)]
-            if len({(place, w) for (place, _), w in zip(members, more, strict=True)}) > told:
+            if len({(place, w) for (place, _), w in zip(members, more, strict=True)}) > distinct:
                 words = more
         seen: dict[tuple[int, str], int] = {}
         for (place, group), said in zip(members, words, strict=True):

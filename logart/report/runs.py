@@ -201,9 +201,9 @@ def _account_run(name: str, account: Mapping[str, Any], file: PackedFile, size: 
 
 def _activations(info: Mapping[str, Any]) -> dict[str, RunActivation]:
     """The quantized tensors that a packed file's info tells of; entries that tell nothing are left out."""
-    told = info.get("activations")
+    known = info.get("activations")
     found = {}
-    for name, entry in told.items() if isinstance(told, dict) else ():
+    for name, entry in known.items() if isinstance(known, dict) else ():
         figures = [_error(entry.get(what)) for what in ("bits", "step", "error", "saturated")] if isinstance(
             entry, dict) else [None]  # fmt: skip
         if None not in figures:
