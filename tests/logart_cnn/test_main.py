@@ -19,6 +19,7 @@ import logart.quantization.rounding_methods
 import logart.runs.job
 import logart.runs.run
 import logart_cnn.command
+from logart.grids.activations import ActScale, SoftmaxGrid
 from logart.grids.grid import ScaleSearch
 from logart.networks.weights import file_sha256
 from logart.quantization.config import QuantConfig, ReconInput, ReconMetric, SearchMethod
@@ -46,7 +47,8 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
     rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
     cache
-    search_batch_size val_batch_size checkpoint_key class_map class_order calib_path calib_from_val val_limit""".split()
+    search_batch_size val_batch_size checkpoint_key class_map class_order calib_path calib_from_val val_limit
+    n_bits_a input_bits_a head_bits_a act_scale calibrate_with_act iters_a""".split()
 
 
 def test_the_flags_are_those_of_the_issues_and_two_for_lists() -> None:
@@ -82,7 +84,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": "learned",
         "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False,
         "layer_bits": {}, "skip": (), "bits_budget": None, "size_budget": None, "damping": 0.01,
-        "mirror": False,
+        "mirror": False, "n_bits_a": 32, "input_bits_a": None, "head_bits_a": None, "act_scale": ActScale.AUTO,
+        "softmax_grid": SoftmaxGrid.UNIFORM, "calibrate_with_act": False, "iters_a": 0,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
     assert options == expected and not options.quiet
@@ -181,7 +184,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
         "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 "
         "batch_size=32 damping=0.01 mirror=False iters_w=4 "
-        "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized seed=0 "
+        "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized n_bits_a=32 "
+        "input_bits_a=same head_bits_a=same act_scale=auto calibrate_with_act=False iters_a=0 seed=0 "
         "first_last_bits=same hardware_approx_terms=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]

@@ -23,6 +23,7 @@ import logart.runs.job
 import logart.runs.run
 import logart_vit.command
 from logart.cli import key_values
+from logart.grids.activations import ActScale, SoftmaxGrid
 from logart.grids.grid import ScaleSearch
 from logart.grids.losses import absolute_error, kl_divergence, squared_error
 from logart.networks.weights import file_sha256
@@ -59,7 +60,8 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     model-kwargs input-size crop-pct mean std interpolation num-classes
     rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
     cache
-    checkpoint_key class_map class_order calib_path calib_from_val val_limit""".split()
+    checkpoint_key class_map class_order calib_path calib_from_val val_limit
+    a_bit qconv_a_bit qhead_a_bit act_scale softmax_grid calibrate_with_act iters_a""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
 
 
@@ -109,12 +111,16 @@ class Config:
     optim_mode, drop_prob, iters_w, lr, rrweight = "qdrop", 0.25, 77, 0.5, 7
     b_start, b_end, warmup, val_batch_size, num_workers = 9, 3, 0.1, 50, 1
     scale_search, asymmetric, zero_code = "half_step", True, True
+    a_bit, qconv_a_bit, qhead_a_bit, act_scale, softmax_grid = 6, 8, 7, "pow2", "log_2"
+    calibrate_with_act, iters_a = True, 11
 """
 OTHER = QuantConfig(
     3, 8, False, "dynamic", SearchMethod.LAYER_WISE, search_samples=64, search_batch_size=16,
     calib_samples=512, batch_size=8, iters=77, rrweight=7.0, lr=0.5, b_start=9.0, b_end=3.0, warmup=0.1,
     recon_input=ReconInput.MIXED, drop_prob=0.25, recon_metric=ReconMetric.HESSIAN_PERTURB, temperature=5.0,
     head_kl=True, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True,
+    n_bits_a=6, input_bits_a=8, head_bits_a=7, act_scale=ActScale.POW2, softmax_grid=SoftmaxGrid.LOG_2,
+    calibrate_with_act=True, iters_a=11,
 )  # fmt: skip
 FLAGS_WIN = {
     "--w_bit 5": {"n_bits": 5},
@@ -143,6 +149,14 @@ FLAGS_WIN = {
     "--hardware_approx --hardware_approx_terms 4": {"hardware_terms": 4},
     "--scale_search": {"scale_search": ScaleSearch.GRID},
     "--scale_search none": {"scale_search": ScaleSearch.NONE},
+    "--a_bit 5": {"n_bits_a": 5},
+    "--a_bit 32": {"n_bits_a": 32},
+    "--qconv_a_bit 2": {"input_bits_a": 2},
+    "--qhead_a_bit 32": {"head_bits_a": 32},
+    "--act_scale float": {"act_scale": ActScale.FLOAT},
+    "--softmax_grid uniform": {"softmax_grid": SoftmaxGrid.UNIFORM},
+    "--no-calibrate_with_act": {"calibrate_with_act": False},
+    "--iters_a 0": {"iters_a": 0},
     "--rounding learned": {},
     "--rounding both": {"rounding": "both"},
     "--seed 9": {"seed": 9},
@@ -279,7 +293,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "w_bit=4 first_last_bits=same channel_wise=True scale_method=dynamic search_method=tensor_wise "
         "calib_size=128 calib_batch_size=32 scale_search=none asymmetric=False zero_code=False optim_size=8 "
         "optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=qdrop drop_prob=0.5 iters_w=2 "
-        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 rounding=learned damping=0.01 "
+        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 a_bit=32 qconv_a_bit=same qhead_a_bit=same "
+        "act_scale=auto softmax_grid=uniform calibrate_with_act=False iters_a=0 rounding=learned damping=0.01 "
         "mirror=False seed=0 hardware_approx_terms=0 val_batch_size=128 num_workers=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]
@@ -300,6 +315,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
         "layers_by_bits": "4:18",
         "quantized_weights": "99.617", "damping": "", "mirror": "False",
+        "bits_a": "", "input_bits_a": "", "head_bits_a": "", "act_scale": "", "softmax_grid": "",
+        "calibrate_with_act": "", "iters_a": "",
     }  # fmt: skip
     assert row["timm_version"] == timm.__version__
     for prefix in ("float_", "search_", ""):
@@ -498,8 +515,10 @@ def test_blocks_are_timms_own_and_attention_stays_fused(model: str, files: VitFi
     fused = {name: module.fused_attn for name, module in quantized.named_modules() if hasattr(module, "fused_attn")}
     assert len(fused) == 2 and fused == {name: modules[name].fused_attn for name in fused}
     assert set(fused.values()) == {model == "vit"}  # timm's own default; Swin's is an experiment of timm's
-    inner = {"vit": ["blocks.0", "blocks.1", "head"],
-             "swin": ["layers.0.blocks.0", "layers.1.downsample.reduction", "layers.1.blocks.0", "head.fc"]}
+    inner = {
+        "vit": ["blocks.0", "blocks.1", "head"],
+        "swin": ["layers.0.blocks.0", "layers.1.downsample.reduction", "layers.1.blocks.0", "head.fc"],
+    }
     assert [block.name for block in report.blocks] == ["patch_embed.proj", *inner[model]]
     assert sum(layer.n_changed_codes for layer in report.layers) > 0 and report.folded == []
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from codebooks import n_base2
-from networks import fingerprint, small_resnet, smooth_images
+from networks import fingerprint, small_resnet, small_vit, smooth_images
 from torch import Tensor, nn
 
 from logart import QuantConfig, Report, quantize_model
@@ -17,6 +17,7 @@ from logart.grids.grid import ScaleSearch
 from logart.grids.registry import GRIDS
 from logart.grids.rounding import nearest
 from logart.quantization import compensate
+from logart.quantization.activation_quantizer import quantizers
 from logart.quantization.surgery import quantized_layers
 
 BASE: dict[str, Any] = {
@@ -178,13 +179,34 @@ CHANGES: list[dict[str, Any]] = [
     {"size_budget": 1100},
     {"rounding": "compensated", "damping": 0.3},
     {"rounding": "compensated", "mirror": True},
+    {"n_bits_a": 4},
+    {"n_bits_a": 5},
+    {"n_bits_a": 4, "input_bits_a": 8},
+    {"n_bits_a": 4, "head_bits_a": 8},
+    {"n_bits_a": 4, "act_scale": "pow2"},
+    {"n_bits_a": 4, "calibrate_with_act": True},
+    {"n_bits_a": 4, "iters_a": 10},
+    {"n_bits_a": 4, "iters_a": 10, "calibrate_with_act": True},
+    *({"n_bits_a": 4, "softmax_grid": grid} for grid in ("uniform", "log_2", "log_sqrt2")),
 ]
+
+
+def result(**settings: Any) -> str:
+    """Codes and levels of every weight, and the levels of every activation; of a transformer to see softmax."""
+    model, images = small_vit(n_images=16) if "softmax_grid" in settings else small_resnet()
+    config = QuantConfig(**{**BASE, **settings})
+    quantized, _ = quantize_model(model, config, images, block_types=["ResidualBlock", "Block"])
+    levels = {
+        name: {own: tensor.tolist() for own, tensor in quantizer.tensors().items()}
+        for name, quantizer in quantizers(quantized).items()
+    }
+    return str((fingerprint(quantized), levels))
 
 
 def test_every_field_changes_the_result() -> None:
     settings = [{}, *CHANGES, {**LW}, {**LW, "search_samples": 4}, {**BW}, {**BW, "seed": 5}]
     settings += [{**BW, "search_batch_size": 3}]
-    found = [str(fingerprint(run(**change)[0])) for change in settings]
+    found = [result(**change) for change in settings]
     same = [(a, b) for i, a in enumerate(settings) for j, b in enumerate(settings) if i < j and found[i] == found[j]]
     assert same == []
     named = {name for change in settings for name in change}
