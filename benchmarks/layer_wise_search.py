@@ -60,10 +60,10 @@ def main() -> None:
         return choose_codebook(w, DYNAMIC, args.bits, error=error, options=GridOptions(scale_search=search))
 
     def by_moments() -> Codebook:
-        return choose(layer_moments(conv, layer.module, conv, layer, *calls).error)
+        return choose(layer_moments(conv, layer.module, conv.weight, layer, *calls).error)
 
     def as_chosen() -> Codebook:
-        return choose(layer_error(conv, layer.module, conv, layer, *calls, candidates=searched))
+        return choose(layer_error(conv, layer.module, conv.weight, layer, *calls, candidates=searched))
 
     def rounded(codebook: Codebook) -> Tensor:
         return dequantize(nearest(w, codebook), codebook.levels).to(w.dtype).reshape(conv.weight.shape)

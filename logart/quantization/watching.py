@@ -20,14 +20,17 @@ class Places:
     """Tells which of some named tensors another one is, or is a view of."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
-        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named.items() if t.numel())
+        self._named = {id(t): (name, t) for name, t in named.items()}
+        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named.items() if t.data_ptr())
         self._starts, self._spans = [span[0] for span in spans], spans
 
     def name_of(self, tensor: Any) -> str | None:
         """The name; None where it lies in none of them."""
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.numel():
             return None
-        address = tensor.data_ptr()
+        if id(tensor) in self._named:
+            return self._named[id(tensor)][0]
+        address = tensor.data_ptr()  # 0 where nobody can know it
         at = bisect_right(self._starts, address) - 1
         return self._spans[at][2] if at >= 0 and address < self._spans[at][1] else None
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.export.hardware import HardwareLevels
 from logart.export.hardware_export import export_hardware, read_export
+from logart.export.inputs import GoldenImages
 from logart.grids.apot import APOT, SCALES, unit_levels
 from logart.grids.grid import CodebookSpec
 from logart.grids.plain import stored_spec
@@ -139,7 +140,7 @@ def test_from_quantizing_to_a_file_to_hardware(rounding: str, n_bits: int, tmp_p
         assert same_spec(quantized_layers(loaded)[name].packed()[1], stored_spec(layer.codebook))
     described = describe(PackedFile.read(path))
     assert {entry["grid"] for entry in described["layers"].values()} == {"apot"}
-    manifest = export_hardware(path, tmp_path / "out", images=images[:2], model=model)
+    manifest = export_hardware(path, tmp_path / "out", golden=GoldenImages(images[:2], images[:2], "mine"), model=model)
     assert manifest["cost"]["multiplications"] > 0
     for name, weight in read_export(tmp_path / "out").items():
         assert torch.equal(weight, quantized_layers(loaded)[name].weight), name

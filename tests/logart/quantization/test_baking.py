@@ -56,14 +56,8 @@ class Dynamic(nn.Conv2d):
         return F.conv2d(x, self.weight * x.mean(), self.bias)
 
 
-class Extra(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
-
-
 LEFT: dict[str, Callable[[], nn.Module]] = {
     "a weight of the images": lambda: Dynamic(3, 8, 3),
-    "more than the operation": lambda: Extra(3, 8, 3),
     "two runs": lambda: Graph(lambda m, x: m.a(m.a(x)), a=weight_norm(nn.Conv2d(3, 3, 3, padding=1))),
 }
 
