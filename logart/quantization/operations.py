@@ -122,7 +122,7 @@ class TransposedConvolution(Use):
         super().__init__(x, view, bias)
         dims = weight.ndim - 2
         self.groups, self.kernel = groups, tuple(weight.shape[2:])
-        self.stride, self.padding, self.dilation = (_each(given, dims) for given in (stride, padding, dilation))
+        self.stride, self.padding, self.dilation = (_each(size, dims) for size in (stride, padding, dilation))
         self.output_padding = _each(output_padding, dims)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -282,8 +282,8 @@ def _einsum(is_weight: IsWeight, equation: Any, *operands: Any) -> Use | None:
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or "..." in equation or "->" not in equation:
         return None
-    given, of_y = equation.replace(" ", "").split("->")
-    letters = dict(zip(given.split(","), operands, strict=True)) if given.count(",") == 1 else {}
+    of_operands, of_y = equation.replace(" ", "").split("->")
+    letters = dict(zip(of_operands.split(","), operands, strict=True)) if of_operands.count(",") == 1 else {}
     pairs = tuple(letters.items())
     for (of_x, x), (of_weight, weight) in (pairs, pairs[::-1]) if len(pairs) == 2 else ():
         if is_weight(weight):

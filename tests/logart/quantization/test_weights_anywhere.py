@@ -73,6 +73,23 @@ def attention() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 2, 2), nn.Flatten(2), Turned(), *layers, nn.Flatten(), nn.Linear(256, 10))
 
 
+def one_attention() -> nn.Module:
+    """Attention that lies in no block is called by itself, with one tensor as query, key and value."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    return nn.Sequential(nn.Conv2d(3, 16, 2, 2), nn.Flatten(2), Turned(), layer, nn.Flatten(), nn.Linear(256, 10))
+
+
+class PlusOne(nn.Conv2d):
+    """Does more than its operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def more_than_a_layer() -> nn.Module:
+    return nn.Sequential(PlusOne(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
 def decoder() -> nn.Module:
     up = nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, groups=2)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), up, nn.ReLU(), nn.ConvTranspose2d(4, 3, 2, bias=False))
@@ -95,6 +112,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "projected": (projected, ["0", "3.qkv", "3.out", "4.qkv", "4.out"]),
     "attention": (attention, ["0", *(f"{i}.{name}" for i in (3, 4) for name in (
         "self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")), "6"]),
+    "one attention": (one_attention, ["0", *(f"3.{name}" for name in (
+        "self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")), "5"]),
+    "more than a layer": (more_than_a_layer, ["0", "3"]),
     "decoder": (decoder, ["0", "2", "4"]),
     "1d": (one_dimension, ["1", "4"]),
     "3d": (three_dimensions, ["1", "4"]),
