@@ -21,6 +21,7 @@ from logart.grids.plain import stored_spec
 from logart.grids.rounding import dequantize, nearest
 from logart.quantization.damping import Damping
 from logart.quantization.layout import Layout, WeightUse
+from logart.quantization.read_only import ReadOnlyWeight
 from logart.quantization.soft_rounding import SoftRounding
 from logart.quantization.weight_state import describe, described, name_of
 
@@ -108,8 +109,12 @@ class QuantizedWeight(nn.Module):
             return self.dequantized_weight
         if self.packed_codes is not None:
             if _is_exporting():  # what the codebooks are made of decides how they are made
-                raise ValueError('a network loaded with dequantize="on-the-fly" has no graph; expected "once"')
-            return self.dequantize()
+                raise ValueError(
+                    'torch.export: the network was loaded with dequantize="on-the-fly", whose weights are made by no '
+                    'graph; expected dequantize="once", or to_float(network)'
+                )
+            weight = self.dequantize()
+            return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
         return self._float_weight
 
     @property
@@ -201,6 +206,7 @@ class QuantizedWeight(nn.Module):
 
     def approximate(self, terms: int) -> Callable[[], None]:
         """Let the codes stand for levels whose √2 has `terms` terms; what is returned takes that back."""
+        self._check_unwritten()
         if self.packed_codes is not None and self.spec is not None:
             snapshot, dequantized_weight = self.spec, self.dequantized_weight is not None
             self.set_packed(self.packed_codes, replace(snapshot, terms=terms), dequantized_weight=dequantized_weight)
@@ -223,14 +229,19 @@ class QuantizedWeight(nn.Module):
         return restore
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
-        """What torch moves a module with: levels keep their type, and weights of a new type are read off them anew."""
+        """What torch moves a module with: levels keep their type, and weights of a new type are read off them anew.
+
+        A weight that was written to stays what it is.
+        """
         exact, before = self.levels, self.dequantized_weight
         super()._apply(fn, recurse)
         if exact is not None and self.levels is not None and self.levels.dtype != exact.dtype:
             self.levels = exact.to(self.levels.device)
         now = self.dequantized_weight
         if before is not None and now is not None and now.dtype != before.dtype:
-            self.dequantized_weight = self.dequantize().to(now.dtype)
+            weight = self.dequantize()
+            if torch.equal(before.to(weight), weight.to(before.dtype).to(weight)):
+                self.dequantized_weight = weight.to(now.dtype)
         return self
 
     def dequantize(self) -> Tensor:
