@@ -108,7 +108,9 @@ def describe(config: QuantConfig) -> str:
         log = f", softmax {softmax.value}" if softmax is not SoftmaxGrid.UNIFORM else ""
         learned = f", {config.iters_a} steps a block" * (config.iters_a > 0)
         seen = ", seen by the calibration of weights" * config.calibrate_with_act
-        words.append(f"activations {config.n_bits_a} bits ({steps}{log}{learned}{seen})")
+        ends = {"input": config.actual_input_bits_a, "head": config.actual_head_bits_a}
+        other = "".join(f"{end} {bits} bits, " for end, bits in ends.items() if bits != config.n_bits_a)
+        words.append(f"activations {config.n_bits_a} bits ({other}{steps}{log}{learned}{seen})")
     words += [f"{pattern} {bits} bits" for pattern, bits in config.layer_bits.items()]
     words += [f"{pattern} float" for pattern in config.skip]
     if options.terms:

@@ -209,6 +209,19 @@ class Settings:
         return self.act_scale
 
     @property
+    def actual_input_bits_a(self) -> int:
+        """Bits of the network's input layers' inputs, 32 where activations stay float."""
+        return self._bits_at_an_end(self.input_bits_a)
+
+    @property
+    def actual_head_bits_a(self) -> int:
+        """Bits of the heads' inputs, 32 where activations stay float."""
+        return self._bits_at_an_end(self.head_bits_a)
+
+    def _bits_at_an_end(self, own: int | None) -> int:
+        return self.n_bits_a if own is None or not self.quantizes_activations else own
+
+    @property
     def views(self) -> int:
         """How many times each calibration image is seen."""
         return 2 if self.mirror else 1
@@ -269,8 +282,8 @@ class Settings:
         if not self.quantizes_activations:
             return {}
         bits = dict.fromkeys(layers, self.n_bits_a)
-        for names, width in ((inputs, self.input_bits_a), (heads, self.head_bits_a)):
-            bits |= {name: width for name in names if name in bits and width is not None}
+        for names, width in ((inputs, self.actual_input_bits_a), (heads, self.actual_head_bits_a)):
+            bits |= {name: width for name in names if name in bits}
         return {name: width for name, width in bits.items() if width != FLOAT_BITS}
 
 

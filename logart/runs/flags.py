@@ -26,7 +26,7 @@ from logart.runs.run import RunOptions
 from logart.runtime import resolve_device
 
 DATA_SETTINGS = ("input_size", "crop_pct", "mean", "std", "interpolation")
-ENDS = ("input_bits_a", "head_bits_a")
+RESOLVED = ("input_bits_a", "head_bits_a", "act_scale")  # fields whose `actual_` property says what they come to
 DATA_CHOICE = ("class_map", "class_order", "calib_path", "calib_from_val", "val_limit")
 
 
@@ -219,7 +219,7 @@ def settings_line(config: QuantConfig, fields: Mapping[str, str], **others: Any)
     values = {flag: getattr(config, field) for flag, field in fields.items()}
     values |= {
         "first_last_bits": config.first_last_bits or "same",
-        **{flag: getattr(config, field) or "same" for flag, field in fields.items() if field in ENDS},
+        **{flag: getattr(config, f"actual_{field}") for flag, field in fields.items() if field in RESOLVED},
         "hardware_approx_terms": config.hardware_terms,
         "rounding": config.method.name,
         "seed": config.seed,

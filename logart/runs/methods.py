@@ -70,7 +70,9 @@ def method_name(row: Mapping[str, str]) -> str:
         softmax = f", softmax {GRID_NAMES.get(levels, levels)}" * (levels != "uniform")
         learned = ", learned" * (row.get("iters_a", "0") not in ("", "0"))
         seen = ", seen by the weights" * (row.get("calibrate_with_act") == "True")
-        words.append(f"{row['bits_a']}-bit activations{pow2}{softmax}{learned}{seen}")
+        ends = {"input": row.get("input_bits_a"), "head": row.get("head_bits_a")}
+        other = "".join(f", {end} {bits} bits" for end, bits in ends.items() if bits not in (None, "", row["bits_a"]))
+        words.append(f"{row['bits_a']}-bit activations{other}{pow2}{softmax}{learned}{seen}")
     rounding = ROUNDING_NAMES.get(row["rounding"], row["rounding"])
     if not row["preset"]:
         words.append(rounding)

@@ -185,7 +185,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 "
         "batch_size=32 damping=0.01 mirror=False iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized n_bits_a=32 "
-        "input_bits_a=same head_bits_a=same act_scale=auto calibrate_with_act=False iters_a=0 seed=0 "
+        "input_bits_a=32 head_bits_a=32 act_scale=float calibrate_with_act=False iters_a=0 seed=0 "
         "first_last_bits=same hardware_approx_terms=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]

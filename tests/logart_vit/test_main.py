@@ -293,8 +293,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "w_bit=4 first_last_bits=same channel_wise=True scale_method=dynamic search_method=tensor_wise "
         "calib_size=128 calib_batch_size=32 scale_search=none asymmetric=False zero_code=False optim_size=8 "
         "optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=qdrop drop_prob=0.5 iters_w=2 "
-        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 a_bit=32 qconv_a_bit=same qhead_a_bit=same "
-        "act_scale=auto softmax_grid=uniform calibrate_with_act=False iters_a=0 rounding=learned damping=0.01 "
+        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 a_bit=32 qconv_a_bit=32 qhead_a_bit=32 "
+        "act_scale=float softmax_grid=uniform calibrate_with_act=False iters_a=0 rounding=learned damping=0.01 "
         "mirror=False seed=0 hardware_approx_terms=0 val_batch_size=128 num_workers=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]

@@ -18,6 +18,7 @@ from logart.quantization.activation_quantizer import ActivationQuantizer, Measur
 from logart.quantization.activation_stage import seen_by
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call
+from logart.quantization.config import describe
 from logart.quantization.state import StageResult
 
 NETWORK, IMAGES = small_resnet()
@@ -249,4 +250,7 @@ def test_inputs_and_heads_may_have_widths_of_their_own() -> None:
     )
     bits = {one.name: one.n_bits for one in report.activations}
     assert bits["stem"] == 8 and set(bits.values()) == {4, 8} and "head" not in bits
+    settings = {"act_scale": "auto", "hardware_terms": 2, "n_bits_a": 4}
+    shown = describe(QuantConfig(**FAST, **settings, input_bits_a=8))  # type: ignore[arg-type]
+    assert "activations 4 bits (input 8 bits, powers of two)" in shown
     assert model.packed_info["activations"]["stem"]["bits"] == 8  # type: ignore[index,union-attr]

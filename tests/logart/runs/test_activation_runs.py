@@ -16,6 +16,7 @@ from logart.packed.file import PackedFile
 from logart.report.page import Table
 from logart.report.run_page import run_blocks
 from logart.report.runs import read_run
+from logart.runs.methods import method_name
 
 CNN = "--preset fast --calib_samples 32 --n_bits_a 3 --input_bits_a 8 --workers 0 --device cpu".split()
 VIT = ("--preset fast --optim_size 32 --a_bit 4 --act_scale pow2 --softmax_grid log_2 --calibrate_with_act --iters_a 2 "
@@ -35,7 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_have_the_settings_and_both_accuracies(whole: Path) -> None:
     (cnn,), (vit,) = rows(whole / "cnn.csv"), rows(whole / "vit.csv")
     said = {name: cnn[name] for name in ("bits_a", "input_bits_a", "head_bits_a", "act_scale", "softmax_grid")}
-    assert said == {"bits_a": "3", "input_bits_a": "8", "head_bits_a": "", "act_scale": "float",
+    assert said == {"bits_a": "3", "input_bits_a": "8", "head_bits_a": "3", "act_scale": "float",
                     "softmax_grid": "uniform"}  # fmt: skip
     assert (vit["act_scale"], vit["softmax_grid"], vit["iters_a"]) == ("pow2", "log_2", "2")
     assert (cnn["calibrate_with_act"], vit["calibrate_with_act"]) == ("False", "True")
@@ -45,6 +46,7 @@ def test_rows_have_the_settings_and_both_accuracies(whole: Path) -> None:
     assert float(cnn["Acc@1"]) == pytest.approx(accuracies["activations"]["top1"], abs=1e-3)
     assert vit["weights_Acc@1"] == "" and float(vit["Acc@1"]) > 50
     log = (whole / "cnn" / "log.txt").read_text()
+    assert "3-bit activations, input 8 bits" in method_name(cnn)
     assert "with 3-bit activations" in log and "activations: 13 tensors are quantized; most saturates" in log
 
 
