@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from logart.grids.grid import Grid, GridOptions, ScaleSearch, Spacing, borders_between
-from logart.grids.linear import power_error
 from logart.grids.rounding import count_below, dequantize
 from logart.grids.search import choose_codebook
 
@@ -70,17 +69,39 @@ def quantize_even(x: Tensor, step: Tensor, low: Tensor | int, high: Tensor | int
     return (codes * step).to(x.dtype)
 
 
-def choose_even_grid(x: Tensor, n_bits: int, *, pow2: bool, extremes: tuple[float, float] | None = None) -> EvenGrid:
-    """The grid of least Σ|x - q|^2.4, the exponent of BRECQ (Li et al. 2021); of equal ones the finest.
+class Seen(NamedTuple):
+    """The values of a tensor, or some that stand for all.
+
+    Attributes:
+        values: any shape, finite.
+        counts: in their shape, how many values each stands for; a number for all.
+        extremes: the least and the largest of all values.
+    """
+
+    values: Tensor
+    counts: Tensor | float
+    extremes: tuple[float, float]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Seen:
+        """All values of x."""
+        low, high = x.detach().aminmax()
+        return cls(x.detach(), 1.0, (float(low), float(high)))
+
+    def error(self, delta: Tensor) -> Tensor:
+        """Σ|δ|^2.4 over all values, a float64 scalar; the exponent of BRECQ (Li et al. 2021)."""
+        return (delta.abs().float().pow(2.4) * self.counts).sum(dtype=torch.float64)
+
+
+def choose_even_grid(x: Seen, n_bits: int, *, pow2: bool) -> EvenGrid:
+    """The grid of least Σ|x - q|^2.4; of equal ones the finest.
 
     Args:
-        x: finite values, any shape.
+        x: what it is for.
         n_bits: 2 to 16.
         pow2: whether only powers of two are tried.
-        extremes: the least and the largest of all values where x is a part of them.
     """
-    x = x.detach().flatten()
-    lowest, highest = (float(end) for end in x.aminmax()) if extremes is None else extremes
+    lowest, highest = x.extremes
     low, high = code_range(n_bits, lowest < 0)
     coarsest = max(highest / high, lowest / low if low else 0.0)
     if not coarsest > 0:
@@ -96,26 +117,27 @@ def choose_even_grid(x: Tensor, n_bits: int, *, pow2: bool, extremes: tuple[floa
     return EvenGrid(float(tried[chosen]), low, high)
 
 
-def even_error(x: Tensor, grid: EvenGrid) -> Tensor:
+def even_error(x: Seen, grid: EvenGrid) -> Tensor:
     """Σ|x - q|^2.4 of a grid, a float64 scalar."""
-    q = quantize_even(x, torch.tensor(grid.step, dtype=torch.float32, device=x.device), grid.low, grid.high)
-    return (q - x).abs().float().pow(2.4).sum(dtype=torch.float64)
+    step = torch.tensor(grid.step, dtype=torch.float32, device=x.values.device)
+    return x.error(quantize_even(x.values, step, grid.low, grid.high) - x.values)
 
 
-def choose_log_levels(x: Tensor, grid: Grid, n_bits: int, terms: int = 0) -> Tensor:
+def choose_log_levels(x: Seen, grid: Grid, n_bits: int, terms: int = 0) -> Tensor:
     """Levels [2^n] float64 of a log grid for values from zero on, such as softmax gives: zero and 2^n - 1 magnitudes.
 
     The grid's codebook whose unused negative codes go to the positive side (`reassigned_codes`), its top by the least
     error of power 2.4; the smallest level gives way to zero, for thousands of values near zero must not add up.
 
     Args:
-        x: values from zero on, any shape.
+        x: values from zero on.
         grid: `log_2` or `log_sqrt2`.
         n_bits: 2 to 8.
         terms: powers of two that stand for √2; 0 is exact.
     """
     options = GridOptions(terms, ScaleSearch.HALF_STEP, asymmetric=True)
-    levels = choose_codebook(x.detach().reshape(1, -1), grid, n_bits, error=power_error, options=options).levels[0]
+    values = x.values.reshape(1, -1)
+    levels = choose_codebook(values, grid, n_bits, error=lambda delta: x.error(delta)[None], options=options).levels[0]
     levels[0] = 0.0
     return levels
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from logart import ranks
 from logart.errors import NetworkError
-from logart.grids.activations import ActScale, SoftmaxGrid, choose_even_grid, choose_log_levels
+from logart.grids.activations import ActScale, Seen, SoftmaxGrid, choose_even_grid, choose_log_levels
 from logart.grids.registry import grid_named
 from logart.quantization.activation_learning import learn_steps
 from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, attach, quantizers, watching
@@ -23,7 +23,9 @@ from logart.quantization.layers import LAYER_TYPES, find_parameter
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import ReconInput, Settings
 
-SAMPLE = 2**19  # values of an input that errors are measured on: all of them, or so many evenly spaced
+# Of a tensor's values errors are measured on all, or on so many evenly spaced ones and all of the largest: a few
+# that saturate make most of the error near the best step, and of those an even sample has next to none.
+SAMPLE, LARGEST = 2**15, 2**15
 
 
 class Activations(Stage):
@@ -45,7 +47,7 @@ class Activations(Stage):
 
     def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """A batch's tensors, and of the values seen the levels, the error and its power."""
-        return 2 * config.batch_size * size.activations + 24 * SAMPLE
+        return 2 * config.batch_size * size.activations + 24 * (SAMPLE + LARGEST)
 
     def prepare(self, task: NetworkTask) -> list[tuple[str, str]]:
         """Put quantizers before layers and at the operands of products."""
@@ -66,10 +68,10 @@ class Activations(Stage):
     def run(self, task: BlockTask) -> None:
         block, inputs = task.quantized.get_submodule(task.block.name), task.captured[Capture.INPUTS]
         for name, quantizer in _in_order(block, inputs).items():
-            sample, extremes = seen_by(block, quantizer, inputs, task.config.batch_size)
-            if not all(map(math.isfinite, extremes)):
+            seen = seen_by(block, quantizer, inputs, task.config.batch_size)
+            if not all(map(math.isfinite, seen.extremes)):
                 raise NetworkError(f"{_joined(task.block.name, name)}: what it is given is not finite")
-            choose_levels(quantizer, sample, extremes, task.config)
+            choose_levels(quantizer, seen, task.config)
         if self._learn:
             self._learn.run(task)
 
@@ -100,7 +102,7 @@ class LearnSteps(Stage):
         loss = task.loss(targets.shape)
         if learn_steps(block, inputs, targets, task.config, loss, task.show, float_inputs):
             for quantizer in quantizers(block).values():
-                measure(quantizer, seen_by(block, quantizer, inputs, task.config.batch_size)[0])
+                measure(quantizer, seen_by(block, quantizer, inputs, task.config.batch_size))
 
 
 def _joined(block: str, name: str) -> str:
@@ -119,10 +121,8 @@ def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantiz
 
 
 @torch.no_grad()
-def seen_by(
-    block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size: int
-) -> tuple[Tensor, tuple[float, float]]:
-    """What a quantizer in a block is given on all ranks: evenly spaced values, about `SAMPLE`, and the extremes of all.
+def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size: int) -> Seen:
+    """What a quantizer in a block is given on all ranks: all values, or `SAMPLE` of them and the `LARGEST` magnitudes.
 
     Args:
         inputs: the block's calls for n images.
@@ -130,39 +130,60 @@ def seen_by(
     """
     parts: list[Tensor] = []
     ends: list[Tensor] = []
-    stride, first = 1, 0
+    stride, first, count = 1, 0, 0
+    largest = torch.empty(0, device=inputs.device)
     for start in range(0, len(inputs), batch_size):
         x = run_to(block, quantizer, inputs[start : start + batch_size])[0].flatten()
         if start == 0:
             images = min(batch_size, len(inputs))
-            stride = max(1, math.ceil(x.numel() * inputs.total / (images * SAMPLE)))
-            while math.gcd(stride, x.numel()) > 1:  # else some channels would never be seen
-                stride += 1
+            if x.numel() * inputs.total > images * (SAMPLE + LARGEST):
+                stride = math.ceil(x.numel() * inputs.total / (images * SAMPLE))
+                while math.gcd(stride, x.numel()) > 1:  # else some channels would never be seen
+                    stride += 1
+        if stride > 1:
+            more = x if len(largest) < LARGEST else x[x.abs() > largest.abs().min()]
+            largest = _largest(torch.cat([largest, more]))
         ends += x.aminmax()
         parts.append(x[first::stride].clone())
         first = (first - x.numel()) % stride
+        count += x.numel()
     extremes = ranks.all_rows(torch.stack([min(ends), max(ends)]))
-    return ranks.all_rows(torch.cat(parts)), (float(extremes.min()), float(extremes.max()))
+    low, high = float(extremes.min()), float(extremes.max())
+    values = ranks.all_rows(torch.cat(parts))
+    if stride == 1:
+        return Seen(values, 1.0, (low, high))
+    largest, total = _largest(ranks.all_rows(largest)), int(ranks.all_rows(torch.tensor([count])).sum())
+    limit = largest.abs().min()
+    largest, others = largest[largest.abs() > limit], values[values.abs() <= limit]
+    counts = torch.ones(len(largest) + len(others), device=values.device)
+    counts[len(largest) :] = (total - len(largest)) / max(1, len(others))
+    return Seen(torch.cat([largest, others]), counts, (low, high))
 
 
-def choose_levels(quantizer: ActivationQuantizer, x: Tensor, extremes: tuple[float, float], config: Settings) -> None:
+def _largest(x: Tensor) -> Tensor:
+    """The elements of the largest magnitudes, in no order."""
+    return x[x.abs().topk(min(LARGEST, len(x)), sorted=False).indices]
+
+
+def choose_levels(quantizer: ActivationQuantizer, x: Seen, config: Settings) -> None:
     """Give a quantizer the levels of least error on what it is given."""
     if quantizer.after_softmax and config.softmax_grid is not SoftmaxGrid.UNIFORM:
         grid = grid_named(config.softmax_grid.value)
         quantizer.set_log(choose_log_levels(x, grid, quantizer.n_bits, config.hardware_terms))
     else:
         pow2 = config.actual_act_scale is ActScale.POW2
-        quantizer.set_even(choose_even_grid(x, quantizer.n_bits, pow2=pow2, extremes=extremes))
+        quantizer.set_even(choose_even_grid(x, quantizer.n_bits, pow2=pow2))
     measure(quantizer, x)
 
 
 @torch.no_grad()
-def measure(quantizer: ActivationQuantizer, x: Tensor) -> None:
+def measure(quantizer: ActivationQuantizer, x: Seen) -> None:
     """Note how a quantizer does on what it is given."""
     low, high = quantizer.ends()
-    error, energy = ((t.abs().double().pow(2.4).sum()) for t in (quantizer(x) - x, x))
-    outside = (x < low) | (x > high)
-    quantizer.measured = Measured(float(error / energy) if energy > 0 else 0.0, float(outside.double().mean()))
+    values, counts = x.values, torch.as_tensor(x.counts, device=x.values.device).expand(x.values.shape).double()
+    error, energy = float(x.error(quantizer(values) - values)), float(x.error(values))
+    outside = float((counts * ((values < low) | (values > high))).sum() / counts.sum())
+    quantizer.measured = Measured(error / energy if energy > 0 else 0.0, outside)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed, to_float
 from logart.errors import UserError
-from logart.grids.activations import ActScale, EvenGrid, choose_even_grid, code_range, quantize_even
+from logart.grids.activations import ActScale, EvenGrid, Seen, choose_even_grid, code_range, even_error, quantize_even
 from logart.packed.block_state import load_state, save_state
 from logart.packed.file import PackedFileError
 from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, quantizers
@@ -41,19 +41,19 @@ def test_the_scale_leaves_the_least_error_of_power_2_4(n_bits: int, signed: bool
     x = torch.randn(3000, generator=torch.Generator().manual_seed(n_bits)) ** 3
     x = x if signed else x.abs()
     low, high = (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if signed else (0, 2**n_bits - 1)
-    pow2 = choose_even_grid(x, n_bits, pow2=True)
+    pow2 = choose_even_grid(Seen.of(x), n_bits, pow2=True)
     least = min(range(-30, 10), key=lambda e: plain_error(x.numpy(), 2.0**e, low, high))
     assert pow2 == EvenGrid(2.0**least, low, high)
-    found = choose_even_grid(x, n_bits, pow2=False)
+    found = choose_even_grid(Seen.of(x), n_bits, pow2=False)
     best = min(plain_error(x.numpy(), step, low, high) for step in np.geomspace(1e-4, 40, 4000))
     assert (found.low, found.high) == (low, high)
     assert plain_error(x.numpy(), found.step, low, high) <= 1.05 * best  # steps tried are 4.4 % apart
 
 
 def test_of_equal_values_the_grid_holds_zero_alone() -> None:
-    assert choose_even_grid(torch.zeros(5), 4, pow2=False) == EvenGrid(1.0, 0, 15)
+    assert choose_even_grid(Seen.of(torch.zeros(5)), 4, pow2=False) == EvenGrid(1.0, 0, 15)
     for pow2 in (False, True):
-        grid = choose_even_grid(torch.full((5,), 3.0), 3, pow2=pow2)
+        grid = choose_even_grid(Seen.of(torch.full((5,), 3.0)), 3, pow2=pow2)
         assert float(quantize_even(torch.tensor(3.0), torch.tensor(grid.step), grid.low, grid.high)) == 3.0
 
 
@@ -92,13 +92,32 @@ def test_what_errors_are_measured_on_is_spread_evenly_over_images_and_channels(m
     x = torch.arange(6 * 64 * 4.0).reshape(6, 4, 64)
     inputs = Captured([Call((part,), {}) for part in x.split(2)])
     block = Wide()
-    every, ends = seen_by(block, block.quantizer, inputs, 4)
-    assert torch.equal(every, x.flatten()) and ends == (0.0, 6 * 64 * 4 - 1)
+    every = seen_by(block, block.quantizer, inputs, 4)
+    assert torch.equal(every.values, x.flatten()) and every.counts == 1.0
+    assert every.extremes == (0.0, 6 * 64 * 4 - 1)
     monkeypatch.setattr("logart.quantization.activation_stage.SAMPLE", 100)
-    some, ends = seen_by(block, block.quantizer, inputs, 4)
-    assert len(some) <= 100 and len(set(some.diff().tolist())) == 1
-    assert ends == (0.0, 6 * 64 * 4 - 1)
-    assert len({int(value) % 64 for value in some}) > 50
+    monkeypatch.setattr("logart.quantization.activation_stage.LARGEST", 33)
+    some = seen_by(block, block.quantizer, inputs, 4)
+    assert isinstance(some.counts, Tensor) and some.extremes == every.extremes
+    largest, others = some.values[some.counts == 1.0], some.values[some.counts > 1.0]
+    assert sorted(largest.tolist()) == x.flatten()[-32:].tolist()  # the 33rd is a limit, which others may share
+    assert 80 < len(others) <= 100 and len(set(others.diff().tolist())) == 1
+    assert len({int(value) % 64 for value in others}) > 50
+    assert float(some.counts.sum()) == pytest.approx(x.numel())
+
+
+def test_a_grid_chosen_on_a_part_is_as_good_as_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a few values far out decide: on an even sample without them the error of all would be a fifth larger."""
+    x = torch.relu(torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)))
+    inputs, block = Captured([Call((part,), {}) for part in x.split(16)]), Wide()
+    monkeypatch.setattr("logart.quantization.activation_stage.SAMPLE", 2**12)
+    monkeypatch.setattr("logart.quantization.activation_stage.LARGEST", 2**12)
+    part = seen_by(block, block.quantizer, inputs, 16)
+    every = Seen.of(x)
+    best = even_error(every, choose_even_grid(every, 8, pow2=False))
+    assert float(even_error(every, choose_even_grid(part, 8, pow2=False)) / best) < 1.02
+    sample = Seen.of(x.flatten()[::33])
+    assert float(even_error(every, choose_even_grid(sample, 8, pow2=False)) / best) > 1.2
 
 
 @pytest.mark.parametrize("n_bits_a", [2, 3, 6])
@@ -137,7 +156,7 @@ def test_a_layer_is_calibrated_on_what_the_quantized_network_before_it_gives() -
     for images in IMAGES[:8].split(4):
         model(images)
     handle.remove()
-    wanted = choose_even_grid(torch.cat([x.flatten() for x in seen]), 3, pow2=False)
+    wanted = choose_even_grid(Seen.of(torch.cat([x.flatten() for x in seen])), 3, pow2=False)
     assert layer.input_quantizer.even_grid == wanted  # type: ignore[union-attr]
 
 

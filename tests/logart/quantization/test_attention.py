@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
-from logart.grids.activations import choose_log_levels, quantize_log
+from logart.grids.activations import Seen, choose_log_levels, quantize_log
 from logart.grids.registry import GRIDS
 from logart.quantization.activation_quantizer import ActivationQuantizer, quantizers
 from logart.quantization.attention import OPERANDS, QuantAttention, QuantWindowAttention, quantize_products
@@ -121,7 +121,7 @@ def test_attention_whose_forward_differs_is_left_alone() -> None:
 @pytest.mark.parametrize("n_bits", [2, 4, 8])
 def test_a_log_grid_of_softmax_has_zero_and_powers(name: str, n_bits: int) -> None:
     x = torch.randn(2000, generator=torch.Generator().manual_seed(1)).mul(3).softmax(0) * 40
-    levels = choose_log_levels(x, GRIDS[name], n_bits)
+    levels = choose_log_levels(Seen.of(x), GRIDS[name], n_bits)
     assert levels.shape == (2**n_bits,) and levels[0] == 0 and (levels.diff() > 0).all()
     half_steps = levels[1:].log2() * 2
     assert torch.allclose(half_steps, half_steps.round(), atol=1e-9)
