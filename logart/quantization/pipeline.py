@@ -78,7 +78,8 @@ def quantize_model(
         block_types: class names of the blocks to reconstruct, in place of those found (see `blocks`); with an empty
             list each layer is its own block.
         row_groups: by the last part of a layer's name, into how many groups its rows fall that get a codebook each
-            where grids are not channel-wise; {"qkv": 3} parts queries, keys and values.
+            where grids are not channel-wise; {"qkv": 3} parts queries, keys and values, {"in_proj_weight": 3} those of
+            `nn.MultiheadAttention`.
         held_out_images: other images [n, C, H, W]; layers' output errors are measured on them, for the report.
         device: where to compute, and where the result is.
         quiet: no progress bars.

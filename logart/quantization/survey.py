@@ -17,6 +17,9 @@ from logart.quantization.layers import LAYER_TYPES
 from logart.quantization.layout import WeightUse
 from logart.quantization.weight_state import layer_name
 
+IDLE = "did not run in the forward pass"
+UNSEEN = "is used by no operation that is seen"  # but by a custom autograd function, say
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -27,7 +30,7 @@ class Survey:
             name, or the parameter's where it is not the `weight` of a layer.
         places: of each, for each operation, the innermost module in whose forward it is that runs once, by name.
         modules: those of them that are torch's own layers, whose one operation is all they do.
-        blind: (name, reason) of those that are rounded without data: what they are multiplied with is not seen.
+        blind: by name why a weight is rounded without data: what it is multiplied with is not seen, or it did not run.
         skipped: (name, reason) of every weight that stays float.
         inputs: the layers that see the network's input before any other layer did.
         heads: the layers whose output reaches the network's without another layer between.
@@ -68,18 +71,22 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
         output = model(flow.example)
     uses: dict[str, WeightUse] = {}
     blind: dict[str, str] = {}
-    for name, seen in flow.seen.items():
+    for name in (*flow.seen, *_idle(flow)):
         for kind, parameter in flow.owners[name].module.named_parameters(recurse=False):
             if not torch.isfinite(parameter).all():
                 raise NetworkError(f"layer {name}: its {kind} holds NaN or infinite values")
+    for name, seen in flow.seen.items():
         uses[name], why = _how(flow.owners[name], seen)
         if why:
             blind[name] = why
+    for name, owner in _idle(flow).items():
+        uses[name] = WeightUse.by_module(owner.module, owner.name)
+        blind[name] = UNSEEN if flow.runs[name] else IDLE
     n_weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     n_weights += sum(t.numel() for t in flow.unregistered.values())
     places = {name: [_place(flow, one) for one in seen] for name, seen in flow.seen.items()}
     modules = [name for name, seen in flow.seen.items() if len(seen) == 1 and _is_all_of(flow.owners[name], seen[0])]
-    skipped = list(_skipped(model, flow))
+    skipped = [(name, reason) for name, reason in _skipped(model, flow) if name not in uses]
     return Survey(uses, places, modules, blind, skipped, *flow.ends(output), n_weights, output, flow.autocast, flow.eps)
 
 
@@ -116,6 +123,17 @@ def _place(flow: Flow, seen: Seen) -> str:
     return next(name for name in reversed(seen.running) if flow.runs[name] == 1 or not name)
 
 
+def _idle(flow: Flow) -> dict[str, Owner]:
+    """The weights of layers of torch's own that did not run, heads that act while training, say."""
+    return {
+        name: owner
+        for name, owner in flow.owners.items()
+        if owner.name == "weight"
+        and isinstance(owner.module, nn.Linear | nn.modules.conv._ConvNd)
+        and id(owner.parameter) not in flow.used
+    }
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether it is a layer of a type whose forward is known, with a weight of its own."""
     return type(module) in LAYER_TYPES and "weight" in module._parameters
@@ -131,7 +149,7 @@ def _skipped(model: nn.Module, flow: Flow) -> Iterable[tuple[str, str]]:
             if parameter.ndim > 1 and known.get(id(parameter)) not in flow.seen:
                 used = id(parameter) in flow.used
                 how = f"{type(module).__name__} uses it, but not as the weight of a linear operation that is known"
-                yield layer_name(name, own), how if used else "did not run in the forward pass"
+                yield layer_name(name, own), how if used else IDLE
     names = {id(t): layer_name(name, key) for name, key, value in attributes(model) for t in tree_leaves(value)}
     for identity in flow.unregistered:
         yield names.get(identity, "a tensor"), "is used as a weight, but no module holds it as a parameter or buffer"

@@ -1,6 +1,9 @@
 """What a survey of a network shows: what stays float and why, input layers and heads, the share of the weights."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from networks import Graph, SmallResNet, hooks_of, small_vit, smooth_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.quantization.survey import survey
 
 IMAGES = smooth_images(2, 3, 6).float()
@@ -56,6 +60,56 @@ def test_a_weight_is_listed_wherever_it_is_held(build: Callable[[], nn.Module], 
     assert "no module holds it" in reasons.get("kept", "no module holds it")
 
 
+class WithAux(nn.Module):
+    """Has a head that acts while training."""
+
+    def __init__(self, aux: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Conv2d(3, 4, 3), nn.Linear(144, 4), aux
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.body(x))
+        logits = self.head(x.flatten(1))
+        return (logits, self.aux(x)) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("aux", "layers"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 4)), ["0", "3"]),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 2, 2), nn.ReLU()), ["0"]),
+        (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 2, 3)), ["1"]),
+    ],
+)
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "learned"])
+def test_layers_that_do_not_run_are_rounded_without_data(
+    aux: Callable[[], nn.Module], layers: list[str], rounding: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, images = WithAux(aux()).eval(), torch.randn(8, 3, 8, 8)
+    config = QuantConfig(rounding=rounding, calib_samples=8, iters=2)  # type: ignore[arg-type]
+    quantized, report = quantize_model(model, config, images)
+    assert report.blind == {f"aux.{name}": "did not run in the forward pass" for name in layers}
+    assert report.skipped == [] and report.quantized_share == 1
+    assert [layer.name for layer in report.layers] == ["body", "head", *report.blind]
+    save_packed(quantized, tmp_path / "net.safetensors")
+    loaded = load_packed(tmp_path / "net.safetensors", model)
+    for name in layers:
+        ours = quantized.get_submodule(f"aux.{name}").weight
+        assert torch.equal(loaded.get_submodule(f"aux.{name}").weight, ours)  # type: ignore[arg-type]
+        alone = nn.Sequential(copy.deepcopy(model.aux.get_submodule(name)))
+        expected, _ = quantize_model(alone, QuantConfig(rounding="nearest"), inputs_of(model.aux, name))
+        assert torch.equal(expected[0].weight, ours)  # type: ignore[index, arg-type]
+
+
+def inputs_of(module: nn.Module, name: str) -> Tensor:
+    seen: list[Tensor] = []
+    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    module(torch.randn(8, 4, 6, 6))
+    handle.remove()
+    return seen[0]
+
+
 def test_a_layer_used_through_its_weight_alone_is_seen() -> None:
     model = Graph(
         lambda m, x: F.conv2d(m.a(x), m.b.weight),  # type: ignore[arg-type, union-attr]
@@ -64,8 +118,8 @@ def test_a_layer_used_through_its_weight_alone_is_seen() -> None:
         c=nn.Conv2d(3, 3, 1),
     )
     seen = survey(model, IMAGES)
-    assert seen.layers == ["a", "b"] and seen.modules == ["a"] and list(dict(seen.skipped)) == ["c"]
-    assert seen.places == {"a": ["a"], "b": [""]} and [use.bias for use in seen.uses.values()] == ["bias", None]
+    assert seen.layers == ["a", "b", "c"] and seen.modules == ["a"] and list(seen.blind) == ["c"]
+    assert seen.places == {"a": ["a"], "b": [""]} and [use.bias for use in seen.uses.values()] == ["bias", None, "bias"]
 
 
 def two_heads() -> nn.Module:
