@@ -8,7 +8,7 @@ cheaper.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class OutputMoments:
         count: how many rows.
         shift: [groups, K], if given, is taken away from every row of X̂ first; near their mean, it keeps float32
             products of inputs with large means exact enough for a positive definite `centred` gram.
+        precision: of the inputs.
     """
 
     gram: Tensor
@@ -41,8 +42,8 @@ class OutputMoments:
     residual_sum: Tensor
     count: int = 0
     shift: Tensor | None = None
-    _precision: torch.dtype = torch.float64
-    _working_gram: Tensor | None = None  # in the inputs' precision, made at the first use
+    precision: torch.dtype = torch.float64
+    _working_gram: Tensor | None = field(default=None, init=False)  # made at the first use
 
     @classmethod
     def zeros(cls, groups: int, channels: int, elements: int, device: torch.device) -> OutputMoments:
@@ -71,7 +72,7 @@ class OutputMoments:
         self.input_sum += patches.sum(1, dtype=torch.float64)
         self.residual_sum += residual.sum(1, dtype=torch.float64).flatten()
         self.count += patches.shape[1]
-        self._precision, self._working_gram = patches.dtype, None
+        self.precision, self._working_gram = patches.dtype, None
 
     def centred(self) -> OutputMoments:
         """The moments about the means, of the same rows with both means taken away; its sums are zero."""
@@ -85,13 +86,14 @@ class OutputMoments:
             torch.zeros_like(residual),
             self.count,
             self.mean_input,
+            self.precision,
         )
 
     def __add__(self, other: OutputMoments) -> OutputMoments:
         """The moments of both's rows; both have the same shift."""
         names = ("gram", "cross", "energy", "input_sum", "residual_sum", "count")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return OutputMoments(**sums, shift=self.shift, _precision=self._precision)
+        return OutputMoments(**sums, shift=self.shift, precision=self.precision)
 
     @property
     def mean_input(self) -> Tensor:
@@ -104,8 +106,8 @@ class OutputMoments:
         groups = self.gram.shape[0]
         grouped = delta.unflatten(0, (groups, -1))
         if self._working_gram is None:
-            self._working_gram = self.gram.to(self._precision)
-        quadratic = ((grouped.to(self._precision) @ self._working_gram) * grouped).sum(-1).flatten()
+            self._working_gram = self.gram.to(self.precision)
+        quadratic = ((grouped.to(self.precision) @ self._working_gram) * grouped).sum(-1).flatten()
         return self.energy - 2 * (delta * self.cross).sum(1) + quadratic
 
 

@@ -31,9 +31,9 @@ LEAST_GAIN = 1e-12
 
 
 def quadratic_error(delta: Tensor, a: Tensor) -> Tensor:
-    """δᵀAδ of every channel, δ [C, K] and A [G, K, K] -> [C] float64."""
+    """δᵀAδ of every channel, δ [C, K] and A [G, K, K], in whose type products are taken -> [C] float64."""
     grouped = delta.double().unflatten(0, (len(a), -1))
-    return ((grouped @ a) * grouped).sum(-1).flatten()
+    return ((grouped.to(a.dtype) @ a) * grouped).sum(-1).flatten()
 
 
 def round_compensated(t: Tensor, a: Tensor, codebook: Codebook, factor: Factor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ class Factor:
 
     Attributes:
         order: [G, K] int64.
-        lower: [G, K, K], U with rows and columns reversed.
+        lower: [G, K, K], U with rows and columns reversed; float64, or less where codes need not be the best.
     """
 
     order: Tensor
@@ -73,11 +73,11 @@ class Factor:
     def of(cls, a: Tensor) -> Factor:
         """Of positive definite matrices a [G, K, K]."""
         order = a.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-        return cls(order, torch.linalg.cholesky(_reordered(a, order.flip(1))))
+        return cls(order, torch.linalg.cholesky(reordered(a, order.flip(1))))
 
     def solve(self, rows: Tensor) -> Tensor:
         """A⁻¹ times each of rows [C, K]."""
-        grouped = rows.unflatten(0, (len(self.order), -1))
+        grouped = rows.to(self.lower.dtype).unflatten(0, (len(self.order), -1))
         columns = self.order.flip(1)[:, None].expand_as(grouped)
         solved = torch.cholesky_solve(grouped.gather(2, columns).mT, self.lower).mT
         return torch.empty_like(grouped).scatter_(2, columns, solved).flatten(0, 1)
@@ -99,10 +99,12 @@ def error_feedback(t: Tensor, factor: Factor, codebook: Codebook) -> Tensor:
     codes = torch.empty_like(t, dtype=torch.uint8)
 
     def round_block(block: slice, values: Tensor, inner: Tensor) -> Tensor:
-        codes[:, :, block], errors = loops.error_feedback(values, inner, t[:, :, block], grid.levels, grid.borders)
-        return errors  # type: ignore[no-any-return]
+        codes[:, :, block], errors = loops.error_feedback(
+            values.double(), inner.double(), t[:, :, block], grid.levels, grid.borders
+        )
+        return errors.to(upper.dtype)  # type: ignore[no-any-return]
 
-    _blocked_update(t.clone(), upper, round_block)
+    _blocked_update(t.to(upper.dtype, copy=True), upper, round_block)
     return torch.empty_like(codes).scatter_(2, columns, codes).flatten(0, 1)
 
 
@@ -117,7 +119,7 @@ def coordinate_descent(codes: Tensor, t: Tensor, a: Tensor, codebook: Codebook) 
     groups, grid = len(a), LinearLevels.of(codebook, len(a))
     order = _loops(a.device).correlation_order(a)
     columns = order[:, None].expand(-1, t.shape[0] // groups, -1)
-    a, t = _reordered(a, order), t.double().unflatten(0, (groups, -1)).gather(2, columns)
+    a, t = reordered(a, order), t.double().unflatten(0, (groups, -1)).gather(2, columns)
     codes = codes.unflatten(0, (groups, -1)).gather(2, columns)
     moving = torch.arange(codes.shape[1], device=a.device).expand(groups, -1)  # a row that rests once rests for ever
     for _ in range(SWEEPS):
@@ -165,7 +167,7 @@ def _blocked_update(state: Tensor, matrix: Tensor, decide: Callable[[slice, Tens
             state[:, :, end:].baddbmm_(errors, matrix[:, block, end:], alpha=-1)
 
 
-def _reordered(a: Tensor, order: Tensor) -> Tensor:
+def reordered(a: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of a [G, K, K] in an order [G, K]."""
     rows = order[:, :, None].expand_as(a)
     return a.gather(1, rows).gather(2, rows.mT)

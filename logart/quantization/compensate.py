@@ -33,20 +33,15 @@ from logart.quantization.settings import Settings
 from logart.quantization.surgery import quantized_layers
 
 # Matrices [G, K, K] of float64 held at once: moments, centred moments, A, its factor and what reordering and factoring
-# hold beside them; where damping is chosen, the moments of each half and centred ones more.
-MATRICES, MATRICES_OF_HALVES = 7, 2  # measured at K = 3,000: 6.8 and 8.7
+# hold beside them. Choosing the damping, before, holds no more: moments of halves and of all, the former also centred.
+MATRICES = 7  # measured at K = 3,000: 6.8
 
 
-def matrices_held(config: Settings) -> int:
-    """A bound of how many matrices [G, K, K] of float64 compensated rounding holds at once."""
-    return MATRICES + MATRICES_OF_HALVES * (config.damping == "auto")
-
-
-def check_room(layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
+def check_room(layers: Mapping[str, QuantizedWeight]) -> None:
     """Raise NoRoomError, naming the layer, where second moments and factors do not fit into the memory that is free."""
     for name, layer in layers.items():
         groups, elements = layer.groups, layer.shape[1:].numel()
-        need = matrices_held(config) * groups * elements**2 * torch.float64.itemsize
+        need = MATRICES * groups * elements**2 * torch.float64.itemsize
         free = free_bytes(layer.rows.device)
         if need > free:
             raise NoRoomError(
@@ -119,16 +114,17 @@ def estimate_layer(
     Raises:
         NetworkError: the moments are not finite.
     """
-    w, chosen = layer.rows.reshape(layer.shape[0], -1), None
+    w = layer.rows.reshape(layer.shape[0], -1)
     if config.damping == "auto":
-        halves = _halves(measure, images // config.views // 2 * config.views, images)
-        moments = halves[0] + halves[1]
-        _check(name, moments, w.dtype)
+        middle = images // config.views // 2 * config.views
+        first = measure(images=range(middle))
+        second = measure(images=range(middle, images), shift=first.shift)
+        moments = _checked(name, first + second, w.dtype)
         search = partial(choose_codebook, grid=config.grid, n_bits=layer.n_bits, options=config.grid_options)
-        share, chosen = choose_damping(w, (halves[0].centred(), halves[1].centred()), search)
+        share, chosen = choose_damping(w, (first, second), search)
+        del first, second  # two matrices less beside the factor
     else:
-        moments = measure()
-        _check(name, moments, w.dtype)
+        moments, chosen = _checked(name, measure(), w.dtype), None
         share = torch.tensor(config.damping, dtype=torch.float64, device=w.device)
     centred = moments.centred()
     a = metric(centred, share)
@@ -161,14 +157,10 @@ def _keep_zeros(codes: Tensor, t: Tensor, zero: Tensor, codebook: Codebook) -> N
     t[kept] = 0.0
 
 
-def _halves(measure: Callable[..., OutputMoments], middle: int, end: int) -> tuple[OutputMoments, OutputMoments]:
-    first = measure(images=range(middle))
-    return first, measure(images=range(middle, end), shift=first.shift)
-
-
-def _check(name: str, moments: OutputMoments, dtype: torch.dtype) -> None:
+def _checked(name: str, moments: OutputMoments, dtype: torch.dtype) -> OutputMoments:
     if not all(moment.isfinite().all() for moment in (moments.gram, moments.cross)):
         raise NetworkError(f"layer {name}: its inputs are so large that their products overflow {dtype}")
+    return moments
 
 
 def corrected_bias(bias: Tensor | None, moments: OutputMoments, delta: Tensor) -> Tensor:

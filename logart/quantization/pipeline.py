@@ -147,7 +147,7 @@ def quantize_model(
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
             for stage in config.stages:
-                stage.check_room(surgery.quantized_layers(quantized), config)
+                stage.check_room(surgery.quantized_layers(quantized))
             report.rerun = work.prepare(example)
             for stage in config.stages:
                 results = work.each(stage)

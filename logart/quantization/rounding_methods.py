@@ -20,7 +20,7 @@ from logart.quantization.activations import Capture
 from logart.quantization.block_loss import Loss
 from logart.quantization.blocks import Block
 from logart.quantization.cache import Captured
-from logart.quantization.compensate import check_room, compensate_block, matrices_held
+from logart.quantization.compensate import MATRICES, check_room, compensate_block
 from logart.quantization.dbs import PROBES, search_block
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.reconstruct import BlockReport, learn_rounding
@@ -149,7 +149,7 @@ class Stage:
         """A bound of what it holds on the computing device beside a block's captured tensors."""
         raise NotImplementedError
 
-    def check_room(self, layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
+    def check_room(self, layers: Mapping[str, QuantizedWeight]) -> None:
         """Raise NoRoomError where a layer is too large for it; asked before any work is done."""
         return
 
@@ -209,11 +209,11 @@ class Compensate(Stage):
         return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS})
 
     def working_bytes(self, size: BlockSize, config: Settings) -> int:
-        """The matrices [groups, K, K] of `compensate.matrices_held`, and a batch's tensors."""
-        return matrices_held(config) * size.gram + 2 * config.batch_size * size.activations
+        """The matrices [groups, K, K] of `compensate.MATRICES`, and a batch's tensors."""
+        return MATRICES * size.gram + 2 * config.batch_size * size.activations
 
-    def check_room(self, layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
-        check_room(layers, config)
+    def check_room(self, layers: Mapping[str, QuantizedWeight]) -> None:
+        check_room(layers)
 
     def run(self, task: BlockTask) -> None:
         self.compensate(task)
@@ -291,8 +291,8 @@ class CompensateAndLearn(Learn):
     def working_bytes(self, size: BlockSize, config: Settings) -> int:
         return max(self._closed.working_bytes(size, config), super().working_bytes(size, config))
 
-    def check_room(self, layers: Mapping[str, QuantizedWeight], config: Settings) -> None:
-        self._closed.check_room(layers, config)
+    def check_room(self, layers: Mapping[str, QuantizedWeight]) -> None:
+        self._closed.check_room(layers)
 
     def run(self, task: BlockTask) -> BlockReport:
         seen, held_out = task.split(HELD_OUT)
