@@ -35,10 +35,23 @@ class Block:
     Attributes:
         name: its name in the network.
         layers: the names in the network of the quantized layers inside, in the order they run.
+        whole: it is the whole network, and its one layer is one that is used in no one block.
     """
 
     name: str
     layers: tuple[str, ...]
+    whole: bool = False
+
+
+def in_order(blocks: Sequence[Block], apart: Iterable[str], layers: Sequence[str]) -> list[Block]:
+    """Blocks and, each at the place where it is used first, the layers in none of them.
+
+    Args:
+        layers: the names of all, in the order they are first used.
+    """
+    place = {name: index for index, name in enumerate(layers)}
+    every = [*blocks, *(Block("", (name,), whole=True) for name in apart)]
+    return sorted(every, key=lambda block: min(place[name] for name in block.layers))
 
 
 def find_blocks(

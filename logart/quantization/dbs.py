@@ -37,7 +37,8 @@ def search_block(
 
     Args:
         reference, quantized: the float network and the one being quantized; only the block inside is run.
-        data: the block's calls in both networks, in this order; None when the measure needs none.
+        data: the block's calls in both networks, in this order; None when the measure needs none. Where the block is
+            the whole network, BW is LW.
     """
     options = config.grid_options
     for name in block.layers:
@@ -47,7 +48,10 @@ def search_block(
             size = config.search_batch_size
             blocks = reference.get_submodule(block.name), quantized.get_submodule(block.name)
             float_weight = get_weight(reference, name)
-            if config.search_method is SearchMethod.LAYER_WISE:
+            measured: ErrorFunction
+            if block.whole:
+                measured = of_all_ranks(layer_moments(*blocks, float_weight, layer, *data, batch_size=size)).error
+            elif config.search_method is SearchMethod.LAYER_WISE:
                 count = config.grid.n_candidates(layer.n_bits, options.scale_search)
                 measured = layer_error(*blocks, float_weight, layer, *data, candidates=count, batch_size=size)
             else:

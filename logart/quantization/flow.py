@@ -26,7 +26,7 @@ _LINEAR = {
     torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-_RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a quantized weight would be one of them
+RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a quantized weight would be one of them
 _IMAGES = ""  # what stands for the network's input among the names of layers
 
 
@@ -63,7 +63,7 @@ def owners(model: nn.Module) -> dict[str, Owner]:
     found: dict[tuple[Any, ...], tuple[str, Owner]] = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and parameter.is_floating_point() and not isinstance(module, _RUN_THEIR_CHILDREN):
+            if parameter.ndim > 1 and parameter.is_floating_point() and not isinstance(module, RUN_THEIR_CHILDREN):
                 found.setdefault(memory_of(parameter), (layer_name(name, own), Owner(module, own, parameter)))
     return dict(found.values())
 

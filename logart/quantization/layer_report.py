@@ -75,7 +75,9 @@ class Report:
         layers: one entry per quantized layer, in the order they run.
         skipped: (name, reason) of every weight that stays float, by the name of its layer or its own.
         blind: by name why a quantized weight was rounded to nearest without data: what it is multiplied with is not
-            seen in any one block.
+            seen.
+        apart: by name why a weight is in no block: it was rounded through the whole network, in closed form where
+            blocks learn.
         n_weights: elements of all the network's weights, quantized or not; see `survey.Survey`.
         baked: names of the layers whose weight was computed from parameters alone, and is a parameter now.
         folded, unfolded: names of the batch norms folded, and (name, reason) of those that were not.
@@ -90,6 +92,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     blind: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
     n_weights: int = 0
     baked: list[str] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
@@ -137,10 +140,11 @@ class Report:
 
     def blind_line(self) -> str:
         """Which weights were rounded without data, in a line; empty where none was."""
-        names = [f"{name} ({reason})" for name, reason in list(self.blind.items())[:3]]
-        more = len(self.blind) - len(names)
-        what = f"rounded to nearest without data: {', '.join(names)}" + f" and {more} more" * (more > 0)
-        return what if names else ""
+        return _line("rounded to nearest without data", self.blind)
+
+    def apart_line(self) -> str:
+        """Which weights are in no block, in a line; empty where none is or no block learned."""
+        return _line("compensated in place of learned", self.apart) if self.blocks else ""
 
     def activation_line(self) -> str:
         """How many tensors are quantized and which saturates most, in a line."""
@@ -179,6 +183,7 @@ class Report:
         info: dict[str, Any] = {"quantized_share": round(self.quantized_share, 6), "skipped": dict(self.skipped)} | (
             {"rounded_without_data": self.blind} if self.blind else {}
         )
+        info |= {"in_no_block": self.apart} if self.apart else {}
         if self.activations:
             info["activations"] = {one.name: one.as_dict() for one in self.activations}
             info["float_products"] = dict(self.float_products)
@@ -198,6 +203,12 @@ class Report:
             | ({"output_errors": [e and float(f"{e:.3g}") for e in layer.output_errors]} if layer.output_errors else {})
             for layer in self.layers
         }
+
+
+def _line(what: str, reasons: Mapping[str, str]) -> str:
+    names = [f"{name} ({reason})" for name, reason in list(reasons.items())[:3]]
+    more = len(reasons) - len(names)
+    return f"{what}: {', '.join(names)}" + f" and {more} more" * (more > 0) if names else ""
 
 
 def _generalisation(layer: QuantizedWeight) -> dict[str, float]:

@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from logart import ranks
 from logart.errors import NetworkError, NoRoomError, PartlyQuantized, one_line
 from logart.quantization import surgery
 from logart.quantization.activation_quantizer import quantizers
 from logart.quantization.activation_stage import activation_reports
-from logart.quantization.activations import BothActivations
+from logart.quantization.activations import BothActivations, Capture
 from logart.quantization.baking import bake_weights
 from logart.quantization.block_loss import BlockLosses, Loss
-from logart.quantization.blocks import Block, blocks_of_types, find_blocks
-from logart.quantization.cache import Cache
+from logart.quantization.blocks import Block, blocks_of_types, find_blocks, in_order
+from logart.quantization.cache import Cache, Captured, OffloadedTensor
+from logart.quantization.capture import Call
 from logart.quantization.clone import clone_sharing
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources, trace_sources
@@ -47,6 +49,7 @@ from logart.quantization.survey import Survey, survey
 from logart.runtime import progress_bar
 
 NO_BLOCK = "is used in several places, which no one block holds"
+NO_ROWS = "its block {} has its images elsewhere than in rows of the first dimension: {}"
 
 
 def quantize_model(
@@ -124,8 +127,10 @@ def quantize_model(
             if block_types is None
             else blocks_of_types(reference, seeing, block_types, seen.places)
         )
+        blocks, rows, reasons = _with_rows(reference, blocks, example, config)
         placed = {name for block in blocks for name in block.layers}
-        report.blind = {name: seen.blind.get(name, NO_BLOCK) for name in names if name not in placed}
+        report.blind = {name: seen.blind[name] for name in names if name in seen.blind}
+        report.apart = {name: reasons.get(name, NO_BLOCK) for name in seeing if name not in placed}
         stage_store = stage_store or StageStore()
         bits = config.bits_of(names, [*seen.inputs, *seen.heads])
         if config.has_budget:
@@ -141,9 +146,11 @@ def quantize_model(
         round_without_data([surgery.quantized_layers(quantized)[name] for name in report.blind], config)
         cache = Cache(device) if cache is None else cache
         bits_a = config.activation_bits([name for name in names if name in seen.modules], seen.inputs, seen.heads)
+        whole = in_order(blocks, report.apart, names)
         work = _Work(
-            reference, quantized, blocks, images, config, device, quiet, cache, stage_store, bits_a, seen.uses
-        )
+            reference, quantized, blocks, whole, rows, images, config, device, quiet, cache, stage_store, bits_a,
+            seen.uses,
+        )  # fmt: skip
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
             for stage in config.stages:
@@ -156,7 +163,7 @@ def quantize_model(
                 on_stage_end(stage.event, quantized)
         seen_images = images if config.images_needed else None
         output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images)
-        report.layers = layer_reports(quantized, blocks, output_errors, report.blind)
+        report.layers = layer_reports(quantized, whole, output_errors, report.blind)
         report.activations, report.float_products = activation_reports(quantized), work.float_products
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
     quantized.packed_info = info  # type: ignore[assignment]
@@ -183,6 +190,21 @@ def _look_at(reference: nn.Module, example: Tensor, config: QuantConfig, report:
     return seen
 
 
+def _with_rows(
+    reference: nn.Module, blocks: list[Block], example: Tensor, config: QuantConfig
+) -> tuple[list[Block], list[BlockRows], dict[str, str]]:
+    """The blocks whose tensors have their images in rows, these, and why the layers of the others are in no block."""
+    if config.images_needed == 0:
+        return blocks, [], {}
+    seen = trace_rows(reference, {block.name: reference.get_submodule(block.name) for block in blocks}, example)
+    torn = {b.name: NO_ROWS.format(b.name, of) for b, of in zip(blocks, seen, strict=True) if isinstance(of, str)}
+    if torn and config.quantizes_activations:
+        raise NetworkError(f"activations cannot be quantized: {next(iter(torn.values()))}")
+    kept = [(block, rows) for block, rows in zip(blocks, seen, strict=True) if isinstance(rows, BlockRows)]
+    reasons = {name: torn[block.name] for block in blocks if block.name in torn for name in block.layers}
+    return [block for block, _ in kept], [rows for _, rows in kept], reasons
+
+
 def _any_matches(patterns: Sequence[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -194,6 +216,8 @@ class _Work:
     reference: nn.Module
     quantized: nn.Module
     blocks: list[Block]
+    items: list[Block]
+    rows: list[BlockRows]
     images: Tensor
     config: QuantConfig
     device: torch.device
@@ -204,7 +228,6 @@ class _Work:
     uses: Mapping[str, WeightUse]
     float_products: list[tuple[str, str]] = field(default_factory=list)
     _sources: list[Sources | None] = field(default_factory=list)
-    _rows: list[BlockRows] = field(default_factory=list)
 
     def prepare(self, example: Tensor) -> list[str]:
         """Find out what the inputs of each block are made of, estimate what it needs, decide where that is held.
@@ -216,7 +239,6 @@ class _Work:
             return []
         modules = {block.name: self.reference.get_submodule(block.name) for block in self.blocks}
         self._sources = trace_sources(self.reference, list(modules.values()), example)
-        self._rows = trace_rows(self.reference, modules, example)
         needs = estimate_memory(self.reference, self.blocks, self._sources, example, self.config, self.uses)
         message = self.cache.choose(needs)
         if not self.quiet:
@@ -228,14 +250,14 @@ class _Work:
         steps, (count, batch_size) = stage.steps(self.config), stage.images(self.config)
         networks = (self.reference, self.quantized, self.blocks)
         images = self.images[: self.config.views * count]
-        activations = BothActivations(*networks, self._sources, images, batch_size, self.cache, self._rows)
+        activations = BothActivations(*networks, self._sources, images, batch_size, self.cache, self.rows)
         example = self.images[:2].to(self.device, copy=True)
         whole = NetworkTask(self.quantized, self.blocks, self.bits_a, self.config, example)
         self.float_products += stage.prepare(whole)
         results: list[StageResult] = []
-        with progress_bar(len(self.blocks) * steps, stage.title, self.quiet) as bar:
-            for index, block in enumerate(self.blocks):
-                bar.set_description(f"{stage.title} {block.name}")
+        with progress_bar(len(self.items) * steps, stage.title, self.quiet) as bar:
+            for index, block in enumerate(self.items):
+                bar.set_description(f"{stage.title} {block.layers[0] if block.whole else block.name}")
 
                 def show(done: int, loss: float, before: int = index * steps) -> None:
                     bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
@@ -245,7 +267,7 @@ class _Work:
                 done = self.stage_store.restore(stage.title, index, own)
                 if done is None:
                     start = time.perf_counter()
-                    step = partial(self._run, stage, activations, index, show)
+                    step = partial(self._run, stage, activations, block, show)
                     report = self._with_room(own.values(), activations, step)
                     done = StageResult(time.perf_counter() - start, report)
                     self.stage_store.save(stage.title, index, own, done)
@@ -254,19 +276,36 @@ class _Work:
         return results
 
     def _run(
-        self, stage: Stage, activations: BothActivations, index: int, show: Callable[[int, float], None]
+        self, stage: Stage, activations: BothActivations, block: Block, show: Callable[[int, float], None]
     ) -> BlockReport | None:
-        start, block = time.perf_counter(), self.blocks[index]
-        captured = activations.capture(index, stage.needs(self.config))
+        start, loss = time.perf_counter(), partial(self._loss, block)
+        if block.whole:
+            needs = (Capture.FLOAT_INPUTS, Capture.INPUTS) if stage.needs(self.config) else ()
+            calls = dict.fromkeys(needs, self._calls(stage))
+            stage.run_whole(BlockTask(block, self.reference, self.quantized, calls, self.config, loss, show))
+            return None
+        captured = activations.capture(self.blocks.index(block), stage.needs(self.config))
         seconds = time.perf_counter() - start
-        loss = partial(self._loss, block)
         report = stage.run(BlockTask(block, self.reference, self.quantized, captured, self.config, loss, show))
         return report and replace(report, capture_seconds=report.capture_seconds + seconds)
 
+    def _calls(self, stage: Stage) -> Captured:
+        """What the whole network is called with, in both networks the same."""
+        count, batch_size = stage.images(self.config)
+        images = self.images[: self.config.views * count]
+        own = ranks.own_batches(len(images), batch_size)
+        batches = [
+            tree_map_only(Tensor, lambda t: OffloadedTensor(t, t.dtype, self.device), Call.of(images[o.start : o.stop]))
+            for o in own
+        ]
+        return Captured(batches, images=[image for of_batch in own for image in of_batch], total=len(images))
+
     def _own(self, block: Block, stage: Stage) -> dict[str, Stored]:
         """What a stage may change of a block, by name."""
-        layers = {name: self._layers[name] for name in block.layers if stage.changes_weights}
-        return layers | quantizers(self.quantized.get_submodule(block.name), block.name)
+        own: dict[str, Stored] = {name: self._layers[name] for name in block.layers if stage.changes_weights}
+        if not block.whole:
+            own.update(quantizers(self.quantized.get_submodule(block.name), block.name))
+        return own
 
     def _with_room(
         self,

@@ -162,6 +162,10 @@ class QuantizedWeight(nn.Module):
         self.dequantized_weight = self.dequantize()
         self.soft = None
 
+    def hold_float(self) -> None:
+        """Forget codes and codebook: what is read is the float weight again."""
+        self.codes = self.levels = self.dequantized_weight = self.spec = None
+
     def start_learning(self, target: Tensor | None = None) -> SoftRounding:
         """Put soft rounding in place of the codes.
 

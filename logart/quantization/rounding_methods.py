@@ -161,6 +161,9 @@ class Stage:
         """Give the block's layers their codes, and codebooks and biases where it decides them."""
         raise NotImplementedError
 
+    def run_whole(self, task: BlockTask) -> None:
+        """The same of a layer that is used in no one block: the task's block is the whole network."""
+
 
 class Search(Stage):
     """DBS: every layer gets its codebook and is rounded to nearest."""
@@ -192,6 +195,8 @@ class Search(Stage):
             task.reference, task.quantized, task.block, task.both_inputs if task.captured else None, task.config
         )
 
+    run_whole = run
+
 
 class Compensate(Stage):
     """GPTQ-style compensated rounding, which searches each layer's grid in the metric of the layer's inputs."""
@@ -217,6 +222,8 @@ class Compensate(Stage):
 
     def run(self, task: BlockTask) -> None:
         self.compensate(task)
+
+    run_whole = run
 
     def compensate(self, task: BlockTask) -> list[Tensor]:
         """The real weights that the layers' codes were found for, from which LLR may go on."""
@@ -255,6 +262,12 @@ class Learn(Stage):
 
     def run(self, task: BlockTask) -> BlockReport:
         return self.learn(task, None)
+
+    def run_whole(self, task: BlockTask) -> None:
+        """Compensated rounding, behind the prefix as it is now."""
+        for layer in task.layers:
+            layer.hold_float()
+        Compensate().compensate(task)
 
     def learn(
         self, task: BlockTask, starts: list[Tensor] | None, held_out: Mapping[Capture, Captured] | None = None

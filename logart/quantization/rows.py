@@ -1,4 +1,8 @@
-"""How many rows the tensors that a block takes and gives have for each image: seen in forwards of two and of three."""
+"""How many rows the tensors that a block takes and gives have for each image: seen in forwards of two and of three.
+
+Rows of an image stand together, in the first dimension: where they do not, sequences before images say, the block
+cannot be given some images of those captured, and has a reason in place of rows.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from logart.errors import NetworkError
 from logart.quantization.capture import Call
 from logart.quantization.inputs import Inputs
 
+_NOISE = 1e-2  # of a tensor's norm: two images alone and beside a third differ by no more, rows of others by far more
+
 Rows = tuple[int, ...]  # for each image, of each tensor; 0 where a tensor is the same whatever the number of images
 
 
@@ -25,35 +31,34 @@ class BlockRows(NamedTuple):
 
 
 @torch.no_grad()
-def trace_rows(model: nn.Module, blocks: Mapping[str, nn.Module], example: Tensor | Inputs) -> list[BlockRows]:
+def trace_rows(model: nn.Module, blocks: Mapping[str, nn.Module], example: Tensor | Inputs) -> list[BlockRows | str]:
     """The rows of each block; windows of an image, say, are several rows, a table of positions has none of its own.
+
+    Of a block with a tensor that does not have as many rows for each image, in order, what was seen in place of them.
 
     Args:
         blocks: by name.
         example: two inputs of the network.
 
     Raises:
-        NetworkError: a block is never reached; the size of a tensor is not that many rows for each image.
+        NetworkError: a block is never reached.
     """
     two = Call.of(example)
     three = Call(*tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]), (two.args, two.kwargs)))
-    shapes = [_shapes(model, blocks, inputs) for inputs in (two, three)]
+    of_two, of_three = (_tensors(model, blocks, inputs) for inputs in (two, three))
     for name in blocks:
-        if any(len(seen.get(name, ())) != 2 for seen in shapes):
+        if any(len(seen.get(name, ())) != 2 for seen in (of_two, of_three)):
             raise NetworkError(f"the forward pass never reached {name}")
-    return [
-        BlockRows(*(_rows(name, *both) for both in zip(*(seen[name] for seen in shapes), strict=True)))
-        for name in blocks
-    ]
+    return [_rows_or_reason(of_two[name], of_three[name]) for name in blocks]
 
 
-def _shapes(model: nn.Module, blocks: Mapping[str, nn.Module], inputs: Call) -> dict[str, list[list[torch.Size]]]:
-    """The shapes of all tensors that each block takes and gives."""
-    seen: dict[str, list[list[torch.Size]]] = {}
+def _tensors(model: nn.Module, blocks: Mapping[str, nn.Module], inputs: Call) -> dict[str, list[list[Tensor]]]:
+    """All tensors that each block takes and gives."""
+    seen: dict[str, list[list[Tensor]]] = {}
 
     def look(name: str, *trees: Any) -> None:
         leaves = tree_leaves(trees[1:] if len(trees) > 2 else trees[-1])
-        seen.setdefault(name, []).append([leaf.shape for leaf in leaves if isinstance(leaf, Tensor)])
+        seen.setdefault(name, []).append([leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)])
 
     handles = []
     for name, block in blocks.items():
@@ -69,14 +74,21 @@ def _shapes(model: nn.Module, blocks: Mapping[str, nn.Module], inputs: Call) -> 
     return seen
 
 
-def _rows(name: str, of_two: Sequence[torch.Size], of_three: Sequence[torch.Size]) -> Rows:
-    rows = []
-    for two, three in zip(of_two, of_three, strict=True):
-        if two == three:
-            rows.append(0)
-        elif two[1:] == three[1:] and 3 * two[0] == 2 * three[0]:
-            rows.append(two[0] // 2)
-        else:
-            message = f"block {name}: a tensor of two images is {list(two)} and of three {list(three)}"
-            raise NetworkError(f"{message}; expected as many rows for each image, in the first dimension")
-    return tuple(rows)
+def _rows_or_reason(of_two: Sequence[Sequence[Tensor]], of_three: Sequence[Sequence[Tensor]]) -> BlockRows | str:
+    rows: list[Rows] = []
+    for pairs in (list(zip(*both, strict=True)) for both in zip(of_two, of_three, strict=True)):
+        torn = next((pair for pair in pairs if _rows(*pair) is None), None)
+        if torn is not None:
+            return f"{list(torn[0].shape)} of two images and {list(torn[1].shape)} of three"
+        rows.append(tuple(_rows(*pair) or 0 for pair in pairs))
+    return BlockRows(*rows)
+
+
+def _rows(two: Tensor, three: Tensor) -> int | None:
+    """How many there are for each image; None where they are not in order."""
+    if two.shape == three.shape:
+        return 0
+    if two.shape[1:] != three.shape[1:] or 3 * len(two) != 2 * len(three):
+        return None
+    difference, size = (t.double().nan_to_num().norm() for t in (two.double() - three[: len(two)].double(), two))
+    return len(two) // 2 if difference <= _NOISE * size else None

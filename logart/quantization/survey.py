@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from logart.errors import NetworkError
 from logart.quantization.clone import attributes
-from logart.quantization.flow import Flow, Owner, Seen
+from logart.quantization.flow import RUN_THEIR_CHILDREN, Flow, Owner, Seen
 from logart.quantization.layers import LAYER_TYPES
 from logart.quantization.layout import WeightUse
 from logart.quantization.weight_state import layer_name
@@ -149,6 +149,8 @@ def _skipped(model: nn.Module, flow: Flow) -> Iterable[tuple[str, str]]:
             if parameter.ndim > 1 and known.get(id(parameter)) not in flow.seen:
                 used = id(parameter) in flow.used
                 how = f"{type(module).__name__} uses it, but not as the weight of a linear operation that is known"
+                if isinstance(module, RUN_THEIR_CHILDREN):
+                    how = f"a {type(module).__name__} itself holds it, which would run its codes as one of its modules"
                 yield layer_name(name, own), how if used else IDLE
     names = {id(t): layer_name(name, key) for name, key, value in attributes(model) for t in tree_leaves(value)}
     for identity in flow.unregistered:

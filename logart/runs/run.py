@@ -121,7 +121,7 @@ def run(
     print(report.share_line(), flush=True)
     if report.activations:
         print(report.activation_line(), flush=True)
-    for line in filter(None, (report.blind_line(), report.gap_line(), report.zeros_line())):
+    for line in filter(None, (report.blind_line(), report.apart_line(), report.gap_line(), report.zeros_line())):
         print(line, flush=True)
     if options.test_with_terms:
         with hardware_approximation(quantized, options.test_with_terms):

@@ -10,7 +10,6 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import Tensor, nn
 
 from logart import QuantConfig, quantize_model
-from logart.errors import NetworkError
 from logart.quantization.blocks import find_blocks
 from logart.quantization.rows import BlockRows, trace_rows
 from logart.quantization.surgery import quantized_layers
@@ -193,20 +192,6 @@ def test_windows_are_like_images_of_their_own(settings: dict[str, Any]) -> None:
         for ours, theirs in names.items():
             assert torch.equal(quantized_layers(quantized)[ours].codes, quantized_layers(expected)[theirs].codes)  # type: ignore[arg-type]
     assert quantized(IMAGES).isfinite().all()
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(192, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.flatten(1)[None])[0]  # type: ignore[no-any-return]
-
-
-def test_images_elsewhere_than_in_rows_are_refused_by_name() -> None:
-    with pytest.raises(NetworkError, match=r"block head: a tensor of two images is \[1, 2, 192\] and of three"):
-        quantize_model(SequenceFirst(), QuantConfig(rounding="compensated", calib_samples=4), IMAGES)
 
 
 TAKERS: dict[str, dict[str, Any]] = {  # of blocks with keyword inputs, several inputs or other outputs

@@ -43,12 +43,24 @@ class Unregistered(Functional):
         return self.kept[0]
 
 
+class Holding(nn.Sequential):
+    """A container with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 1))
+        self.kernel = param(2, 4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(super().forward(x), self.kernel)
+
+
 @pytest.mark.parametrize(
     ("build", "names", "total"),
     [
         (Functional, ["idle"], 12 + 8 + 4),
         (lambda: nn.Sequential(Functional()), ["0.idle"], 12 + 8 + 4),
         (Unregistered, ["kept"], 12 + 8),
+        (Holding, ["kernel"], 12 + 8),
     ],
 )
 def test_a_weight_is_listed_wherever_it_is_held(build: Callable[[], nn.Module], names: list[str], total: int) -> None:
@@ -58,6 +70,7 @@ def test_a_weight_is_listed_wherever_it_is_held(build: Callable[[], nn.Module], 
     reasons = dict(seen.skipped)
     assert "idle" not in names[-1] or "did not run" in reasons[names[-1]]
     assert "no module holds it" in reasons.get("kept", "no module holds it")
+    assert "a Holding itself holds it" in reasons.get("kernel", "a Holding itself holds it")
 
 
 class WithAux(nn.Module):

@@ -103,6 +103,21 @@ def three_dimensions() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(588, 4))
 
 
+class Lists(nn.Module):
+    """Weights in a list and in a dict of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ParameterList([parameter(24, 192), parameter(24, 24)])
+        self.heads = nn.ParameterDict({"a": parameter(4, 24), "b": parameter(24, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for weight in self.steps:
+            x = F.relu(F.linear(x, weight))
+        return F.linear(x, self.heads["a"]) + x @ self.heads["b"]
+
+
 def alone() -> nn.Module:
     return nn.Linear(8, 5)
 
@@ -118,6 +133,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "decoder": (decoder, ["0", "2", "4"]),
     "1d": (one_dimension, ["1", "4"]),
     "3d": (three_dimensions, ["1", "4"]),
+    "lists": (Lists, ["steps.0", "steps.1", "heads.a", "heads.b"]),
     "alone": (alone, ["weight"]),
 }  # fmt: skip
 
