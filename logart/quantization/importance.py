@@ -1,12 +1,12 @@
 """The perturbation Hessian: how much the network's decision minds a change of each element of a block's output.
 
-At the float network the KL divergence to its own decision is zero and so is its gradient. Moved by ±εv, the output sees
-gradients that differ by 2ε·Hv, H the Hessian; the importance is the absolute value of that, averaged over images
-(APHQ-ViT, Wu et al. 2025). Two things decide whether it means anything:
+At the float network the KL divergence to its own decision is zero and so is its gradient. Moved by εv, the output sees
+the gradient ε·Hv, H the Hessian; the importance is the absolute value of that, averaged over images (APHQ-ViT, Wu et
+al. 2025, by the difference of two gradients, of which one is zero here). Two things decide whether it means anything:
 
 * v is a random sign for every element. With v = 1, all elements moved alike, a transformer has Hv = 0 but for rounding:
   the layer norm that reads the output subtracts just that shift.
-* At ε = 1e-6 the difference drowns in the rounding of float32, so the network runs in float64.
+* At ε = 1e-6 the gradient drowns in the rounding of float32, so the network runs in float64.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ IMPORTANCE_IMAGES = 256  # an average over images settles long before LLR's 1,02
 class PerturbationImportance:
     """Importances of the outputs of a network's blocks, one block at a time.
 
-    One pass over the images in all for the float decision, and two passes, each with a backward from the logits to the
-    block, for every block asked for. Held are the network in float64 and the logits, no block's outputs.
+    One pass over the images in all for the float decision, and one, with a backward from the logits to the block, for
+    every block asked for: a block's v has its own way to the logits and back. Held are the network in float64 and the
+    logits, no block's outputs.
 
     Args:
         model: the float network, in eval mode; it is not changed.
@@ -66,7 +67,7 @@ class PerturbationImportance:
         total: Tensor | None = None
         for own, decision in zip(self._own, self._decisions, strict=True):
             x = self._images[own.start : own.stop].to(self._device).double()
-            change = self._difference(block, x, decision, partial(signs.of, own)).abs().sum(0, keepdim=True)
+            change = self._gradient(block, x, decision, partial(signs.of, own)).abs().sum(0, keepdim=True)
             total = change if total is None else total + change
         assert total is not None
         total = all_sum(total)
@@ -76,24 +77,15 @@ class PerturbationImportance:
         # Nothing downstream minds this output: then every element counts the same.
         return (total / mean if mean > 0 else torch.ones_like(total)).float()
 
-    def _difference(
+    def _gradient(
         self, block: nn.Module, x: Tensor, decision: Tensor, draw: Callable[[Tensor], list[Tensor]]
     ) -> Tensor:
-        """The gradient of ΣKL by the block's output [B, ...] at +εv less that at -εv; `draw` gives v for an output."""
-        v: list[Tensor] = []
-
-        def perturbed(output: Tensor, perturbation: float) -> Tensor:
-            v.extend([] if v else draw(output))
-            return output + perturbation * v[0]
-
-        up = self._gradient(block, x, decision, partial(perturbed, perturbation=PERTURBATION))
-        return up - self._gradient(block, x, decision, partial(perturbed, perturbation=-PERTURBATION))
-
-    def _gradient(self, block: nn.Module, x: Tensor, decision: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient of ΣKL by the block's output [B, ...] at +εv; `draw` gives [v] for an output."""
         seen: list[Tensor] = []
 
         def perturb(_: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
-            seen.append(change(only_tensor(outputs, block)).detach().requires_grad_())
+            output = only_tensor(outputs, block)
+            seen.append((output + PERTURBATION * draw(output)[0]).detach().requires_grad_())
             # Clones: autograd forbids an operation in place on a leaf.
             return tree_map_only(Tensor, lambda _: seen[0].clone(), outputs)
 
