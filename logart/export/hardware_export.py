@@ -204,6 +204,9 @@ def _write_layer(
     """The files of a layer; its entry in the manifest and what it costs, None where the network did not run."""
     write_codes(layer, folder)
     levels, codes, n_bits = layer.levels, layer.codes, layer.packed.n_bits
+    write_hex(folder / "codebook.hex", _words(levels), 16)
+    if _shared_add_shifts(levels) is None:
+        _save(folder / "add_shifts", levels.adds.astype(np.int8), 8)
     scale: dict[str, Any] | None = None
     if levels.numerators is not None:
         _save(folder / "scale", levels.numerators.astype(np.uint8), 8)
@@ -238,9 +241,6 @@ def write_codes(layer: ExportLayer, folder: Path) -> None:
     _save(folder / "codes", layer.codes, layer.packed.n_bits)
     codebook = np.concatenate([levels.signs[..., None], levels.shifts[..., None], levels.adds], axis=2)
     np.save(folder / "codebook.npy", codebook)
-    write_hex(folder / "codebook.hex", _words(levels), 16)
-    if _shared_add_shifts(levels) is None:
-        _save(folder / "add_shifts", levels.adds.astype(np.int8), 8)
 
 
 def _write_golden(layer: ExportLayer, run: LayerRun, bias: Tensor | None, folder: Path) -> dict[str, Any]:

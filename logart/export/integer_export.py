@@ -26,7 +26,7 @@ from logart.export.integer_graph import (
     shifts,
     terms_of,
 )
-from logart.export.integer_readme import readme, table
+from logart.export.integer_readme import example, readme, table
 from logart.export.integer_rtl import write_rtl
 from logart.export.integer_trace import Step, trace
 from logart.networks.calibration import calibration_images
@@ -111,8 +111,8 @@ def export_integer(
             "measured": _measure(integers, source, count, quiet),
             **_graph(integers),
         }
-        _write_texts(graph, folder)
         values = _write_golden(integers, source, min(images, len(source.val)), folder / "golden")
+        _write_texts(graph, example(integers, known, values), folder)
         write_rtl(integers, known, values, folder)
     if not quiet:
         print(table(graph))
@@ -142,12 +142,12 @@ def _graph(network: IntegerNetwork) -> dict[str, Any]:
     return json.loads(json.dumps(graph))  # type: ignore[no-any-return]
 
 
-def _write_texts(graph: Mapping[str, Any], folder: Path) -> None:
+def _write_texts(graph: Mapping[str, Any], shown: str, folder: Path) -> None:
     """The graph, the program that computes it, and the page that defines both."""
     (folder / "graph.json").write_text(json.dumps(graph, indent=1) + "\n", "utf-8")
     reference = resources.files("logart.export").joinpath("integer_reference.py").read_text("utf-8")
     (folder / "run.py").write_text(reference, "utf-8")
-    (folder / "README.md").write_text(readme(dict(graph)), "utf-8")
+    (folder / "README.md").write_text(readme(dict(graph), shown), "utf-8")
 
 
 def _value(step: Step, network: IntegerNetwork) -> dict[str, Any]:

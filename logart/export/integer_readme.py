@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from logart.export.hardware import Array, HardwareLevels
 from logart.export.integer_formats import ACCUMULATOR_BITS
+from logart.export.integer_graph import IntegerNetwork, limits, shifts
+from logart.export.integer_rtl import SIMULATED_IMAGES
+
+IntegerLayerParts = tuple[HardwareLevels, Array, Tensor | None]  # levels, codes, bias
+_SHOWN = 6  # weights of the example
 
 
 def table(graph: dict[str, Any]) -> str:
@@ -41,14 +51,30 @@ def _left_out(node: dict[str, Any]) -> str:
     return f"{sum(left.values())} in {len(left)} channels, first {first}" if left else ""
 
 
-def readme(graph: dict[str, Any]) -> str:
-    """The README of an export."""
+def _measured(graph: dict[str, Any]) -> str:
+    """What the integer network gets, and what the float one got."""
+    m, known = graph["measured"], (graph["info"].get("accuracy") or {}).get("float")
+    text = f"On {m['images']} test images it is right on {m['top1']:.2f} %"
+    return text + (f" (the float network on {known['images']}: {known['top1']:.2f} %)." if known else ".")
+
+
+def readme(graph: dict[str, Any], example: str) -> str:
+    """The README of an export; `example` is by the function of this name."""
     value, out = graph["input"], graph["output"]
     p = graph["info"]["preprocessing"]
     channels, height, width = p["input_size"]
     short = math.floor(height / p["crop_pct"])
+    nodes = [node for node in graph["nodes"] if "folder" in node]
+    positions = {node["output"]: math.prod(graph["values"][node["output"]]["shape"][1:]) for node in nodes}
+    macs = sum(math.prod(node["shape"]) * positions[node["output"]] for node in nodes) / 1e6
     resized = f"short side resized to {short} ({p['interpolation']}), centre {height}×{width} taken; "
     return _README.format(
+        measured=_measured(graph),
+        example=example,
+        simulated=min(SIMULATED_IMAGES, len(graph["golden_images"])),
+        mmacs=f"{macs:.2g} million",
+        advice="begin with a layer" if macs > 2 else "the whole takes a minute or so",
+        input_bits=value["bits"],
         file=graph["source"]["file"],
         sha256=graph["source"]["sha256"],
         a_bit=graph["activation_bits"],
@@ -70,26 +96,70 @@ def readme(graph: dict[str, Any]) -> str:
     )
 
 
+def example(network: IntegerNetwork, layers: Mapping[str, IntegerLayerParts], values: Mapping[str, Tensor]) -> str:
+    """One output of the first layer, computed by hand for the first golden image."""
+    step = next(step for step in network.steps if step.module)
+    levels, codes, _ = layers[step.module]
+    weights, out = network.weights[step.name], values[step.name][0]
+    x = values[step.inputs[0]][:1].numpy().astype(np.int64)
+    at = tuple(size // 2 for size in out.shape[1:])
+    if step.geometry is None:
+        seen = x[0]
+    else:
+        windows = step.geometry.windows(x)[: step.weight_shape[1], :, :, 0]
+        seen = windows[:, :, :, at[0], at[1]].ravel()
+    unit, row = int(weights.unit[0]), codes[0].ravel()
+    lines = ["| k | activation | code | sign, shift, add-shifts | terms | gives |", "|---|---|---|---|---|---|"]
+    given = weights.integers[0].numpy().astype(np.int64) * seen
+    powers = levels.powers(codes.reshape(len(codes), -1)[:1])
+    for k in range(min(_SHOWN, len(seen))):
+        entry = [levels.signs[0, row[k]], levels.shifts[0, row[k]], *levels.adds[0, row[k]]]
+        used = [(s, e) for s, e in zip(powers.signs[:, 0, k], powers.exponents[:, 0, k], strict=True) if s]
+        terms = " ".join(f"{'+' if s > 0 else '-'}({seen[k]} << {e - unit})" for s, e in used if e >= unit)
+        lines.append(f"| {k} | {seen[k]} | {row[k]} | {', '.join(map(str, entry))} | {terms} | {given[k]} |")
+    if len(seen) > _SHOWN:
+        lines.append(f"| … | {len(seen) - _SHOWN} more | | | | {given[_SHOWN:].sum()} |")
+    total, bias, right = int(given.sum()), int(weights.bias[0]), int(shifts(step, network)[0])
+    factor = f", times factor {weights.factor[0]}" if weights.factor else ""
+    place = "" if step.geometry is None else f", row {at[0]}, column {at[1]}"
+    low, high = limits(step, network.formats[step.name])
+    head = f"`{step.name}`, first golden image, channel 0{place}, whose unit is {unit}; k counts its weights row-major:"
+    end = f"The accumulator comes to {total}{factor}, plus bias {bias}, shifted right by {right}, saturated to {low} …"
+    result = int(out[0][at])
+    return "\n".join([head, "", *lines, "", f"{end} {high}: {result}, as in `golden/{step.name}.npy`."])
+
+
 _README = """\
 # An integer network without multiplications
 
 Made from the packed network {file} (SHA-256 {sha256}). Activations of convolutions and linear layers have {a_bit}
 bits; {chosen}formats were chosen from {n} calibration images of {data}.
 
-`python run.py` computes the network for the golden images with NumPy alone and compares every value with `golden/`;
-`python run.py INPUT.npy OUTPUT.npy` computes it for other images. `run.py` is the definition in code; this page in
-words.
+| in this folder | what |
+|---|---|
+| `graph.json` | formats of all values, operations in order, names of classes and golden images, what was measured |
+| `layers/NAME/` | codes, codebook, bias and shifts of a layer, as `.npy` for software and `.hex` for `$readmemh` |
+| `golden/VALUE.npy` | the integers of every value of the network for the golden images |
+| `run.py` | the network in NumPy alone, without a multiplication |
+| `rtl/` | the network in SystemVerilog: engines, test benches, a Makefile |
+
+`python run.py` computes the network for the golden images and compares every value with `golden/`; `python run.py
+INPUT.npy OUTPUT.npy` computes it for others, integers [n, channels, height, width] in input format. `run.py` is the
+definition in code; this page in words. {measured}
 
 ## Numbers
 
 Every value is an array of integers of the format in `graph.json`, `values`: `bits` wide, two's complement where
 `signed` and from 0 to 2^bits - 1 where not, standing for integer · 2^-fraction. `shape` is of one image: channels,
-height, width, or features alone. Values of `golden/VALUE.npy` have the images in front.
+height, width, or features alone. Values of `golden/VALUE.npy` have the images in front. Names of values, steps and
+folders are the same: the value `NAME` is what the node with `output` NAME makes, and a layer's folder is
+`layers/NAME`.
 
-The input `{input}` is {sign} with fraction {fraction}. Its images are [channels, height, width] {size}, {colours};
-{resized}pixels in 0..1 less mean {mean}, over std {std}; then floor(x · 2^{fraction} + 1/2), cut to the
-format's range. `golden/` has the first images of `val` of the data set in the order of `golden_images` in `graph.json`.
-The output `{output}` are the logits, with fraction {out_fraction}, in the order of `class_names`.
+The input `{input}` is {sign}, {input_bits} bits, with fraction {fraction}. Its images are [channels, height, width]
+{size}, {colours}; {resized}pixels in 0..1 (bytes over 255) less mean {mean}, over std {std}; then floor(x ·
+2^{fraction} + 1/2), cut to the format's range. `golden/` has the first images of `val` of the data set in the order
+of `golden_images` in `graph.json`. The output `{output}` are the logits, with fraction {out_fraction}, in the order
+of `class_names`: the network's answer is the class of the largest.
 
 "Shift right by r, to nearest, ties up" is (x + 2^(r-1)) >> r with an arithmetic shift; r = 0 is nothing; r < 0 is x
 << -r. "Saturate" is to cut to `low` … `high` of the node, both included: the ends of the format, or of a ReLU (low
@@ -121,19 +191,19 @@ would reach past the padding are left out.
 
     Σ weight[c, i, ky, kx] · padded[g · C_in/groups + i, y · stride + ky · dilation, x · stride + kx · dilation]
 
-over i, ky and kx, with g = c // (C / groups), the weight's `shape` [C, C_in/groups, height, width], the first number of
-`stride` and `dilation` for y and the second for x; `padding` is [[top, bottom], [left, right]], of zeros. In shifts and
-adds this is:
+over i, ky and kx, with g = c // (C / groups), the weight's `shape` [C, C_in/groups, height, width], the first
+number of `stride` and `dilation` for y and the second for x; `padding` is [[top, bottom], [left, right]], of zeros.
+In shifts and adds this is:
 
-In the node's `folder`: `codes` [the weight's shape], `codebook.npy` [G, 2^n, 2 + A], `unit.npy` [C], `bias.npy` [C],
-`requantize.npy` [C]. Row c of the weight has codebook c // (C / G). An entry of a codebook is sign, shift and A
-add-shifts; the weight is
+In the node's `folder`: `codes.npy` [the weight's shape] uint8, `codebook.npy` [G, 2^n, 2 + A], `unit.npy` [C],
+`bias.npy` [C], `requantize.npy` [C], signed integers. Row c of the weight has codebook c // (C / G), in which a
+code is the index of an entry. An entry is sign (-1, 0 or 1), shift and A add-shifts k_j; the weight is
 
     sign · 2^shift · (1 + Σ_j ±2^-|k_j|)        k_j > 0 adds, k_j < 0 subtracts, k_j = 0 is no term
 
-So a weight is a few terms ±2^e. Channel c counts in units of 2^unit[c]: a term gives the activation shifted left by
-e - unit[c], and none where that is negative. The table lists how many were left out so that the accumulator fits
-{accumulator} bits.
+So a weight is a few terms ±2^e: sign · 2^shift, and ±sign · 2^(shift - |k_j|) for each k_j that is not 0. Channel c
+counts in units of 2^unit[c]: a term gives the activation shifted left by e - unit[c], and none where that is
+negative. The table at the end lists how many were left out so that the accumulator fits {accumulator} bits.
 
 1. Σ of all terms, added or subtracted: the accumulator.
 2. Where `factor` is not empty: the sum times the integer `factor[c]`, which is Σ ±2^e over the pairs [±1, e] of
@@ -142,17 +212,34 @@ e - unit[c], and none where that is negative. The table lists how many were left
 4. Shifted right by `requantize[c]`, to nearest, ties up.
 5. Saturate.
 
-`codes.hex` and `codebook.hex` are for `$readmemh`: a number a line, row-major, two's complement in whole hex
-digits; a word of `codebook.hex`, bit 15 first: bit 15 zero level, bit 14 negative, bit 13 the add-shifts apply,
-bits 12 to 0 shift. `accumulator_bits` of a node is the width of the worst case of steps 1 to 3 over all inputs of
-the format: no input can make it overflow.
+`accumulator_bits` of a node is the width of the worst case of steps 1 to 3 over all inputs of the format: no input
+can make it overflow.
+
+## One output by hand
+
+{example}
 
 ## Simulation
 
-`rtl/` has the same in SystemVerilog: `make` there runs each layer and the whole network on the first golden images
-with Icarus Verilog and compares every output. `layers/NAME/params.svh` and the `.hex` files are what the engines
-read: `levels.hex` is the codebook as words of terms, the first in the lowest bits, each {{used, negative, 12-bit
-exponent}}.
+`rtl/` has the same in SystemVerilog. `make layer-NAME` there runs a layer, `make network` the whole network, `make`
+all of them, on the first {simulated} golden images, with Icarus Verilog (11 or later; `iverilog` on the path), and
+compares every output: "NAME: 0 mismatches of N", else make fails. `make lint` asks Verilator. The engines take one
+weight a clock, which Icarus simulates at about 20 s a million: an image has {mmacs}, so {advice}.
+
+| file | what |
+|---|---|
+| `processing_element.sv` | one weight a clock: shifted copies of the activation are added or subtracted |
+| `requantizer.sv` | steps 2 to 5 above, combinational |
+| `layer_engine.sv` | a layer, of these two and memories; `layers/NAME/params.svh` has its parameters |
+| `move_engine.sv`, `pool_engine.sv` | every other operation; `golden/VALUE_map*.hex` say which elements are moved |
+| `layer_tb.sv`, `network_tb.sv` | the test benches |
+
+An engine starts with a clock of `start`, asks for the value at `x_address` (channel · height · width + y · width +
+x) and needs `x_data` in the same clock; where `y_valid` is high, `y_data` is the output at `y_address`; `done` is
+high for the last clock. A `.hex` file has a number a line, row-major, two's complement in whole hex digits.
+`codes`, `unit`, `bias`, `requantize` are as above, `factor` is 1 where there is none; a line of `levels.hex` is an
+entry of a codebook (codebook by codebook), as words of 14 bits for the terms, the first in the lowest bits, each
+{{used, negative, exponent in 12 bits, two's complement}}.
 
 ## Widths and what was measured
 
@@ -160,6 +247,6 @@ exponent}}.
 {table}
 ```
 
-"saturated" is the share of a value's elements that were cut at an end of its format on the test images; what a ReLU
-cuts does not count.
+"bits" has a u for unsigned; "saturated" is the share of a value's elements that were cut at an end of its format on
+the test images; what a ReLU cuts does not count.
 """

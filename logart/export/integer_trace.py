@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Step:
         clamp: (low, high) in real numbers of the ReLU or ReLU6 in it; empty without one.
         kernel, stride, padding: of a pooling; paddings are (before, after) for height and width.
         slices: (start, stop, step) of each dimension but the images'.
-        format: of a `requantize`, the levels that the network's own activation quantizer has there.
+        format: the levels that the network's own activation quantizer has there.
     """
 
     op: str
@@ -92,7 +93,22 @@ def trace(model: nn.Module, example: Tensor) -> list[Step]:
     build = _Builder(dict(model.named_modules()), shapes)
     for node in graph.nodes:
         build.take(node)
-    return build.steps
+    return _requantized_once(build.steps)
+
+
+def _requantized_once(steps: list[Step]) -> list[Step]:
+    """The steps without a `requantize` where it alone reads a value: what makes the value takes its format at once."""
+    by_name = {step.name: step for step in steps}
+    readers = Counter(name for step in steps for name in step.inputs)
+    for step in steps:
+        before = by_name[step.inputs[0]] if step.inputs else step
+        if step.op != "requantize" or readers[before.name] > 1 or before.same_format or before.format is not None:
+            continue
+        before.format = step.format
+        del by_name[step.name]
+        for reader in steps:
+            reader.inputs = [before.name if name == step.name else name for name in reader.inputs]
+    return list(by_name.values())
 
 
 @torch.no_grad()
