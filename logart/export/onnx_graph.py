@@ -30,7 +30,8 @@ class Graph:
 
     def integers(self, values: np.ndarray, kind: int, name: str) -> str:
         """A constant of a type that NumPy may lack, uint4 among them: two in a byte, the first in the low bits."""
-        flat: Any = values.astype(np.uint8).ravel()
+        wide = kind in (TensorProto.INT16, TensorProto.UINT16)
+        flat: Any = values.astype(np.int64).astype("<u2" if wide else np.uint8).ravel()
         if kind == TensorProto.UINT4:
             even = np.pad(flat, (0, len(flat) % 2))
             flat = even[::2] | even[1::2] << 4

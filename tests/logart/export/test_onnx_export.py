@@ -23,12 +23,15 @@ import logart_cnn.models
 import logart_vit.models
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import UserError
+from logart.export.onnx_activations import count_ties
 from logart.export.onnx_export import export_onnx
+from logart.grids.activations import EvenGrid
 from logart.grids.grid import CodebookSpec
 from logart.grids.linear import LINEAR_MINMAX
 from logart.grids.logarithmic import DYNAMIC
 from logart.networks.network import network_recipe
 from logart.packed.file import PackedFile
+from logart.quantization.activation_quantizer import quantizers
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.surgery import quantized_layers
 
@@ -47,7 +50,7 @@ def pack(model: nn.Module, path: Path, info: dict[str, Any], seed: int = 0, **se
 def run(file: Path, images: Tensor) -> Tensor:
     """The graph as it stands: onnxruntime's integer kernels, which round activations, are left out."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
@@ -430,3 +433,70 @@ def test_weights_whose_channels_do_not_come_first_are_refused(tmp_path: Path, ou
     save_packed(network, tmp_path / "packed.safetensors", PREPROCESSING)
     with pytest.raises(UserError, match="--onnx: .*: 0 is a weight whose channels do not come first"):
         export_onnx(tmp_path / "packed.safetensors", out, model=model)
+
+
+def nodes_of(file: Path) -> dict[str, list[Any]]:
+    """The nodes of a file by operator."""
+    nodes: dict[str, list[Any]] = {}
+    for node in onnx.load(file).graph.node:
+        nodes.setdefault(node.op_type, []).append(node)
+    return nodes
+
+
+def pack_resnet(path: Path, **settings: Any) -> tuple[Path, nn.Module]:
+    """A network with quantized activations, as a file and loaded from it."""
+    model, _ = networks.small_resnet()
+    pack(model, path, PREPROCESSING, calib_samples=2, **settings)
+    return path, load_packed(path, model)
+
+
+@pytest.mark.parametrize("n_bits_a", [8, 4, 12])
+def test_quantized_activations_are_pairs_of_nodes_before_layers_of_linear_grids(n_bits_a: int, tmp_path: Path) -> None:
+    source, network = pack_resnet(tmp_path / "a.safetensors", scale_method="linear_mse", n_bits_a=n_bits_a)
+    out = tmp_path / "a.onnx"
+    written = export_onnx(source, out, model=network)
+    assert written.opset == 21 and written.values > 0 and written.difference < 1e-4
+    nodes, found = nodes_of(out), quantizers(network)
+    assert {n.name for n in nodes["QuantizeLinear"]} == {f"{n.removesuffix('_quantizer')}.quantize" for n in found}
+    assert "Floor" not in nodes and len(nodes.get("Clip", ())) == (0 if n_bits_a == 8 else len(found))
+    zeros = {c.name: c.data_type for c in onnx.load(out).graph.initializer if c.name.endswith(".zero_point")}
+    for name, quantizer in found.items():
+        grid = quantizer.even_grid
+        assert grid is not None
+        kind = f"{'U' * (grid.low == 0)}INT{8 if n_bits_a <= 8 else 16}"
+        assert zeros[f"network.{name.removesuffix('_quantizer')}.zero_point"] == getattr(TensorProto, kind)
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        difference = (run(out, images) - network(images)).abs()
+    assert difference.median() < 1e-5 and difference.max() < 0.02  # a value at a border may go to the other level
+    if n_bits_a == 12:
+        with pytest.raises(UserError, match="--opset: activations of 12 bits need 21 or more, got 20"):
+            export_onnx(source, out, model=network, opset=20)
+
+
+def test_integer_kernels_take_such_a_network(tmp_path: Path) -> None:
+    source, network = pack_resnet(tmp_path / "a.safetensors", scale_method="linear_mse", n_bits_a=8)
+    export_onnx(source, tmp_path / "a.onnx", model=network)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "b.onnx"), 3
+    onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), options, providers=["CPUExecutionProvider"])
+    assert "QLinearConv" in nodes_of(tmp_path / "b.onnx")
+
+
+def test_activations_before_other_grids_stay_operators_that_give_the_same_logits(tmp_path: Path) -> None:
+    """Behind such pairs onnxruntime would round weights to linear 8 bits."""
+    source, network = pack_resnet(tmp_path / "a.safetensors", n_bits_a=8)
+    written = export_onnx(source, tmp_path / "a.onnx", model=network)
+    assert "QuantizeLinear" not in nodes_of(tmp_path / "a.onnx")
+    assert written.values == 0 and written.difference < 1e-4 and written.optimized < 1e-4
+
+
+def test_ties_are_counted() -> None:
+    """Halfway values round up in torch and to the even level in ONNX."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    config = QuantConfig(rounding="nearest", n_bits_a=8, calib_samples=2)
+    quantized = quantize_model(network, config, torch.rand(2, 4))[0]
+    (quantizer,) = quantizers(quantized).values()
+    quantizer.set_even(EvenGrid(0.5, 0, 255))
+    images = torch.tensor([[0.25, 0.5, 0.75, 1.0], [-0.25, 127.75, 3.1, 0.0]])  # at the ends both saturate
+    assert count_ties(quantized, images) == (2, 8)
