@@ -111,7 +111,7 @@ def example(network: IntegerNetwork, layers: Mapping[str, IntegerLayerParts], va
     unit, row = int(weights.unit[0]), codes[0].ravel()
     lines = ["| k | activation | code | sign, shift, add-shifts | terms | gives |", "|---|---|---|---|---|---|"]
     given = weights.integers[0].numpy().astype(np.int64) * seen
-    powers = levels.powers(codes.reshape(len(codes), -1)[:1])
+    powers = levels.powers(codes.reshape(len(codes), -1)).rows(slice(1))
     for k in range(min(_SHOWN, len(seen))):
         entry = [levels.signs[0, row[k]], levels.shifts[0, row[k]], *levels.adds[0, row[k]]]
         used = [(s, e) for s, e in zip(powers.signs[:, 0, k], powers.exponents[:, 0, k], strict=True) if s]

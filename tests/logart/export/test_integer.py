@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from integer_networks import Odd, built
 from small_runs import assert_refused
@@ -31,6 +32,7 @@ from logart.export.integer_export import export_integer
 from logart.export.integer_formats import ACCUMULATOR_BITS, Format, IntegerWeights
 from logart.export.integer_graph import reciprocal
 from logart.export.integer_trace import trace
+from logart.networks.data import Preprocessing
 from logart.networks.digits import DIGITS
 from logart.packed.file import PackedFile
 from logart.quantization.activation_quantizer import quantizers
@@ -59,23 +61,43 @@ def graph_of(folder: Path) -> dict[str, Any]:
     return graph
 
 
-def test_every_test_image_has_the_recorded_accuracy_by_numpy_alone(exported: Path, packed: Path) -> None:
-    """The reference alone, on all 500 digits, gets what torch's float64 got: the same predictions, counted anew."""
-    graph = graph_of(exported)
+def differing(folder: Path) -> list[str]:
+    """The values of which NumPy's integers are not torch's, bit for bit, for all golden images of a folder."""
+    graph, golden = graph_of(folder), {path.stem: np.load(path) for path in (folder / "golden").glob("*.npy")}
+    assert golden.keys() == graph["values"].keys()
+    values = integer_reference.run(graph, golden[graph["input"]["value"]].astype(np.int64), folder)
+    return [name for name, expected in golden.items() if not np.array_equal(values[name], expected)]
+
+
+def test_every_value_of_every_test_image_is_torch_s_bit_for_bit_and_so_is_the_accuracy(packed: Path) -> None:
+    out = packed.parent / "all"
+    graph = export_integer(packed, out, DIGITS, images=500, test_images=500)
     val = open_source(PackedFile.read(packed).info, DIGITS).val
-    images = torch.stack([val[index][0] for index in range(len(val))])
-    f = graph["input"]
-    x = np.floor(np.ldexp(images.double().numpy(), f["fraction"]) + 0.5)
-    high = 2 ** (f["bits"] - f["signed"]) - 1
-    x = np.clip(x, -high - 1 if f["signed"] else 0, high).astype(np.int64)
-    logits = integer_reference.run(graph, x, exported)[graph["output"]["value"]]
+    assert len(val) == len(graph["golden_images"]) == 500 == graph["measured"]["images"]
+    assert differing(out) == []
+    logits = np.load(out / "golden" / f"{graph['output']['value']}.npy")
     labels = np.array([val[index][1] for index in range(len(val))])
     # where the best logits are equal, torch.topk decides: leave those images out on both sides
     top = np.sort(logits, axis=1)
     clear = top[:, -1] > top[:, -2]
     right = (logits.argmax(1) == labels)[clear].sum()
     assert abs(100 * right / len(labels) - graph["measured"]["top1"]) <= 100 * (~clear).sum() / len(labels)
-    assert graph["measured"]["images"] == 500 and graph["measured"]["top1"] > 97
+    assert graph["measured"]["top1"] > 97
+
+
+def test_a_mobilenet_is_torch_s_bit_for_bit(image_folder: Path, tmp_path: Path) -> None:
+    """ReLU6, depthwise convolutions, residual sums and a mean over all positions, in a network made for them."""
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv2_035", num_classes=4).eval()
+    config = QuantConfig(rounding="nearest", hardware_terms=2, n_bits_a=8, calib_samples=2)
+    network = quantize_model(model, config, torch.randn(2, 3, 32, 32))[0]
+    preprocessing = Preprocessing((3, 32, 32), 1.0, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    info = {"preprocessing": asdict(preprocessing), "class_names": [f"class{label}" for label in range(4)]}
+    save_packed(network, tmp_path / "mobile.safetensors", info)
+    out = tmp_path / "out"
+    export_integer(tmp_path / "mobile.safetensors", out, str(image_folder), images=2, test_images=2, model=model)
+    assert differing(out) == []
+    assert {node["op"] for node in graph_of(out)["nodes"]} >= {"conv", "linear", "add", "average_pool"}
 
 
 def test_the_shipped_program_checks_its_golden_vectors_and_sees_a_flipped_bit(exported: Path, tmp_path: Path) -> None:

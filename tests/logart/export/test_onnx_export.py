@@ -419,6 +419,7 @@ def test_a_disk_that_is_full(call: str, tmp_path: Path, kept: Path, monkeypatch:
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_without_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "logart.export.onnx_file")
     spec = importlib.util.spec_from_file_location("without_the_extra", logart.export.onnx_export.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
