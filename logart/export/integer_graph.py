@@ -24,6 +24,7 @@ from logart.export.integer_trace import Step
 
 WIDE_BITS = 16  # of values that no layer reads: the terms of residual sums, and the logits
 RECIPROCAL_BITS = 16  # 1 / count of an average pooling, where count is no power of two: an integer over 2^16
+Layers = Mapping[str, tuple[HardwareLevels, Array, Tensor | None]]  # by module: levels, codes as the weight, bias
 
 
 @dataclass
@@ -46,7 +47,7 @@ class IntegerNetwork:
     def calibrate(
         cls,
         steps: list[Step],
-        layers: Mapping[str, tuple[HardwareLevels, Array, Tensor | None]],
+        layers: Layers,
         images: Tensor,
         a_bit: int,
     ) -> IntegerNetwork:
@@ -63,28 +64,33 @@ class IntegerNetwork:
         """
         network = cls(steps, {}, {})
         read = {name for step in steps if step.op in ("conv", "linear") for name in step.inputs}
-        values = {steps[0].name: images.double()}
-        for step in steps:
-            inputs = [values[name] for name in step.inputs]
+        last = {name: index for index, step in enumerate(steps) for name in step.inputs}
+        values: dict[str, Tensor] = {}
+        for index, step in enumerate(steps):
+            if step.module:
+                levels, codes, bias = layers[step.module]
+                given = network.formats[step.inputs[0]]
+                network.weights[step.name] = IntegerWeights.of(levels, codes.reshape(len(codes), -1), bias, given)
             if step.inputs:
-                values[step.name] = real(step, inputs, network, layers)
-            x = values[step.name]
+                integers, fraction = exact(step, [values[name] for name in step.inputs], network)
+                x = torch.ldexp(integers, -torch.as_tensor(fraction))
+                x = x.clamp(*step.clamp) if step.clamp else x
+            else:
+                x = images.double()
             network.shapes[step.name] = tuple(x.shape[1:])
             if step.format is not None:
-                network.formats[step.name] = step.format
+                chosen = step.format
             elif step.same_format:
-                network.formats[step.name] = network.formats[step.inputs[0]]
+                chosen = network.formats[step.inputs[0]]
             else:
                 bits = a_bit if network._reaches(step.name, read) else WIDE_BITS
                 try:
-                    network.formats[step.name] = Format.choose(x, bits)
+                    chosen = Format.choose(x, bits)
                 except ValueError as error:
                     raise ValueError(f"{step.name}: {error}") from None
-            values[step.name] = network.formats[step.name].real(network.formats[step.name].quantize(x))
-            last = {name: index for index, other in enumerate(steps) for name in other.inputs}
-            values = {
-                name: v for name, v in values.items() if last.get(name, -1) > steps.index(step) or name == step.name
-            }
+            network.formats[step.name] = chosen
+            values[step.name] = chosen.quantize(x)
+            values = {name: value for name, value in values.items() if last.get(name, -1) > index}
         return network
 
     def _reaches(self, name: str, read: set[str]) -> bool:
@@ -144,58 +150,38 @@ def _weighted(step: Step, x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, None, g.stride, 0, g.dilation, g.groups)
 
 
-def real(
-    step: Step,
-    inputs: list[Tensor],
-    network: IntegerNetwork,
-    layers: Mapping[str, tuple[HardwareLevels, Array, Tensor | None]],
-) -> Tensor:
-    """A step on the real numbers that its quantized inputs stand for; makes a layer's integer weights on the way."""
-    x = inputs[0]
+def exact(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> tuple[Tensor, int | Tensor]:
+    """What a step makes of integers before they go into its format: integers (float64), and their fraction."""
+    given, x = [network.formats[name] for name in step.inputs], inputs[0]
     if step.op in ("conv", "linear"):
-        levels, codes, bias = layers[step.module]
-        given = network.formats[step.inputs[0]]
-        weights = IntegerWeights.of(levels, codes.reshape(len(codes), -1), bias, given)
-        network.weights[step.name] = weights
-        y = _finished(step, given.quantize(x), weights, codes.shape)
-        y = torch.ldexp(y, _per_channel(torch.from_numpy(weights.unit), y) - given.fraction - weights.extra)
-        return y.clamp(*step.clamp) if step.clamp else y
-    if step.op == "add":
-        y = inputs[0] + inputs[1]
-        return y.clamp(*step.clamp) if step.clamp else y
+        y = _finished(step, x, network.weights[step.name], step.weight_shape)
+        return y, _per_channel(torch.from_numpy(_fractions(step, network)), y)
+    if step.op in ("add", "concatenate"):
+        most = max(f.fraction for f in given)
+        terms = [torch.ldexp(x, torch.tensor(most - f.fraction)) for x, f in zip(inputs, given, strict=True)]
+        return (sum(terms[1:], terms[0]) if step.op == "add" else torch.cat(terms, 1)), most
     if step.op == "average_pool":
-        integer_, exponent = reciprocal(step.count)
-        return _windows(step, x, 0.0).sum((4, 5)) * math.ldexp(integer_, -exponent)
-    if step.op in ("relu", "requantize"):
-        return x.clamp(*step.clamp) if step.clamp else x
-    return _moved(step, inputs, fill=-math.inf)
+        factor, exponent = reciprocal(step.count)
+        return _windows(step, x, 0.0).sum((4, 5)) * factor, given[0].fraction + exponent
+    return _moved(step, x, fill=float(given[0].low)), given[0].fraction
 
 
 def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor:
     """A step on integers, before saturation: bit for bit what the NumPy reference does."""
-    given, to = [network.formats[name] for name in step.inputs], network.formats[step.name]
-    x = inputs[0]
-    if step.op in ("conv", "linear"):
-        y = _finished(step, x, network.weights[step.name], step.weight_shape)
-        return requantized(y, _per_channel(torch.from_numpy(shifts(step, network)), y))
-    if step.op == "add":
-        most = max(f.fraction for f in given)
-        a, b = (torch.ldexp(x, torch.tensor(most - f.fraction)) for x, f in zip(inputs, given, strict=True))
-        return requantized(a + b, most - to.fraction)
-    if step.op == "average_pool":
-        factor, exponent = reciprocal(step.count)
-        return requantized(_windows(step, x, 0.0).sum((4, 5)) * factor, given[0].fraction + exponent - to.fraction)
-    if step.op in ("relu", "requantize"):
-        return requantized(x, given[0].fraction - to.fraction)
-    if step.op == "concatenate":
-        return torch.cat([requantized(x, f.fraction - to.fraction) for x, f in zip(inputs, given, strict=True)], 1)
-    return _moved(step, inputs, fill=float(given[0].low))
+    y, fraction = exact(step, inputs, network)
+    return requantized(y, fraction - network.formats[step.name].fraction)
+
+
+def _fractions(step: Step, network: IntegerNetwork) -> Array:
+    """[C]: of a layer's finished sums."""
+    weights, given = network.weights[step.name], network.formats[step.inputs[0]]
+    result: Array = given.fraction + weights.extra - weights.unit
+    return result
 
 
 def shifts(step: Step, network: IntegerNetwork) -> Array:
     """[C]: places to the right from a layer's sum to its output format."""
-    weights, given = network.weights[step.name], network.formats[step.inputs[0]]
-    result: Array = given.fraction + weights.extra - weights.unit - network.formats[step.name].fraction
+    result: Array = _fractions(step, network) - network.formats[step.name].fraction
     return result
 
 
@@ -229,17 +215,16 @@ def _windows(step: Step, x: Tensor, fill: float) -> Tensor:
     return x.unfold(2, kh, down).unfold(3, kw, across)
 
 
-def _moved(step: Step, inputs: list[Tensor], fill: float) -> Tensor:
-    """Steps that compute nothing, the same on real numbers and on integers."""
-    x = inputs[0]
+def _moved(step: Step, x: Tensor, fill: float) -> Tensor:
+    """Steps that compute nothing."""
     if step.op == "max_pool":
         return _windows(step, x, fill).amax((4, 5))
     if step.op == "flatten":
         return x.flatten(1)
-    if step.op == "concatenate":
-        return torch.cat(inputs, 1)
     if step.op == "pad":
         return F.pad(x, [n for before_after in reversed(step.padding) for n in before_after])
+    if step.op in ("relu", "requantize"):
+        return x
     assert step.op == "slice", step.op
     return x[tuple([slice(None), *(slice(*part) for part in step.slices)])]
 

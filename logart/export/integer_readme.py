@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from logart.export.hardware import Array, HardwareLevels
 from logart.export.integer_formats import ACCUMULATOR_BITS
-from logart.export.integer_graph import IntegerNetwork, limits, shifts
+from logart.export.integer_graph import IntegerNetwork, Layers, limits, shifts
 from logart.export.integer_rtl import SIMULATED_IMAGES
 
-IntegerLayerParts = tuple[HardwareLevels, Array, Tensor | None]  # levels, codes, bias
 _SHOWN = 6  # weights of the example
 
 
@@ -96,7 +94,7 @@ def readme(graph: dict[str, Any], example: str) -> str:
     )
 
 
-def example(network: IntegerNetwork, layers: Mapping[str, IntegerLayerParts], values: Mapping[str, Tensor]) -> str:
+def example(network: IntegerNetwork, layers: Layers, values: Mapping[str, Tensor]) -> str:
     """One output of the first layer, computed by hand for the first golden image."""
     step = next(step for step in network.steps if step.module)
     levels, codes, _ = layers[step.module]

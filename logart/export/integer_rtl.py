@@ -16,7 +16,7 @@ from torch import Tensor
 
 from logart.export.hardware import Array, HardwareLevels
 from logart.export.hardware_export import write_hex
-from logart.export.integer_graph import IntegerNetwork, limits, reciprocal, shifts
+from logart.export.integer_graph import IntegerNetwork, Layers, limits, reciprocal, shifts
 from logart.export.integer_trace import Step
 
 EXP_BITS, FACTOR_BITS, SHIFT_BITS, VALUE_BITS = 12, 8, 12, 32
@@ -26,7 +26,7 @@ ENGINES = ("processing_element", "requantizer", "layer_engine", "move_engine", "
 
 def write_rtl(
     network: IntegerNetwork,
-    layers: Mapping[str, tuple[HardwareLevels, Array, Tensor | None]],
+    layers: Layers,
     values: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
@@ -49,7 +49,7 @@ def write_rtl(
         if step.module:
             levels, codes, _ = layers[step.module]
             _write_layer(step, network, levels, codes, images, folder / "layers" / step.name)
-    (rtl / "network_tb.sv").write_text(_network(network, images, rtl), "utf-8")
+    (rtl / "network_tb.sv").write_text(_network(network, layers, images, rtl), "utf-8")
     names = " ".join(step.name for step in network.steps if step.module)
     (rtl / "Makefile").write_text(_MAKEFILE.replace("@LAYERS@", names), "utf-8")
 
@@ -144,7 +144,7 @@ def _moves(step: Step, network: IntegerNetwork, rtl: Path) -> list[tuple[str, di
     return engines
 
 
-def _network(network: IntegerNetwork, images: int, rtl: Path) -> str:
+def _network(network: IntegerNetwork, layers: Layers, images: int, rtl: Path) -> str:
     """The test bench of the whole network: one engine a step, each value a memory, every value compared."""
     memories, engines, run = [], [], []
     first = network.steps[0].name
@@ -155,14 +155,9 @@ def _network(network: IntegerNetwork, images: int, rtl: Path) -> str:
     body = [f"    for (i = 0; i < {run[0][1]}; i++) v_{first}[i] = g_{first}[image*{run[0][1]}+i];"]
     for step in network.steps[1:]:
         if step.module:
-            names = ("C_IN", "H_IN", "W_IN", "C_OUT", "H_OUT", "W_OUT", "KH", "KW", "STRIDE_Y", "STRIDE_X", "PAD_TOP",
-                     "PAD_LEFT", "DILATION_Y", "DILATION_X", "GROUPS", "CODEBOOKS", "CODE_BITS", "TERMS", "X_BITS",
-                     "LOW", "HIGH")  # fmt: skip
-            text = (rtl.parent / "layers" / step.name / "params.svh").read_text("utf-8")
-            known = dict(
-                line.split(" ", 2)[2].rstrip(";").split(" = ") for line in text.splitlines() if " int " in line
-            )
-            each = [("layer_engine", {n: known[n] for n in names} | {"FOLDER": f"../layers/{step.name}"}, step.inputs)]
+            levels, codes, _ = layers[step.module]
+            numbers: dict[str, Any] = _layer_numbers(step, network, levels, codes)
+            each = [("layer_engine", numbers | {"FOLDER": f"../layers/{step.name}"}, step.inputs)]
         else:
             each = _moves(step, network, rtl)
         for index, (kind, parameters, sources) in enumerate(each):
@@ -184,7 +179,7 @@ def _network(network: IntegerNetwork, images: int, rtl: Path) -> str:
 
 def _instance(name: str, value: str, kind: str, parameters: Mapping[str, Any], sources: list[str]) -> str:
     settings = ", ".join(
-        f".{key}({v})" if isinstance(v, int) or str(v).lstrip("-").isdigit() else f'.{key}("{v}")'
+        f".{key}({v})" if isinstance(v, int) else f'.{key}("{v}")'
         for key, v in parameters.items()
     )
     lines = [
