@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from logart.errors import UserError, one_line
@@ -37,7 +36,7 @@ from logart.export.integer_layer import IntegerLayer
 from logart.grids.root2 import ROOT2_TEXT, ExactRoot2Error
 from logart.networks.weights import file_sha256
 from logart.packed.file import PackedFile
-from logart.packed.layer import DTYPES, PackedLayer
+from logart.packed.layer import PackedLayer
 
 FORMAT, VERSION = "logart-hardware", 1
 _LINES_AT_ONCE = 2**18
@@ -87,31 +86,6 @@ def export_hardware(
     layers = exportable_layers(file, terms)
     with new_folder(Path(out)) as folder:
         return _write(Path(path), file, layers, golden, model, folder)
-
-
-def read_export(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of an export by the names of the layers, rebuilt from its files alone.
-
-    Raises:
-        UserError: a folder that is no export, or a damaged one.
-    """
-    folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {manifest['format']!r}, version {manifest['version']!r}")
-        return {layer["name"]: _read_weight(folder / layer["folder"], layer) for layer in manifest["layers"]}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{folder}: is no hardware export of version {VERSION} ({one_line(error)})") from error
-
-
-def _read_weight(folder: Path, entry: dict[str, Any]) -> Tensor:
-    codes, codebook = (np.load(folder / f"{part}.npy", allow_pickle=False) for part in ("codes", "codebook"))
-    scale = np.load(folder / "scale.npy", allow_pickle=False) if entry["scale"] else None
-    levels = HardwareLevels(codebook[..., 0], codebook[..., 1], codebook[..., 2:], scale)
-    rows = codes.reshape(len(codes), -1)
-    values = levels.values()[levels.codebook_of_row(len(codes))[:, None], rows]
-    return torch.from_numpy(values).to(DTYPES[entry["dtype"]]).reshape(codes.shape)
 
 
 def exportable_layers(file: PackedFile, terms: int | None) -> list[ExportLayer]:

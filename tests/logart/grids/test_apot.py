@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from codebooks import choose_codebook, same_spec
+from hardware_folder import read_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.export.hardware import HardwareLevels
-from logart.export.hardware_export import export_hardware, read_export
+from logart.export.hardware_export import export_hardware
 from logart.export.inputs import GoldenImages
 from logart.grids.apot import APOT, SCALES, unit_levels
 from logart.grids.grid import CodebookSpec
