@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pinned_runs import SURROUNDINGS
@@ -24,10 +26,29 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["--rounding", "compensated", "--calib_samples", "64", "--workers", "0", "--val_batch_size", "100"]
 
 
-def torchrun(*words: str, n: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests", timeout=120)
+
+
+def both_ranks(*words: list[str], **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """What torchrun would start on one machine, without torchrun's own process: each rank with words of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank, own in enumerate(words):
+        named = {"RANK": str(rank), "WORLD_SIZE": str(len(words)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        named |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, *own]
+        started.append(subprocess.Popen(command, env={**os.environ, **named}, cwd=ROOT / "tests", **pipes))
+    ends = [process.communicate(timeout=120) for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *end)
+        for process, end in zip(started, ends, strict=True)
+    ]
 
 
 def own_lines(text: str) -> list[str]:
@@ -64,12 +85,22 @@ def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("auto")
 
 
+def test_ranks_of_other_flags_are_refused_in_one_line() -> None:
+    program = "import sys; from logart.ranks import joined\nwith joined('logart-cnn', sys.argv[1:]): print('ran')"
+    ended = both_ranks(["-c", program, "--bits", "3"], ["-c", program, "--bits", "4"])
+    assert [rank.returncode for rank in ended] == [2, 2] and [rank.stdout for rank in ended] == ["", ""]
+    assert own_lines(ended[0].stderr + ended[1].stderr) == [
+        "logart-cnn: torchrun's rank 1 was given other flags than rank 0; expected the same for all of a run"
+    ]
+
+
 @pytest.mark.skipif(torch_release() != PINNED["torch"], reason="pinned with another torch")
 def test_two_ranks_find_the_codes_of_one_process() -> None:
     labels = "(nearest|compensated) dynamic 3$|_wise 4$|learned perturbation|learned mae"
-    result = torchrun("pinned_runs.py", "digits_resnet,digits_vit", labels, **SURROUNDINGS)
-    assert result.returncode == 0, result.stderr
-    seen = json.loads(result.stdout)
+    words = ["pinned_runs.py", "digits_resnet,digits_vit", labels]
+    first, second = both_ranks(words, words, **SURROUNDINGS)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    seen = json.loads(first.stdout)
     assert len(seen) == 9 and seen == {label: PINNED[label.split()[0]][label] for label in seen}
 
 
@@ -85,7 +116,8 @@ def test_a_rank_that_is_killed_ends_the_run_with_one_line_and_any_number_of_rank
     assert re.fullmatch(
         rf"logart-cnn: (one of 2 ranks has ended|ended, or one of 2 ranks).*; go on with --resume {run}", line
     )
-    assert result.stdout.count("float") == 1 and len(rows(results)) == 1  # the first rank printed, nobody wrote a row
+    printed = [line for line in result.stdout.splitlines() if line.startswith("float ")]
+    assert len(printed) == len(rows(results)) == 1  # the first rank printed, nobody wrote a row
     kept = sorted(path.name for path in (run / "blocks").iterdir())
     assert len(kept) == 3
     again = tmp_path / "again"
