@@ -41,14 +41,14 @@ def main() -> None:
     if args.file is not None:
         measure(args)
         return
-    print(f"{'':<14} file MiB  resident MiB  s to load  ms a forward of {args.batch}", flush=True)
+    print(f"{'':<16} file MiB  resident MiB  s to load  ms a forward of {args.batch}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         for path in files(args, Path(name)):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--file", str(path)], check=True)
 
 
 def files(args: argparse.Namespace, folder: Path) -> list[Path]:
-    """The float network, log grid in float32 and float16, linear grid."""
+    """The float network, log grid in float32 and float16, linear grid with float and with 8-bit activations."""
     images = torch.randn(2, 3, args.size, args.size)
     network = build_network(args.arch, shapes={}).eval()
     written = [folder / "float.onnx"]
@@ -60,12 +60,15 @@ def files(args: argparse.Namespace, folder: Path) -> list[Path]:
         "network": network_recipe("cnn", args.arch, {}, None, None),
         "preprocessing": {"input_size": [3, args.size, args.size]},
     }
-    for grid in ("dynamic", "linear_minmax"):
-        config = QuantConfig(n_bits=args.bits, rounding="nearest", scale_method=grid)
-        packed = folder / f"{grid}.safetensors"
+    for grid, n_bits_a in (("dynamic", 32), ("linear_minmax", 32), ("linear_minmax", 8)):
+        config = QuantConfig(
+            n_bits=args.bits, rounding="nearest", scale_method=grid, n_bits_a=n_bits_a, calib_samples=len(images)
+        )
+        name = grid + "-a8" * (n_bits_a == 8)
+        packed = folder / f"{name}.safetensors"
         save_packed(quantize_model(build_network(args.arch, shapes={}).eval(), config, images)[0], packed, info)
         for half in (False, True) if grid == "dynamic" else (False,):
-            written.append(folder / (grid + "-fp16" * half + ".onnx"))
+            written.append(folder / (name + "-fp16" * half + ".onnx"))
             export_onnx(packed, written[-1], half=half)
     return written
 
@@ -85,7 +88,7 @@ def measure(args: argparse.Namespace) -> None:
         session.run(None, {"images": images})
         seconds.append(time.perf_counter() - start)
     size, held = args.file.stat().st_size / 2**20, resident_mib() - before
-    print(f"{args.file.stem:<14} {size:8.1f} {held:13.1f} {loaded:10.2f} {1000 * statistics.median(seconds[1:]):10.1f}")
+    print(f"{args.file.stem:<16} {size:8.1f} {held:13.1f} {loaded:10.2f} {1000 * statistics.median(seconds[1:]):10.1f}")
 
 
 if __name__ == "__main__":
