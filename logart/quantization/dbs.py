@@ -58,7 +58,7 @@ def search_block(
                 try:
                     sensitivity = block_sensitivity(*blocks, layer, *data, batch_size=size, seed=config.seed)
                 except NetworkError as error_seen:
-                    raise NetworkError(f"block {block.name}, layer {name}: {error_seen}") from error_seen
+                    raise NetworkError(f"block {block.name or name}, layer {name}: {error_seen}") from error_seen
                 measured = summed(sensitivity.error)
             error = per_codebook(measured, layer)
         watched = FiniteErrors(name, error)
@@ -134,9 +134,10 @@ def layer_error(
 ) -> ErrorFunction:
     """The LW measure of one layer, from δ [C, K] to [C], for so many candidates; other arguments as `layer_moments`."""
     arguments = (float_block, block, float_weight, layer, float_inputs, inputs)
-    outputs = sum(use.y.numel() for use in uses_of(block, layer.weight, inputs[:1], layer.n_uses))
-    rows = inputs.total * outputs // layer.shape[0]
-    if moments_are_cheaper(candidates, rows, layer.shape[0] // layer.groups, layer.shape[1:].numel()):
+    uses = uses_of(block, layer.weight, inputs[:1], layer.n_uses)
+    rows = inputs.total * sum(use.y.numel() for use in uses) // layer.shape[0]
+    sizes = layer.shape[0] // layer.groups, layer.shape[1:].numel()
+    if len(uses) != layer.n_uses or moments_are_cheaper(candidates, rows, *sizes):
         return of_all_ranks(layer_moments(*arguments, batch_size=batch_size)).error
     return summed(layer_residual(*arguments, batch_size=batch_size).error)
 
@@ -160,9 +161,17 @@ def layer_residual(
         float_uses = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
         quantized_uses = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
         seen.take(quantized_uses)
-        pairs = zip(float_uses, quantized_uses, strict=True)
+        pairs = _pairs(float_uses, quantized_uses)
         residuals.append([use.positions_last(wide(exact.y) - wide(use.y)) for exact, use in pairs])
     return OutputResidual(seen.outputs, seen.joined(residuals))
+
+
+def _pairs(exact: Sequence[Use], uses: Sequence[Use]) -> list[tuple[Use, Use]]:
+    """The operations of both networks."""
+    shapes = [[use.y.shape for use in of] for of in (exact, uses)]
+    if shapes[0] != shapes[1]:
+        raise NetworkError("a weight enters other operations in the quantized network than in the float one")
+    return list(zip(exact, uses, strict=True))
 
 
 class _Seen:
@@ -174,7 +183,14 @@ class _Seen:
         self._uses: list[Use] = []
 
     def take(self, uses: Sequence[Use]) -> None:
-        """Keep a batch."""
+        """Keep a batch.
+
+        Raises:
+            NetworkError: there are more operations, or fewer, than for other images.
+        """
+        if len(uses) != self._n_uses:
+            message = f"its weight enters {len(uses)} operations for a batch and {self._n_uses} for two images"
+            raise NetworkError(f"{message}; expected as many for any, layer-wise search or compensated rounding")
         self._uses = list(uses)
         for batches, use in zip(self._inputs, uses, strict=True):
             batches.append(wide(use.x.detach()))
@@ -225,7 +241,7 @@ def layer_moments(
         batch = slice(start, min(start + batch_size, own.stop))
         float_uses = uses_of(float_block, float_weight, float_inputs[batch], layer.n_uses)
         quantized_uses = uses_of(block, layer.weight, inputs[batch], layer.n_uses)
-        for exact, use in zip(float_uses, quantized_uses, strict=True):
+        for exact, use in _pairs(float_uses, quantized_uses):
             _add(moments, use, use.positions_last(wide(exact.y) - wide(use.y)), shifted)
     if shifted and moments.shift is None:  # this rank has none of these images
         moments.shift = ranks.from_first(None).to(layer.weight.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,7 +26,11 @@ KINDS = ("calibration, nearest", "calibration, final", "held out, nearest", "hel
 
 @torch.no_grad()
 def layer_output_errors(
-    reference: nn.Module, quantized: nn.Module, calibration: Tensor | None, held_out: Tensor | None
+    reference: nn.Module,
+    quantized: nn.Module,
+    calibration: Tensor | None,
+    held_out: Tensor | None,
+    blind: Collection[str] = (),
 ) -> dict[str, tuple[float | None, ...]]:
     """Of every quantized layer whose operation is seen its output errors, in the order of `KINDS`; None: not measured.
 
@@ -38,8 +42,9 @@ def layer_output_errors(
         reference: the float network.
         quantized: the one that was made of it, rounded; unchanged in the end.
         calibration, held_out: images [n, ...], of which the first `N_IMAGES` are looked at; None leaves these out.
+        blind: layers whose operations are not seen, or not as one.
     """
-    layers = quantized_layers(quantized)
+    layers = {name: layer for name, layer in quantized_layers(quantized).items() if name not in blind}
     final = [layer.snapshot() for layer in layers.values()]
     for name, layer in layers.items():
         _round_to_nearest(layer, find_parameter(reference, name)[0])
@@ -48,7 +53,7 @@ def layer_output_errors(
     try:
         for images in (calibration, held_out):
             some = None if images is None else images[:N_IMAGES]
-            found += [{}, {}] if some is None else output_errors(reference, quantized, some, plain, final)
+            found += [{}, {}] if some is None else output_errors(reference, quantized, layers, some, plain, final)
     finally:
         for restore in final:
             restore()
@@ -58,14 +63,18 @@ def layer_output_errors(
 
 @torch.no_grad()
 def output_errors(
-    reference: nn.Module, quantized: nn.Module, images: Tensor, *states: Sequence[Callable[[], None]]
+    reference: nn.Module,
+    quantized: nn.Module,
+    layers: Mapping[str, QuantizedWeight],
+    images: Tensor,
+    *states: Sequence[Callable[[], None]],
 ) -> list[dict[str, float]]:
     """The relative squared error of each quantized layer's output on images [n, ...], see `layer_output_errors`.
 
     Args:
+        layers: of the quantized network, by name.
         states: what each layer is made by, as its `snapshot` gives it; an entry of the result for each.
     """
-    layers = quantized_layers(quantized)
     sums = [{name: _Sums() for name in layers} for _ in states]
     float_weights = {name: get_weight(reference, name) for name in layers}
     outputs: dict[str, list[Tensor]] = {}

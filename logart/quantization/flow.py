@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from logart.quantization.layout import Layout
 from logart.quantization.modes import autocast_now
-from logart.quantization.operations import Use, use_of
+from logart.quantization.operations import Use, is_product, use_of
 from logart.quantization.watching import Places, attention
 from logart.quantization.weight_state import layer_name
 
@@ -27,6 +27,7 @@ _LINEAR = {
 }  # fmt: skip
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a quantized weight would be one of them
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _IMAGES = ""  # what stands for the network's input among the names of layers
 
 
@@ -68,6 +69,10 @@ def owners(model: nn.Module) -> dict[str, Owner]:
     return dict(found.values())
 
 
+def _second(args: Any, kwargs: Any) -> Any:
+    return kwargs.get("weight", args[1] if len(args) > 1 else None)
+
+
 def memory_of(parameter: Tensor) -> tuple[Any, ...]:
     """Equal for parameters that are one and the same."""
     address = parameter.data_ptr() if parameter.device.type != "meta" else 0
@@ -80,7 +85,9 @@ class Flow(TorchFunctionMode):
     Attributes:
         seen: by layer the operations that its weight enters, in the order layers are first used.
         used: ids of all tensors that entered an operation.
+        entered: by id of a parameter of one dimension, how many functions it entered.
         unregistered: what was used in a weight's place, but is no parameter and is not computed, by id.
+        computed: the same of what was computed, of no images.
         runs: how often each module runs, by name.
         autocast: the type of autocast that each module was entered under, by name.
         eps: of the coarsest floating type that was computed in.
@@ -93,7 +100,9 @@ class Flow(TorchFunctionMode):
         self.seen: dict[str, list[Seen]] = {}
         self.used: set[int] = set()
         self.runs: Counter[str] = Counter()
+        self.entered: Counter[int] = Counter()
         self.unregistered: dict[int, Tensor] = {}
+        self.computed: dict[int, Tensor] = {}
         self.autocast: dict[str, torch.dtype] = {}
         self.eps = 0.0
         self._registered = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -118,9 +127,11 @@ class Flow(TorchFunctionMode):
         if result is None and operands:  # y[...] = value
             made = operands[:1]
         if made:
-            self.used |= {id(tensor) for tensor in operands}
-            if func in _LINEAR and not noted:
-                self._look_for_weight(args, kwargs)
+            entered = {id(tensor) for tensor in operands}
+            self.used |= entered
+            self.entered.update(entered & self._registered)
+            if not noted and (func in _LINEAR or is_product(func)):
+                self._look_for_weight(operands if is_product(func) else [_second(args, kwargs)])
             self._pass_on(operands, noted, made)
         return result
 
@@ -140,7 +151,9 @@ class Flow(TorchFunctionMode):
         name = self._places.name_of(weight)
         assert name is not None
         owner, running = self.owners[name], tuple(name for name, _ in self._running)
-        if isinstance(use, Use):
+        if isinstance(use, Use) and _is_wrapped(use.x):
+            seen = Seen(None, 1, None, running, False, "is used under vmap or a transform like it")
+        elif isinstance(use, Use):
             layout = Layout.of(weight, use.channel_dims, owner.parameter)
             seen = Seen(layout, use.groups, use.bias, running, self._running[-1][1] is owner.module)
         else:
@@ -165,10 +178,14 @@ class Flow(TorchFunctionMode):
     def _is_weight(self, tensor: Any) -> bool:
         return self._places.name_of(tensor) is not None
 
-    def _look_for_weight(self, args: Any, kwargs: Any) -> None:
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        if isinstance(weight, Tensor) and id(weight) not in self._registered and weight not in self._through:
-            self.unregistered[id(weight)] = weight
+    def _look_for_weight(self, operands: Sequence[Any]) -> None:
+        for weight in operands:
+            if not isinstance(weight, Tensor) or weight.ndim < 2 or id(weight) in self._registered:
+                continue
+            if weight not in self._through:
+                self.unregistered[id(weight)] = weight
+            elif not self._through[weight]:
+                self.computed[id(weight)] = weight
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

@@ -219,6 +219,11 @@ def use_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_weight: 
     return None if read is None else read(is_weight, *args, **kwargs)
 
 
+def is_product(func: Any) -> bool:
+    """Whether it is a product of any two tensors."""
+    return _READERS.get(func) in (_matmul, _einsum, _addmm)
+
+
 def _linear(is_weight: IsWeight, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
     return Linear(_batched(input, 2), weight, bias) if is_weight(weight) and weight.ndim == 2 else None
 

@@ -162,7 +162,7 @@ def quantize_model(
                 report.blocks += [done.report for done in results if done.report is not None]
                 on_stage_end(stage.event, quantized)
         seen_images = images if config.images_needed else None
-        output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images)
+        output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images, report.blind)
         report.layers = layer_reports(quantized, whole, output_errors, report.blind)
         report.activations, report.float_products = activation_reports(quantized), work.float_products
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from logart.quantization.layers import (
 from logart.quantization.layout import WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.survey import Survey
+from logart.quantization.watching import Watch
 from logart.quantization.weight_state import layer_name
 
 
@@ -71,10 +73,24 @@ def check_replaced(model: nn.Module, example: Tensor, seen: Survey) -> None:
     """Compare a network whose quantized layers still hold their float weights with what `seen` showed of the float one.
 
     Raises:
-        NetworkError: the outputs differ.
+        NetworkError: the outputs differ, or a weight is read elsewhere than where it is quantized.
     """
-    if not same_outputs(model(example.clone()), seen.output, seen.eps**0.5):
+    layers = {name: layer for name, layer in quantized_layers(model).items() if name not in seen.blind}
+    uses: Counter[str] = Counter()
+    try:
+        for layer in layers.values():
+            layer.dequantized_weight = layer.weight.detach().clone()  # told from the float one by its memory
+        with Watch({name: layer.weight for name, layer in layers.items()}, lambda name, _: uses.update([name])):
+            output = model(example.clone())
+    finally:
+        for layer in layers.values():
+            layer.hold_float()
+    if not same_outputs(output, seen.output, seen.eps**0.5):
         raise NetworkError("with quantized layers in place, still of float weights, the network gives other outputs")
+    for name, layer in layers.items():
+        if uses[name] != layer.n_uses:
+            message = f"layer {name}: {uses[name]} of {layer.n_uses} operations read its weight as the module's"
+            raise NetworkError(f"{message} parameter, others an attribute or a closure; expected all, or it skipped")
 
 
 def to_float(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,7 @@ from logart.quantization.layers import LAYER_TYPES
 from logart.quantization.layout import WeightUse
 from logart.quantization.weight_state import layer_name
 
-IDLE = "did not run in the forward pass"
-UNSEEN = "is used by no operation that is seen"  # but by a custom autograd function, say
+IDLE = "no operation with it was seen in the forward pass"
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,20 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
             if not torch.isfinite(parameter).all():
                 raise NetworkError(f"layer {name}: its {kind} holds NaN or infinite values")
     for name, seen in flow.seen.items():
-        uses[name], why = _how(flow.owners[name], seen)
+        uses[name], why = _how(flow.owners[name], seen, flow.entered)
         if why:
             blind[name] = why
     for name, owner in _idle(flow).items():
-        uses[name] = WeightUse.by_module(owner.module, owner.name)
-        blind[name] = UNSEEN if flow.runs[name] else IDLE
+        uses[name], blind[name] = WeightUse.by_module(owner.module, owner.name), IDLE
     n_weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    n_weights += sum(t.numel() for t in flow.unregistered.values())
+    n_weights += sum(t.numel() for t in _unregistered(model, flow).values())
     places = {name: [_place(flow, one) for one in seen] for name, seen in flow.seen.items()}
     modules = [name for name, seen in flow.seen.items() if len(seen) == 1 and _is_all_of(flow.owners[name], seen[0])]
     skipped = [(name, reason) for name, reason in _skipped(model, flow) if name not in uses]
     return Survey(uses, places, modules, blind, skipped, *flow.ends(output), n_weights, output, flow.autocast, flow.eps)
 
 
-def _how(owner: Owner, seen: Sequence[Seen]) -> tuple[WeightUse, str]:
+def _how(owner: Owner, seen: Sequence[Seen], entered: Mapping[int, int]) -> tuple[WeightUse, str]:
     """How a weight is used, and why what it is multiplied with is not seen; empty where it is."""
     first = seen[0]
     why = next((one.hidden for one in seen if one.hidden), "")
@@ -100,13 +98,13 @@ def _how(owner: Owner, seen: Sequence[Seen]) -> tuple[WeightUse, str]:
         why = "is used in several ways"
     if why or first.layout is None:
         return replace(WeightUse.by_module(owner.module, owner.name), n_uses=len(seen), bias=None), why
-    return WeightUse(first.layout, first.groups, len(seen), _bias(owner, seen)), ""
+    return WeightUse(first.layout, first.groups, len(seen), _bias(owner, seen, entered)), ""
 
 
-def _bias(owner: Owner, seen: Sequence[Seen]) -> str | None:
+def _bias(owner: Owner, seen: Sequence[Seen], entered: Mapping[int, int]) -> str | None:
     """Where a bias that only these operations add can be corrected, in the weight's own module."""
     own, bias = owner.module._parameters, seen[0].bias
-    if any(one.bias is not bias for one in seen):
+    if any(one.bias is not bias for one in seen) or entered[id(bias)] > len(seen):
         return None
     if bias is not None:
         return next((name for name, parameter in own.items() if parameter is bias), None)
@@ -152,6 +150,26 @@ def _skipped(model: nn.Module, flow: Flow) -> Iterable[tuple[str, str]]:
                 if isinstance(module, RUN_THEIR_CHILDREN):
                     how = f"a {type(module).__name__} itself holds it, which would run its codes as one of its modules"
                 yield layer_name(name, own), how if used else IDLE
-    names = {id(t): layer_name(name, key) for name, key, value in attributes(model) for t in tree_leaves(value)}
-    for identity in flow.unregistered:
-        yield names.get(identity, "a tensor"), "is used as a weight, but no module holds it as a parameter or buffer"
+    for name, _ in _unregistered(model, flow):
+        yield name, "is used as a weight, but no module holds it as a parameter or buffer"
+
+
+def _unregistered(model: nn.Module, flow: Flow) -> dict[tuple[str, int], Tensor]:
+    """What was used in a weight's place, but is no parameter; of what the forward computed, what a module keeps.
+
+    Returns:
+        The tensors by name and memory.
+    """
+    kept, made_anew = {}, set()
+    for name, key, value in attributes(model):
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                memory = leaf.untyped_storage().data_ptr()
+                kept[memory] = layer_name(name, key)
+                made_anew |= {memory} if key == "weight" else set()  # by pruning or a norm, in each forward
+    found = {}
+    for tensor in (*flow.unregistered.values(), *flow.computed.values()):
+        memory = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+        if id(tensor) in flow.unregistered or (memory in kept and memory not in made_anew):
+            found[kept.get(memory, "a tensor"), memory] = tensor
+    return found

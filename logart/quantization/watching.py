@@ -141,14 +141,14 @@ class _Reached(Exception):
 
 
 def uses_of(block: nn.Module, weight: Tensor, call: Call, count: int = 1) -> list[Use]:
-    """The operations that a weight enters when a block is called, which runs no further than to the last of them.
+    """The operations that a weight enters when a block is called, which runs no further than to one that is alone.
 
     Args:
         weight: as it is read now.
-        count: how many operations there are.
+        count: how many operations there are for two images; of several there may be more for more images.
 
     Raises:
-        NetworkError: there are fewer.
+        NetworkError: there is none.
     """
     uses: list[Use] = []
 
@@ -156,12 +156,14 @@ def uses_of(block: nn.Module, weight: Tensor, call: Call, count: int = 1) -> lis
         if count > 1:  # what follows may work in place
             use.x, use.y = use.x.clone(), use.y.clone()
         uses.append(use)
-        if len(uses) == count:
+        if count == 1:
             raise _Reached
 
     try:
         with Watch({"": weight}, see):
             call.copy().on(block)
     except _Reached:
-        return uses
-    raise NetworkError(f"the forward pass reached only {len(uses)} of {count} operations with a weight")
+        pass
+    if not uses:
+        raise NetworkError("the forward pass reached no operation with a weight")
+    return uses

@@ -49,10 +49,11 @@ def test_the_nearest_codes_are_measured_with_float_biases_and_nothing_is_changed
     before = quantized(images)
     found = layer_output_errors(model, quantized, images, None)
     assert torch.equal(quantized(images), before)
-    for name, layer in quantized_layers(quantized).items():
+    layers = quantized_layers(quantized)
+    for name, layer in layers.items():
         layer.set_codes(nearest(layer.rows, layer.codebook))
         layer.module.bias = model.get_submodule(name).bias
-    assert {name: errors[0] for name, errors in found.items()} == output_errors(model, quantized, images, [])[0]
+    assert {name: errors[0] for name, errors in found.items()} == output_errors(model, quantized, layers, images, [])[0]
     assert all(errors[2:] == (None, None) and errors[0] != errors[1] for errors in found.values())
 
 

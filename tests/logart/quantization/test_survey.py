@@ -68,7 +68,7 @@ def test_a_weight_is_listed_wherever_it_is_held(build: Callable[[], nn.Module], 
     assert [name for name, _ in seen.skipped] == names
     assert seen.n_weights == total
     reasons = dict(seen.skipped)
-    assert "idle" not in names[-1] or "did not run" in reasons[names[-1]]
+    assert "idle" not in names[-1] or "no operation with it was seen" in reasons[names[-1]]
     assert "no module holds it" in reasons.get("kept", "no module holds it")
     assert "a Holding itself holds it" in reasons.get("kernel", "a Holding itself holds it")
 
@@ -102,7 +102,7 @@ def test_layers_that_do_not_run_are_rounded_without_data(
     model, images = WithAux(aux()).eval(), torch.randn(8, 3, 8, 8)
     config = QuantConfig(rounding=rounding, calib_samples=8, iters=2)  # type: ignore[arg-type]
     quantized, report = quantize_model(model, config, images)
-    assert report.blind == {f"aux.{name}": "did not run in the forward pass" for name in layers}
+    assert report.blind == {f"aux.{name}": "no operation with it was seen in the forward pass" for name in layers}
     assert report.skipped == [] and report.quantized_share == 1
     assert [layer.name for layer in report.layers] == ["body", "head", *report.blind]
     save_packed(quantized, tmp_path / "net.safetensors")
