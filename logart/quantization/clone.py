@@ -65,6 +65,9 @@ def clone_sharing(model: nn.Module) -> nn.Module:
 
 
 def _normal(tensor: Tensor) -> Tensor:
+    strides = tensor.stride() if tensor.layout is torch.strided else tensor.shape
+    if any(step == 0 and n > 1 for n, step in zip(tensor.shape, strides, strict=True)):
+        return tensor.contiguous()  # one that was expanded: elements share memory, and cannot have codes each
     return tensor.clone() if tensor.is_inference() else tensor
 
 

@@ -25,7 +25,10 @@ _LINEAR = {
     F.linear, F.bilinear, torch.conv1d, torch.conv2d, torch.conv3d,
     torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_RECURRENT = (
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+    torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+)  # fmt: skip
 RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a quantized weight would be one of them
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _IMAGES = ""  # what stands for the network's input among the names of layers

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from networks import Graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logart import QuantConfig, quantize_model
+from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import NetworkError
 from logart.quantization.layer_report import Report
 from logart.quantization.layers import find_parameter
@@ -124,12 +125,39 @@ def bias_of_convolution() -> nn.Module:
     return Graph(lambda m, x: (m.a(x) - m.a.bias[:, None, None]).flatten(1), a=nn.Conv2d(3, 6, 3))
 
 
+def expanded() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 5))
+    model[1].weight = nn.Parameter(torch.randn(16, 1).expand(16, 192))  # type: ignore[union-attr]
+    return model
+
+
+def lstm_cell() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        state = None
+        for row in x.flatten(2).unbind(1):
+            state = m.cell(row, state)
+        return m.head(state[0])  # type: ignore[no-any-return, index]
+
+    return Graph(forward, cell=nn.LSTMCell(64, 16), head=nn.Linear(16, 5))
+
+
+def gru() -> nn.Module:
+    layers = {"cells": nn.GRU(64, 16, batch_first=True, bidirectional=True), "head": nn.Linear(32, 5)}
+    return Graph(lambda m, x: m.head(m.cells(x.flatten(2))[0][:, -1]), **layers)
+
+
+def lstm() -> nn.Module:
+    layers = {"cells": nn.LSTM(64, 16, 2, proj_size=8), "head": nn.Linear(8, 5)}
+    return Graph(lambda m, x: m.head(m.cells(x.flatten(2).transpose(0, 1))[0][-1]), **layers)
+
+
 # Why weights are rounded without data, where they are.
 NETWORKS: dict[Callable[[], nn.Module], str] = {
     tied_embedding: "", there_and_back: "in several ways", penalty: "", cosine: "", sliced: "in parts",
     chunked: "in parts", reshaped: "", detached: "", in_place: "", hooked: "", vmapped: "under vmap",
     scripted: "no operation with it was seen", image_by_image: "", crop_by_crop: "", bias_elsewhere: "",
-    bias_twice: "", bias_of_convolution: "",
+    bias_twice: "", bias_of_convolution: "", expanded: "",
+    **dict.fromkeys((lstm_cell, gru, lstm), "inside of a recurrent operation"),
 }  # fmt: skip
 
 
@@ -233,3 +261,16 @@ def at_a_second_place() -> nn.Module:
 def test_a_weight_that_is_read_past_the_parameter_is_refused(build: Callable[[], nn.Module]) -> None:
     with pytest.raises(NetworkError, match="^layer a: . of . operations read its weight as the module's parameter"):
         quantized(build, NEAREST)
+
+
+@pytest.mark.parametrize("kind", ["quantized", "once", "on-the-fly"])
+def test_a_quantized_network_is_quantized_again(kind: str, tmp_path: Path) -> None:
+    """Its weights are those that its codes stand for: at the same bits nothing changes, at fewer they are rounded."""
+    model, network, _ = quantized(in_place, NEAREST)
+    if kind != "quantized":
+        save_packed(network, tmp_path / "net.safetensors")
+        network = load_packed(tmp_path / "net.safetensors", model, dequantize=kind)
+    with torch.no_grad():
+        same, fewer = (quantize_model(network, QuantConfig(rounding="nearest", n_bits=n), IMAGES)[0] for n in (4, 2))
+        torch.testing.assert_close(same(IMAGES.clone()), network(IMAGES.clone()))
+        assert all(len(row.unique()) <= 4 for layer in quantized_layers(fewer).values() for row in layer.current_rows)
