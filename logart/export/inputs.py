@@ -79,10 +79,10 @@ def golden_images(info: Mapping[str, Any], inputs: str, count: int | None, seed:
         images = _array(info, inputs)[:count]
         return GoldenImages(images, images, Path(inputs).name)
     source = open_source(info, inputs)
-    count = min(GOLDEN_IMAGES if count is None else count, len(source.val))
-    images = torch.stack([source.val[index][0] for index in range(count)])
+    golden = source.val.balanced(GOLDEN_IMAGES if count is None else count)
+    images = torch.stack([golden[index][0] for index in range(len(golden))])
     calibration, _ = calibration_images(source, min(CALIBRATION_IMAGES, len(source.train)), seed)
-    return GoldenImages(images, calibration, source.name, tuple(source.val.names[:count]))
+    return GoldenImages(images, calibration, source.name, tuple(golden.names))
 
 
 def _array(info: Mapping[str, Any], path: str) -> Tensor:

@@ -30,7 +30,7 @@ from logart.export.integer_readme import example, readme, table
 from logart.export.integer_rtl import write_rtl
 from logart.export.integer_trace import Step, trace
 from logart.networks.calibration import calibration_images
-from logart.networks.data import ImageSource
+from logart.networks.data import ImageSource, Split
 from logart.networks.evaluate import accuracy
 from logart.networks.loader import validation_batches
 from logart.networks.weights import file_sha256
@@ -64,7 +64,7 @@ def export_integer(
         data: a folder in ImageNet layout or 'digits': `train` gives the formats, `val` golden vectors and accuracy.
         a_bit: bits of what convolutions and linear layers read, 2 to 16; None is 8, or what the file's own activation
             quantizers say, whose levels are taken as they are.
-        images: how many of `val` are golden vectors.
+        images: how many of `val` are golden vectors, of every class as many.
         terms: 2, 3 or 4, what stands for an exact √2.
         test_images: how many of `val` to measure on, of every class as many; all where there are fewer.
         seed: chooses the calibration images.
@@ -95,7 +95,7 @@ def export_integer(
         integers = IntegerNetwork.calibrate(steps, known, calibration, a_bit)
     except ValueError as error:
         raise UserError(f"--inputs: {error}") from error
-    count = min(test_images, len(source.val))
+    count, golden = min(test_images, len(source.val)), source.val.balanced(images)
     with new_folder(Path(out), "--integer") as folder:
         _write_layers(integers, layers, folder)
         graph = {
@@ -107,11 +107,11 @@ def export_integer(
             "own_activation_levels": own,
             "calibration_images": len(calibration),
             "class_names": list(source.class_names),
-            "golden_images": list(source.val.names[:images]),
+            "golden_images": list(golden.names),
             "measured": _measure(integers, source, count, quiet),
             **_graph(integers),
         }
-        values = _write_golden(integers, source, min(images, len(source.val)), folder / "golden")
+        values = _write_golden(integers, golden, folder / "golden")
         _write_texts(graph, example(integers, known, values), folder)
         write_rtl(integers, known, values, folder)
     if not quiet:
@@ -227,10 +227,10 @@ def _measure(network: IntegerNetwork, source: ImageSource, count: int, quiet: bo
     return {"images": result.images, "top1": result.top1, "top5": result.top5, "saturated": share}
 
 
-def _write_golden(network: IntegerNetwork, source: ImageSource, count: int, folder: Path) -> dict[str, Tensor]:
-    """Write the integers of every value for the first test images, and return them."""
+def _write_golden(network: IntegerNetwork, golden: Split, folder: Path) -> dict[str, Tensor]:
+    """Write the integers of every value for the golden images, and return them."""
     folder.mkdir()
-    images = torch.stack([source.val[index][0] for index in range(count)])
+    images = torch.stack([golden[index][0] for index in range(len(golden))])
     values = network.run(images)
     for step in network.steps:
         np.save(folder / f"{step.name}.npy", _narrow(values[step.name].numpy(), network.formats[step.name]))

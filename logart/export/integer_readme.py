@@ -154,10 +154,11 @@ folders are the same: the value `NAME` is what the node with `output` NAME makes
 `layers/NAME`.
 
 The input `{input}` is {sign}, {input_bits} bits, with fraction {fraction}. Its images are [channels, height, width]
-{size}, {colours}; {resized}pixels in 0..1 (bytes over 255) less mean {mean}, over std {std}; then floor(x ·
-2^{fraction} + 1/2), cut to the format's range. `golden/` has the first images of `val` of the data set in the order
-of `golden_images` in `graph.json`. The output `{output}` are the logits, with fraction {out_fraction}, in the order
-of `class_names`: the network's answer is the class of the largest.
+{size}, {colours}; {resized}pixels in 0..1 (bytes over 255) less mean {mean}, over std {std}: p; then floor(p ·
+2^{fraction} + 1/2), cut to the format's range. Resizing is Pillow's. `golden/` has images of `val` of the data set, of
+every class as many, in the order of `golden_images` in `graph.json`; its arrays are int16 or int32, to be made int64
+before anything is computed. The output `{output}` are the logits, with fraction {out_fraction}, in the order of
+`class_names`: the network's answer is the class of the largest, the first of equal ones.
 
 "Shift right by r, to nearest, ties up" is (x + 2^(r-1)) >> r with an arithmetic shift; r = 0 is nothing; r < 0 is x
 << -r. "Saturate" is to cut to `low` … `high` of the node, both included: the ends of the format, or of a ReLU (low
@@ -172,7 +173,7 @@ A node reads the values `inputs`, in order, and makes the value `output`.
 | `conv`, `linear` | below |
 | `add` | each input shifted left by its `align`; the sum shifted right by `requantize`, to nearest, ties up; saturate |
 | `requantize` | shift right by `requantize`, to nearest, ties up; saturate |
-| `average_pool` | the sum of each window, times Σ ±2^e over the pairs [±1, e] of `factor`; then as `requantize` |
+| `average_pool` | the sum of each window, zeros around, times Σ ±2^e over pairs [±1, e] of `factor`; as `requantize` |
 | `max_pool` | the largest of each window; padding is `fill` |
 | `concatenate` | each input as by `requantize`; then one after the other along the channels |
 | `pad` | zeros, [before, after] of each dimension: channels, height, width |
@@ -204,14 +205,16 @@ counts in units of 2^unit[c]: a term gives the activation shifted left by e - un
 negative. The table at the end lists how many were left out so that the accumulator fits {accumulator} bits.
 
 1. Σ of all terms, added or subtracted: the accumulator.
-2. Where `factor` is not empty: the sum times the integer `factor[c]`, which is Σ ±2^e over the pairs [±1, e] of
-   `factors[factor[c]]`.
+2. Where `factor` is not empty: the sum times Σ ±2^e over the pairs [±1, e] of `factors[factor[c]]`, whose key is
+   that integer as text.
 3. Plus `bias[c]`.
 4. Shifted right by `requantize[c]`, to nearest, ties up.
 5. Saturate.
 
-`accumulator_bits` of a node is the width of the worst case of steps 1 to 3 over all inputs of the format: no input
-can make it overflow.
+A layer's sum and bias have fraction f - unit[c] for inputs of fraction f, where a channel's factor does not change it;
+`requantize[c]` brings that to the output's. `accumulator_bits` of a node is the width of max|input| · Σ|weight| +
+|bias| (times the factor): no sum of terms, in whatever order, overflows it. Rounding in step 4, or a shift to the
+left, may need a bit or more beyond.
 
 ## One output by hand
 
@@ -221,23 +224,27 @@ can make it overflow.
 
 `rtl/` has the same in SystemVerilog. `make layer-NAME` there runs a layer, `make network` the whole network, `make`
 all of them, on the first {simulated} golden images, with Icarus Verilog (11 or later; `iverilog` on the path), and
-compares every output: "NAME: 0 mismatches of N", else make fails. `make lint` asks Verilator. The engines take one
-weight a clock, which Icarus simulates at about 20 s a million: an image has {mmacs}, so {advice}.
+compares every output: "NAME: 0 mismatches of N", else make fails. `make network IMAGES=1` takes one image. The engines
+take one weight a clock, which Icarus simulates at about 20 s a million: an image has {mmacs}, so {advice}. `make
+verilated` is `make network` with Verilator (5 or later), several times as fast; `make lint` checks the engines with it.
 
 | file | what |
 |---|---|
 | `processing_element.sv` | one weight a clock: shifted copies of the activation are added or subtracted |
 | `requantizer.sv` | steps 2 to 5 above, combinational |
 | `layer_engine.sv` | a layer, of these two and memories; `layers/NAME/params.svh` has its parameters |
-| `move_engine.sv`, `pool_engine.sv` | every other operation; `golden/VALUE_map*.hex` say which elements are moved |
+| `move_engine.sv`, `pool_engine.sv` | every other operation, by `rtl/golden/VALUE_mapN.hex` for input N |
 | `layer_tb.sv`, `network_tb.sv` | the test benches |
 
 An engine starts with a clock of `start`, asks for the value at `x_address` (channel · height · width + y · width +
-x) and needs `x_data` in the same clock; where `y_valid` is high, `y_data` is the output at `y_address`; `done` is
-high for the last clock. A `.hex` file has a number a line, row-major, two's complement in whole hex digits.
+x) and needs `x_data` in the same clock, signed and X_BITS wide, as it reads its own memories; where `y_valid` is high,
+`y_data` is the output at `y_address`; `done` is high for one clock, behind the last of these. There is no reset:
+`start` begins anew. A map has a line an output, row-major: which element of the input it is, -1 for zero. A
+`.hex` file has a number a line, row-major, two's complement in whole hex digits.
 `codes`, `unit`, `bias`, `requantize` are as above, `factor` is 1 where there is none; a line of `levels.hex` is an
 entry of a codebook (codebook by codebook), as words of 14 bits for the terms, the first in the lowest bits, each
-{{used, negative, exponent in 12 bits, two's complement}}.
+with "used" in bit 13, "negative" in bit 12 and the exponent e, before unit[c] is taken off, in bits 11 to 0, two's
+complement.
 
 ## Widths and what was measured
 
@@ -246,5 +253,5 @@ entry of a codebook (codebook by codebook), as words of 14 bits for the terms, t
 ```
 
 "bits" has a u for unsigned; "saturated" is the share of a value's elements that were cut at an end of its format on
-the test images; what a ReLU cuts does not count.
+the test images; what a ReLU cuts does not count. "terms left out" is empty where there are none.
 """

@@ -148,17 +148,23 @@ def main(argv: list[str]) -> int:
     folder = Path(__file__).parent
     graph = json.loads((folder / "graph.json").read_text("utf-8"))
     if len(argv) == 2:
-        np.save(argv[1], run(graph, np.load(argv[0]).astype(np.int64), folder)[graph["output"]["value"]])
+        x, given = np.load(argv[0]), graph["values"][graph["input"]["value"]]
+        low, high = (-1 << given["bits"] - 1, 1 << given["bits"] - 1) if given["signed"] else (0, 1 << given["bits"])
+        shape = x.shape[1:] == tuple(given["shape"])
+        if x.dtype.kind not in "iu" or not shape or (x.size and not low <= x.min() <= x.max() < high):
+            form = f"integers [n, {str(given['shape'])[1:-1]}] from {low} to {high - 1}"
+            print(f"{argv[0]}: {x.dtype} {list(x.shape)}; expected {form}", file=sys.stderr)
+            return 2
+        np.save(argv[1], run(graph, x.astype(np.int64), folder)[graph["output"]["value"]])
         return 0
     if argv:
         print(__doc__, file=sys.stderr)
         return 2
-    golden = sorted((folder / "golden").glob("*.npy"))
-    values = run(graph, np.load(folder / "golden" / f"{graph['input']['value']}.npy").astype(np.int64), folder)
-    wrong = [path.stem for path in golden if not np.array_equal(values[path.stem], np.load(path))]
-    print(
-        f"{len(golden) - len(wrong)} of {len(golden)} golden values equal" + f"; not: {', '.join(wrong)}" * bool(wrong)
-    )
+    golden = {name: np.load(folder / "golden" / f"{name}.npy") for name in graph["values"]}
+    values = run(graph, golden.pop(graph["input"]["value"]).astype(np.int64), folder)
+    wrong = [name for name, right in golden.items() if not np.array_equal(values[name], right)]
+    equal = f"{len(golden) - len(wrong)} of {len(golden)} golden values equal"
+    print(equal + f"; not: {', '.join(wrong)}" * bool(wrong))
     return 1 if wrong else 0
 
 

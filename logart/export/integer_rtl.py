@@ -51,7 +51,7 @@ def write_rtl(
             _write_layer(step, network, levels, codes, images, folder / "layers" / step.name)
     (rtl / "network_tb.sv").write_text(_network(network, layers, images, rtl), "utf-8")
     names = " ".join(step.name for step in network.steps if step.module)
-    (rtl / "Makefile").write_text(_MAKEFILE.replace("@LAYERS@", names), "utf-8")
+    (rtl / "Makefile").write_text(_MAKEFILE.replace("@LAYERS@", names).replace("@IMAGES@", str(images)), "utf-8")
 
 
 def _write_layer(
@@ -169,6 +169,8 @@ def _network(network: IntegerNetwork, layers: Layers, images: int, rtl: Path) ->
         differs = f"v_{step.name}[i] !== g_{step.name}[image*{size}+i]"
         body.append(f"    for (i = 0; i < {size}; i++) begin\n      seen = seen + 1;")
         body.append(f"      if ({differs}) wrong = wrong + 1;\n    end")
+        show = f'$display("image %0d, {step.name}: %0d mismatches", image, wrong - earlier);'
+        body.append(f"    if (wrong != earlier) {show}\n    earlier = wrong;")
     load = [f'    $readmemh("golden/{name}.hex", g_{name});' for name, _ in run]
     parts = {"MEMORIES": memories, "ENGINES": engines, "LOAD": load, "BODY": body}
     text = _NETWORK.replace("@IMAGES@", str(images))
@@ -203,17 +205,17 @@ def _instance(name: str, value: str, kind: str, parameters: Mapping[str, Any], s
 _NETWORK = """\
 // The whole network on its golden images: one engine a step, one step after the other; every value is compared.
 `timescale 1ns / 1ps
-module network_tb;
+module network_tb #(parameter int IMAGES = @IMAGES@);
   logic clk = 0;
   int image, i;
-  int wrong = 0, seen = 0;
+  int wrong = 0, earlier = 0, seen = 0;
 @MEMORIES@
 @ENGINES@
 
   always #1 clk = ~clk;
   initial begin
 @LOAD@
-    for (image = 0; image < @IMAGES@; image = image + 1) begin
+    for (image = 0; image < IMAGES; image = image + 1) begin
 @BODY@
     end
     $display("network: %0d mismatches of %0d", wrong, seen);
@@ -223,9 +225,11 @@ endmodule
 """
 
 _MAKEFILE = """\
-# make: simulate every layer and the whole network with Icarus Verilog; make lint: check the engines with Verilator.
+# make: simulate every layer and the whole network with Icarus Verilog; make network IMAGES=1: on one image; make
+# verilated: the network with Verilator, ten times as fast; make lint: check the engines with Verilator.
 LAYERS = @LAYERS@
 ENGINES = processing_element.sv requantizer.sv layer_engine.sv move_engine.sv pool_engine.sv
+IMAGES = @IMAGES@
 
 all: $(LAYERS:%=layer-%) network
 
@@ -235,8 +239,14 @@ layer-%: ; @mkdir -p build
 \t@grep -q ": 0 mismatches of [1-9]" build/$*.txt
 
 network: ; @mkdir -p build
-\tiverilog -g2012 -s network_tb -o build/network.vvp network_tb.sv $(ENGINES)
+\tiverilog -g2012 -s network_tb -Pnetwork_tb.IMAGES=$(IMAGES) -o build/network.vvp network_tb.sv $(ENGINES)
 \tvvp -n build/network.vvp | tee build/network.txt
+\t@grep -q ": 0 mismatches of [1-9]" build/network.txt
+
+verilated: ; @mkdir -p build
+\tverilator --binary --timing -Wno-fatal --top-module network_tb -GIMAGES=$(IMAGES) -Mdir build/verilated \\
+\t  network_tb.sv $(ENGINES) > build/verilator.log
+\tbuild/verilated/Vnetwork_tb | tee build/network.txt
 \t@grep -q ": 0 mismatches of [1-9]" build/network.txt
 
 lint:
@@ -244,5 +254,5 @@ lint:
 \t  verilator --lint-only -Wall --top-module $$top $(ENGINES) || exit 1; done
 
 clean: ; rm -rf build
-.PHONY: all network lint clean
+.PHONY: all network verilated lint clean
 """

@@ -103,7 +103,7 @@ def test_a_mobilenet_is_torch_s_bit_for_bit(image_folder: Path, tmp_path: Path) 
 def test_the_shipped_program_checks_its_golden_vectors_and_sees_a_flipped_bit(exported: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-I", str(exported / "run.py")]
     done = subprocess.run(command, capture_output=True, text=True)
-    values = len(graph_of(exported)["values"])
+    values = len(graph_of(exported)["values"]) - 1  # the input is given
     assert (done.returncode, done.stdout) == (0, f"{values} of {values} golden values equal\n"), done.stderr
     codes = exported / "layers" / "conv1" / "codes.npy"
     before = codes.read_bytes()
@@ -115,6 +115,30 @@ def test_the_shipped_program_checks_its_golden_vectors_and_sees_a_flipped_bit(ex
     finally:
         codes.write_bytes(before)
     assert done.returncode == 1 and "conv1" in done.stdout
+
+
+def test_golden_images_are_of_several_classes(packed: Path, exported: Path) -> None:
+    graph = graph_of(exported)
+    val = open_source(PackedFile.read(packed).info, DIGITS).val
+    labels = {name: val[index][1] for index, name in enumerate(val.names)}
+    assert len({labels[name] for name in graph["golden_images"]}) == len(graph["golden_images"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("x", "seen"),
+    [
+        (np.zeros((2, 1, 8, 8)), "float64 [2, 1, 8, 8]"),
+        (np.zeros((2, 1, 4, 4), np.int16), "int16 [2, 1, 4, 4]"),
+        (np.full((2, 1, 8, 8), 2**15), "int64 [2, 1, 8, 8]"),
+    ],
+    ids=["floats", "another size", "out of range"],
+)
+def test_the_shipped_program_refuses_what_is_no_input(exported: Path, tmp_path: Path, x: Any, seen: str) -> None:
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-I", str(exported / "run.py"), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{seen}; expected integers [n, 1, 8, 8] from" in done.stderr
+    assert not (tmp_path / "y.npy").exists()
 
 
 class Number(int):
@@ -294,7 +318,7 @@ def test_levels_of_the_files_own_activations_are_taken(tmp_path: Path, capfd: An
         assert (read[name]["bits"], read[name]["signed"]) == (6, grid.low < 0)
     # Values between layers have 16 bits: the logits are the quantized network's but for few roundings.
     val = open_source(info, DIGITS).val
-    images = torch.stack([val[index][0] for index in range(8)])
+    images = torch.stack([val[val.names.index(name)][0] for name in graph["golden_images"]])
     with torch.no_grad():
         logits = loaded(images)
     golden = np.load(tmp_path / "out" / "golden" / f"{graph['output']['value']}.npy").astype(float)
@@ -323,7 +347,7 @@ def test_the_network_is_the_one_that_is_loaded(exported: Path, packed: Path) -> 
     assert not any(node.get("left_out") for node in graph["nodes"])
     golden = np.load(out / "golden" / f"{graph['output']['value']}.npy")
     val = open_source(PackedFile.read(packed).info, DIGITS).val
-    images = torch.stack([val[0][0], val[1][0]])
+    images = torch.stack([val[val.names.index(name)][0] for name in graph["golden_images"]])
     with torch.no_grad():
         logits = load_packed(packed)(images)
     assert np.abs(np.ldexp(golden.astype(float), -graph["output"]["fraction"]) - logits.numpy()).max() < 0.02
