@@ -350,7 +350,7 @@ def test_the_network_is_the_one_that_is_loaded(exported: Path, packed: Path) -> 
     images = torch.stack([val[val.names.index(name)][0] for name in graph["golden_images"]])
     with torch.no_grad():
         logits = load_packed(packed)(images)
-    assert np.abs(np.ldexp(golden.astype(float), -graph["output"]["fraction"]) - logits.numpy()).max() < 0.02
+    assert np.abs(np.ldexp(golden.astype(float), -graph["output"]["fraction"]) - logits.numpy()).max() < 0.03
 
 
 def test_the_reference_needs_nothing_of_the_project() -> None:
