@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import UserError
-from logart.export.hardware import Array
+from logart.export.hardware import Array, signed_powers
 from logart.export.hardware_export import ExportLayer, exportable_layers, new_folder, write_codes
 from logart.export.inputs import CALIBRATION_IMAGES, open_source
 from logart.export.integer_formats import Format
@@ -24,7 +24,6 @@ from logart.export.integer_graph import (
     limits,
     reciprocal,
     shifts,
-    terms_of,
 )
 from logart.export.integer_readme import example, readme, table
 from logart.export.integer_rtl import write_rtl
@@ -170,7 +169,7 @@ def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
     if step.op in ("conv", "linear"):
         weights = network.weights[step.name]
         node |= {"layer": step.module, "folder": f"layers/{step.name}", "shape": list(step.weight_shape)}
-        node["factors"] = {str(i): terms_of(i) for i in sorted(set(weights.factor))}
+        node["factors"] = {str(i): signed_powers(i) for i in sorted(set(weights.factor))}
         node["factor"] = [str(i) for i in weights.factor]
         node["accumulator_bits"] = int(weights.bits.max(initial=1))
         node["left_out"] = {str(c): int(n) for c, n in enumerate(weights.left_out) if n}
@@ -187,7 +186,7 @@ def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
         node |= {"op": "requantize", "requantize": given[0].fraction - to.fraction}
     elif step.op == "average_pool":
         integer, exponent = reciprocal(step.count)
-        node |= {"factor": terms_of(integer), "requantize": given[0].fraction + exponent - to.fraction}
+        node |= {"factor": signed_powers(integer), "requantize": given[0].fraction + exponent - to.fraction}
     elif step.op == "concatenate":
         node["requantize"] = [f.fraction - to.fraction for f in given]
     if step.op in ("max_pool", "average_pool"):

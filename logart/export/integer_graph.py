@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from logart.export.hardware import Array, HardwareLevels, signed_powers
+from logart.export.hardware import Array, HardwareLevels
 from logart.export.integer_formats import Format, IntegerWeights, rounded
 from logart.export.integer_trace import Step
 
@@ -227,8 +227,3 @@ def _moved(step: Step, x: Tensor, fill: float) -> Tensor:
         return x
     assert step.op == "slice", step.op
     return x[tuple([slice(None), *(slice(*part) for part in step.slices)])]
-
-
-def terms_of(value: int) -> list[list[int]]:
-    """A positive integer as signed powers of two, [[±1, exponent], …]."""
-    return [[sign, exponent] for sign, exponent in signed_powers(value)]
