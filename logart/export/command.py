@@ -38,7 +38,8 @@ def build_parser() -> FlagParser:
     )
     parser.flag("--onnx", metavar="OUT.onnx", help="write the network as ONNX there (extra [onnx])")
     parser.flag("--opset", type=int, metavar="N",
-                help="of the ONNX file's operators, 18 to 23 (default: 18; 21 with linear grids of 4 bits or fewer)")
+                help="of the ONNX file's operators, 18 to 23 (default: 18; 21 with linear grids of 4 bits or fewer, "
+                "or activations of more than 8)")  # fmt: skip
     parser.flag("--fp16", action="store_true", help="the ONNX file computes in float16, images and logits too")
     parser.flag("--integer", metavar="DIR",
                 help="write the whole CNN as an integer network there, a new or an empty folder: graph, layers, "

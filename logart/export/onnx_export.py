@@ -82,7 +82,7 @@ def export_onnx(
         out: the file to write, .onnx; one that is there is replaced.
         model: as for `load_packed`.
         opset: of the standard operators, one of `OPSETS`; None is 18, or 21 where linear grids have 4 bits or fewer,
-            whose codes are whole bytes below 21.
+            whose codes are whole bytes below 21, or activations more than 8.
         half: compute in float16, images and logits too, in place of float32.
 
     Raises:
@@ -110,11 +110,7 @@ def export_onnx(
     # Where weights are not linear onnxruntime would put them on 8-bit linear grids behind such a pair.
     pairs = all(is_affine(layer, half) for layer in packed.layers.values())
     wide = max((quantizer.n_bits for quantizer in even_quantizers(network).values() if pairs), default=0)
-    if wide > 8 and opset is not None and opset < OPSET_INT16:
-        raise UserError(f"--opset: activations of {wide} bits need {OPSET_INT16} or more, got {opset}")
-    if opset is None:
-        short = any(is_affine(layer, half) and layer.n_bits <= 4 for layer in packed.layers.values())
-        opset = OPSET_INT4 if short or wide > 8 else OPSET
+    opset = _opset(opset, packed.layers, wide, half)
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
@@ -140,6 +136,16 @@ def export_onnx(
         raise UserError(f"--onnx: {str(out)!r} cannot be written ({one_line(error)})") from error
     sizes = _sizes(packed.layers, exported, len(data))
     return OnnxFile(sizes, *differences, float(expected.abs().max()), opset, ties, values)
+
+
+def _opset(asked: int | None, layers: Mapping[str, PackedLayer], wide: int, half: bool) -> int:
+    """The opset asked for, or the least that does; `wide` is the bits of the widest activations that get a pair."""
+    if wide > 8 and asked is not None and asked < OPSET_INT16:
+        raise UserError(f"--opset: activations of {wide} bits need {OPSET_INT16} or more, got {asked}")
+    if asked is not None:
+        return asked
+    short = any(is_affine(layer, half) and layer.n_bits <= 4 for layer in layers.values())
+    return OPSET_INT4 if short or wide > 8 else OPSET
 
 
 def is_affine(layer: PackedLayer, half: bool) -> bool:
