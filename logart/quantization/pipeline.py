@@ -28,6 +28,7 @@ from logart.quantization.blocks import Block, blocks_of_types, find_blocks, in_o
 from logart.quantization.cache import Cache, Captured, OffloadedTensor
 from logart.quantization.capture import Call
 from logart.quantization.clone import clone_sharing
+from logart.quantization.compensate import check_room
 from logart.quantization.config import QuantConfig
 from logart.quantization.dataflow import Sources, trace_sources
 from logart.quantization.dbs import round_without_data
@@ -155,6 +156,8 @@ def quantize_model(
         with autocast_inside((reference, quantized), autocast, device.type):
             for stage in config.stages:
                 stage.check_room(surgery.quantized_layers(quantized))
+            if config.method.learns:
+                check_room({name: surgery.quantized_layers(quantized)[name] for name in report.apart})
             report.rerun = work.prepare(example)
             for stage in config.stages:
                 results = work.each(stage)

@@ -1,6 +1,7 @@
 """Weights in no one block, used in several or where images are in no rows: rounded through the whole network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import NetworkError
+from logart.packed.block_state import load_state, save_state
+from logart.quantization.state import StageResult, StageStore, Stored
 from logart.quantization.surgery import quantized_layers
 
 IMAGES = torch.randn(64, 4, 12, generator=torch.Generator().manual_seed(0))
@@ -166,3 +169,41 @@ def test_activations_are_not_quantized_where_images_are_in_no_rows() -> None:
     config = QuantConfig(rounding="compensated", calib_samples=64, n_bits_a=8)
     with pytest.raises(NetworkError, match=r"activations cannot be .*block layers\.layers\.0 has its images elsewhere"):
         quantize_model(made(sequence_first), config, IMAGES)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Folder(StageStore):
+    """Keeps states, and stops behind some of them."""
+
+    def __init__(self, path: Path, stop_after: int) -> None:
+        self.path, self.left, self.restored = path, stop_after, 0
+
+    def _state(self, stage: str, index: int) -> Path:
+        return self.path / f"{stage}-{index}"
+
+    def restore(self, stage: str, index: int, own: Mapping[str, Stored]) -> StageResult | None:
+        self.restored += self._state(stage, index).exists()
+        return load_state(self._state(stage, index), own) if self._state(stage, index).exists() else None
+
+    def save(self, stage: str, index: int, own: Mapping[str, Stored], done: StageResult) -> None:
+        save_state(self._state(stage, index), own, done)
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 9])
+@pytest.mark.parametrize("how", ["compensated", "learned"])
+def test_a_run_resumes_behind_them(how: str, stop_after: int, tmp_path: Path) -> None:
+    model, config = made(shared), QuantConfig(n_bits=4, **SETTINGS[how])
+    whole = quantize_model(model, config, IMAGES)[0].state_dict()
+    with suppress(Interrupted):
+        quantize_model(model, config, IMAGES, stage_store=Folder(tmp_path, stop_after))
+    store = Folder(tmp_path, 0)
+    resumed = quantize_model(model, config, IMAGES, stage_store=store)[0].state_dict()
+    assert store.restored > 0
+    changed = [name for name, value in whole.items() if not torch.equal(resumed[name], value)]
+    assert [name for name in changed if not name.endswith("_extra_state")] == []  # which may leave columns out
