@@ -35,9 +35,11 @@ from logart import QuantConfig, load_packed, quantize_model, save_packed
 from logart.errors import one_line
 
 STAGES = ("share", "compensated", "learned", "packed", "trace", "export")
-COMPENSATED = QuantConfig(rounding="compensated", calib_samples=2, batch_size=2)
-MOST_INPUTS = 1152  # of a layer's channel; larger ones stay float under compensated rounding, whose time grows as K³
-LEARNED = QuantConfig(calib_samples=2, batch_size=2, iters=2)
+# One base and much damping, so little is searched: looked at is whether a network goes through, not how well.
+NEAREST = QuantConfig(rounding="nearest", scale_method="log_2")
+COMPENSATED = replace(NEAREST, rounding="compensated", damping=1.0, calib_samples=2, batch_size=2)
+MOST_INPUTS = 768  # of a layer's channel; larger ones stay float under compensated rounding, whose time grows as K³
+LEARNED = replace(COMPENSATED, rounding="learned", iters=2)
 CHOSEN = Path(__file__).with_suffix(".csv")
 PAGE = Path(__file__).parents[1] / "docs/families.md"
 SECONDS = 120  # of the processor, for each stage of each network
@@ -103,7 +105,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     kind, _, own = name.partition(":")
     shapes = [(3, 128, 128), (3, 224, 224)]
     if own in VIDEO:
-        shapes = [(3, 16, 64, 64)]
+        shapes = [(3, 16, 64, 64), (3, 16, 224, 224)]
     elif kind == "timm" and (config := timm.get_pretrained_cfg(own)) is not None:
         shapes[1] = config.input_size
         shapes[0] = (shapes[1][0], 128, 128)
@@ -151,8 +153,8 @@ def look(name: str, stages: list[str]) -> dict[str, Any]:
 
     def share() -> float:
         nonlocal network
-        _, report = quantize_model(whole, QuantConfig(rounding="nearest", scale_method="log_2"), images)
-        network, thin = quantize_model(model, QuantConfig(rounding="nearest"), images)
+        _, report = quantize_model(whole, NEAREST, images)
+        network, thin = quantize_model(model, NEAREST, images)
         line["float"] = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:3])
         large.extend(layer.name for layer in thin.layers if math.prod(layer.shape[1:]) > MOST_INPUTS)
         return round(100 * report.quantized_share, 2)
