@@ -109,20 +109,21 @@ def _some_rows(
     per_group = len(w) // groups
     some = torch.arange(0, per_group, -(-per_group // CHANNELS), device=w.device)
     rows = (torch.arange(groups, device=w.device)[:, None] * per_group + some).flatten()
-    centred = [half.centred() for half in halves]
-    variances = torch.stack([half.gram.diagonal(dim1=1, dim2=2) for half in centred]).sum(0)
-    order = variances.argsort(dim=1, stable=True)
+    variances = [half.gram.diagonal(dim1=1, dim2=2) - half.input_sum.square() / half.count for half in halves]
+    order = torch.stack(variances).sum(0).argsort(dim=1, stable=True)
     columns = order.repeat_interleave(len(some), 0)
-    parts = [
-        replace(
+
+    def part(half: OutputMoments) -> OutputMoments:
+        half = half.centred()
+        return replace(
             half,
             gram=reordered(half.gram.to(half.precision), order),
             cross=half.cross[rows].gather(1, columns),
             energy=half.energy[rows],
             shift=half.mean_input.gather(1, order),
         )
-        for half in centred
-    ]
+
+    parts = [part(half) for half in halves]  # one centred at a time: matrices are large
     return w[rows].double().gather(1, columns), search(w[rows]), parts
 
 
