@@ -58,7 +58,6 @@ class Activations:
         self._at = 0
         self._inputs: list[Call | None] = [None] * len(self._images)
         self._outputs: list[dict[int, Any]] = [{} for _ in self._images]  # by block
-        self._blanks = torch.empty(0)
         self._empty = True  # blanks have no values
 
     @torch.no_grad()
@@ -128,7 +127,6 @@ class Activations:
                 raise
             self._empty = False
             self._enter(index)
-        self._blanks = torch.empty(0)
 
     def _replayed(self, b: int, passed: int) -> Any:
         """What a block that was passed gave, to be changed in place at will."""
@@ -145,16 +143,11 @@ class Activations:
     def _blank(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """In the place of values that reach no block: no values, so that nothing is computed with them.
 
-        Where they meet others, parameters say, which torch refuses: zeros at first, then whatever has become of them in
-        place.
+        Where they meet others, parameters say, which torch refuses: zeros.
         """
         if self._empty:
             return torch.empty(shape, dtype=dtype, device="meta")
-        if not dtype.is_floating_point:  # an index, say, which must stay one
-            return torch.zeros(shape, dtype=dtype, device=self._cache.device)
-        if self._blanks.dtype != dtype or self._blanks.numel() < shape.numel():
-            self._blanks = torch.zeros(shape.numel(), dtype=dtype, device=self._cache.device)
-        return self._blanks[: shape.numel()].view(shape)
+        return torch.zeros(shape, dtype=dtype, device=self._cache.device)
 
     def _leave(self, index: int, *, keep_inputs: bool = False) -> None:
         """Run a block on its inputs."""

@@ -197,6 +197,23 @@ def test_what_lies_between_blocks_is_computed_once_unless_it_meets_other_values(
     assert len(computed) == times
 
 
+def test_outputs_that_are_let_go_of_share_no_memory() -> None:
+    """What a block gave is added in place to another layout of what an earlier one gave, as Twins does."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.c0(x)
+        y = m.c1(x.transpose(2, 3))
+        y += x.transpose(2, 3)
+        return m.c3(m.c2(y + m.c3.bias[:, None, None]))  # type: ignore[no-any-return]
+
+    model, images = Net(4, forward), torch.randn(3, 3, 4, 4)
+    blocks = blocks_of(model)
+    expected = seen_in_a_forward(model, [block.name for block in blocks], [images])
+    activations, _ = made(model, blocks, images)
+    for index, (inputs, _) in enumerate(expected):
+        assert torch.equal(activations.inputs(index)[:].args[0], inputs)
+
+
 class Counting(nn.Sequential):
     """A block that counts its forwards, over all copies of it, and the images in them."""
 
