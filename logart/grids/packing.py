@@ -6,13 +6,23 @@ The bits of the last byte that no code fills are zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from logart.grids.grid import CodebookSpec, check_bits
 from logart.grids.rounding import dequantize
 
 _DEQUANTIZED_AT_ONCE = 2**18  # levels or weights
+# Whether torch.export runs the network; torch 2.6 does not say.
+is_exporting: Callable[[], bool] = getattr(
+    torch.compiler,
+    "is_exporting",
+    lambda: torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling(),
+)
 _CHUNK_SIZE = 2**15  # groups of 8 codes worked on at a time: what is held beside is a few MiB
 
 
@@ -76,7 +86,9 @@ def dequantize_packed(packed: Tensor, spec: CodebookSpec, shape: torch.Size, n_b
     size = max(1, _DEQUANTIZED_AT_ONCE // max(2**n_bits, codes.shape[1]))
     for start in range(0, spec.channels, size):
         part = slice(start, start + size)
-        levels = spec.select(part).codebook(n_bits, dtype).levels.to(packed.device)
+        with _disable_current_modes() if is_exporting() else nullcontext():  # levels are constants of the graph
+            levels = spec.select(part).codebook(n_bits, dtype).levels
+        levels = levels.to(packed.device)
         for first in range(0, codes.shape[1], _DEQUANTIZED_AT_ONCE):
             columns = slice(first, first + _DEQUANTIZED_AT_ONCE)
             weight[part, columns] = dequantize(codes[part, columns], levels).to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.grids.grid import Codebook, CodebookSpec
-from logart.grids.packing import dequantize_packed, pack, packed_bytes
+from logart.grids.packing import dequantize_packed, is_exporting, pack, packed_bytes
 from logart.grids.plain import stored_spec
 from logart.grids.rounding import dequantize, nearest
 from logart.quantization.damping import Damping
@@ -25,7 +25,6 @@ from logart.quantization.read_only import ReadOnlyWeight
 from logart.quantization.soft_rounding import SoftRounding
 from logart.quantization.weight_state import describe, described, name_of
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 _CODES = ("codes", "levels", "packed_codes")
 _MEMBERS = ("_parameters", "_buffers", "_modules")  # where a module keeps its tensors
 
@@ -108,13 +107,13 @@ class QuantizedWeight(nn.Module):
         if self.dequantized_weight is not None:
             return self.dequantized_weight
         if self.packed_codes is not None:
-            if _is_exporting():  # what the codebooks are made of decides how they are made
+            if is_exporting() and torch.compiler.is_dynamo_compiling():  # what makes codebooks is NumPy
                 raise ValueError(
-                    'torch.export: the network was loaded with dequantize="on-the-fly", whose weights are made by no '
-                    'graph; expected dequantize="once", or to_float(network)'
+                    'torch.export: a network loaded with dequantize="on-the-fly" makes its codebooks in Python; '
+                    'expected strict=False, dequantize="once", or to_float(network)'
                 )
             weight = self.dequantize()
-            return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
+            return weight if is_exporting() or torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
         return self._float_weight
 
     @property
