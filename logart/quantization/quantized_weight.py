@@ -113,7 +113,8 @@ class QuantizedWeight(nn.Module):
                     'expected strict=False, dequantize="once", or to_float(network)'
                 )
             weight = self.dequantize()
-            return weight if is_exporting() or torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
+            plain = type(weight) is Tensor and not is_exporting() and not torch.compiler.is_compiling()
+            return weight.as_subclass(ReadOnlyWeight) if plain else weight
         return self._float_weight
 
     @property
