@@ -175,7 +175,7 @@ def finite(text: str) -> float:
     return value
 
 
-def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+def flags_passed(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Those flags among `names` (destinations) that the user gave."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from logart.cli import FlagParser, default_if_none, given, refuse_without_effect, run_command
+from logart.cli import FlagParser, default_if_none, flags_passed, refuse_without_effect, run_command
 from logart.errors import UserError
 from logart.networks.calibration import choose_calibration, load_calibration, load_names, names_digest, save_names
 from logart.networks.data import find_images
@@ -99,7 +99,7 @@ def build_config(args: argparse.Namespace) -> QuantConfig:
     """The settings that the flags ask for; UserError for a value out of range or a flag without effect."""
     n_bits = flags.preset_bits(args, args.n_bits_w, QuantConfig.n_bits)
     chosen = {} if args.preset is None else preset(args.preset, n_bits)
-    chosen = chosen | {FIELDS[name]: value for name, value in given(args, FIELDS).items()}
+    chosen = chosen | {FIELDS[name]: value for name, value in flags_passed(args, FIELDS).items()}
     config = flags.build_config(args, FIELDS, chosen)
     learning = ("calib_lr", "recon_input")
     would = METHODS[config.rounding].learns

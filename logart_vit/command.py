@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any, get_type_hints
 
-from logart.cli import FlagParser, default_if_none, finite, given, refuse_without_effect, run_command
+from logart.cli import FlagParser, default_if_none, finite, flags_passed, refuse_without_effect, run_command
 from logart.errors import UserError
 from logart.networks.calibration import choose_calibration, load_calibration
 from logart.networks.data import find_images
@@ -107,7 +107,7 @@ def build_settings(args: argparse.Namespace) -> tuple[QuantConfig, dict[str, Any
     fields = {field: values[name] for name, field in FIELDS.items()} | {"first_last_bits": values["first_last_bits"]}
     fields |= {"recon_input": values["optim_mode"], "rounding": "nearest", "head_kl": True, "seed": 0}
     fields |= {} if args.preset is None else preset(args.preset, flags.preset_bits(args, args.w_bit, fields["n_bits"]))
-    fields |= {FLAG_FIELDS[name]: value for name, value in given(args, FLAG_FIELDS).items()}
+    fields |= {FLAG_FIELDS[name]: value for name, value in flags_passed(args, FLAG_FIELDS).items()}
     fields["recon_input"] = MODES[fields["recon_input"]]
     if args.optimize and args.rounding is None:
         fields["rounding"] = METHODS[fields["rounding"]].with_steps

@@ -163,7 +163,7 @@ def _value(step: Step, network: IntegerNetwork) -> dict[str, Any]:
 def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
     """What `integer_reference` reads of a step; every bit follows from it and the arrays of its folder."""
     to = network.formats[step.name]
-    given = [network.formats[name] for name in step.inputs]
+    formats = [network.formats[name] for name in step.inputs]
     low, high = limits(step, to)
     node: dict[str, Any] = {"op": step.op, "output": step.name, "inputs": step.inputs, "low": low, "high": high}
     if step.op in ("conv", "linear"):
@@ -180,17 +180,17 @@ def _node(step: Step, network: IntegerNetwork) -> dict[str, Any]:
                 g.groups,
             }  # fmt: skip
     elif step.op == "add":
-        most = max(f.fraction for f in given)
-        node |= {"align": [most - f.fraction for f in given], "requantize": most - to.fraction}
+        most = max(f.fraction for f in formats)
+        node |= {"align": [most - f.fraction for f in formats], "requantize": most - to.fraction}
     elif step.op in ("relu", "requantize"):
-        node |= {"op": "requantize", "requantize": given[0].fraction - to.fraction}
+        node |= {"op": "requantize", "requantize": formats[0].fraction - to.fraction}
     elif step.op == "average_pool":
         integer, exponent = reciprocal(step.count)
-        node |= {"factor": signed_powers(integer), "requantize": given[0].fraction + exponent - to.fraction}
+        node |= {"factor": signed_powers(integer), "requantize": formats[0].fraction + exponent - to.fraction}
     elif step.op == "concatenate":
-        node["requantize"] = [f.fraction - to.fraction for f in given]
+        node["requantize"] = [f.fraction - to.fraction for f in formats]
     if step.op in ("max_pool", "average_pool"):
-        node |= {"kernel": step.kernel, "stride": step.stride, "padding": step.padding, "fill": given[0].low}
+        node |= {"kernel": step.kernel, "stride": step.stride, "padding": step.padding, "fill": formats[0].low}
     if step.op == "pad":
         node["padding"] = step.padding
     if step.op == "slice":

@@ -94,14 +94,14 @@ class IntegerWeights:
         return SCALE_FRACTION if self.factor else 0
 
     @classmethod
-    def of(cls, levels: HardwareLevels, codes: Array, bias: Tensor | None, given: Format) -> IntegerWeights:
+    def of(cls, levels: HardwareLevels, codes: Array, bias: Tensor | None, input_format: Format) -> IntegerWeights:
         """Choose each channel's unit: its smallest term, or larger where the accumulator would not fit.
 
         Args:
             levels: of the layer.
             codes: [C, K] uint8.
             bias: [C] real.
-            given: the format of the layer's input.
+            input_format: the format of the layer's input.
         """
         powers = levels.powers(codes)
         signs, exponents = powers.signs.astype(np.int64), powers.exponents.astype(np.int64)
@@ -109,19 +109,19 @@ class IntegerWeights:
         extra = SCALE_FRACTION if factor else 0
         used = signs != 0
         least = np.where(used, exponents, np.iinfo(np.int64).max).min((0, 2), initial=np.iinfo(np.int64).max)
-        largest = max(-given.low, given.high)
+        largest = max(-input_format.low, input_format.high)
         weight = np.where(used, np.ldexp(1.0, exponents), 0.0).sum((0, 2)) * largest * np.array(factor or 1)
         offset = np.zeros(len(codes)) if bias is None else bias.double().abs().numpy()
         # in real units: |Σ| ≤ weight · 2^-fraction · 2^-extra, and the bias; the accumulator counts
         # 2^(unit-fraction-extra)
-        worst = np.ldexp(weight, -given.fraction - extra) + offset
-        fits = np.frexp(worst)[1].astype(np.int64) + given.fraction + extra - (ACCUMULATOR_BITS - 1)
+        worst = np.ldexp(weight, -input_format.fraction - extra) + offset
+        fits = np.frexp(worst)[1].astype(np.int64) + input_format.fraction + extra - (ACCUMULATOR_BITS - 1)
         floor = np.where(worst > 0, fits, 0)
         unit = np.where(least < np.iinfo(np.int64).max, np.maximum(least, floor), floor)
         kept = used & (exponents >= unit[:, None])
         integers = (signs * np.where(kept, np.ldexp(1.0, np.where(kept, exponents - unit[:, None], 0)), 0.0)).sum(0)
         rounded = np.floor(np.ldexp(offset * 0 if bias is None else bias.double().numpy(),
-                                    given.fraction + extra - unit) + 0.5)  # fmt: skip
+                                    input_format.fraction + extra - unit) + 0.5)  # fmt: skip
         sums = np.abs(integers).sum(1) * largest * np.array(factor or 1) + np.abs(rounded)
         return cls(
             unit,

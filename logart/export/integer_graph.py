@@ -69,8 +69,8 @@ class IntegerNetwork:
         for index, step in enumerate(steps):
             if step.module:
                 levels, codes, bias = layers[step.module]
-                given = network.formats[step.inputs[0]]
-                network.weights[step.name] = IntegerWeights.of(levels, codes.reshape(len(codes), -1), bias, given)
+                rows, input_format = codes.reshape(len(codes), -1), network.formats[step.inputs[0]]
+                network.weights[step.name] = IntegerWeights.of(levels, rows, bias, input_format)
             if step.inputs:
                 integers, fraction = exact(step, [values[name] for name in step.inputs], network)
                 x = torch.ldexp(integers, -torch.as_tensor(fraction))
@@ -152,18 +152,18 @@ def _weighted(step: Step, x: Tensor, weight: Tensor) -> Tensor:
 
 def exact(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> tuple[Tensor, int | Tensor]:
     """What a step makes of integers before they go into its format: integers (float64), and their fraction."""
-    given, x = [network.formats[name] for name in step.inputs], inputs[0]
+    formats, x = [network.formats[name] for name in step.inputs], inputs[0]
     if step.op in ("conv", "linear"):
         y = _finished(step, x, network.weights[step.name], step.weight_shape)
         return y, _per_channel(torch.from_numpy(_fractions(step, network)), y)
     if step.op in ("add", "concatenate"):
-        most = max(f.fraction for f in given)
-        terms = [torch.ldexp(x, torch.tensor(most - f.fraction)) for x, f in zip(inputs, given, strict=True)]
+        most = max(f.fraction for f in formats)
+        terms = [torch.ldexp(x, torch.tensor(most - f.fraction)) for x, f in zip(inputs, formats, strict=True)]
         return (sum(terms[1:], terms[0]) if step.op == "add" else torch.cat(terms, 1)), most
     if step.op == "average_pool":
         factor, exponent = reciprocal(step.count)
-        return _windows(step, x, 0.0).sum((4, 5)) * factor, given[0].fraction + exponent
-    return _moved(step, x, fill=float(given[0].low)), given[0].fraction
+        return _windows(step, x, 0.0).sum((4, 5)) * factor, formats[0].fraction + exponent
+    return _moved(step, x, fill=float(formats[0].low)), formats[0].fraction
 
 
 def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor:
@@ -174,8 +174,8 @@ def integer(step: Step, inputs: list[Tensor], network: IntegerNetwork) -> Tensor
 
 def _fractions(step: Step, network: IntegerNetwork) -> Array:
     """[C]: of a layer's finished sums."""
-    weights, given = network.weights[step.name], network.formats[step.inputs[0]]
-    result: Array = given.fraction + weights.extra - weights.unit
+    weights, input_format = network.weights[step.name], network.formats[step.inputs[0]]
+    result: Array = input_format.fraction + weights.extra - weights.unit
     return result
 
 

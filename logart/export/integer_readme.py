@@ -108,16 +108,16 @@ def example(network: IntegerNetwork, layers: Layers, values: Mapping[str, Tensor
         seen = windows[:, :, :, at[0], at[1]].ravel()
     unit, row = int(weights.unit[0]), codes[0].ravel()
     lines = ["| k | activation | code | sign, shift, add-shifts | terms | gives |", "|---|---|---|---|---|---|"]
-    given = weights.integers[0].numpy().astype(np.int64) * seen
+    products = weights.integers[0].numpy().astype(np.int64) * seen
     powers = levels.powers(codes.reshape(len(codes), -1)).rows(slice(1))
     for k in range(min(_SHOWN, len(seen))):
         entry = [levels.signs[0, row[k]], levels.shifts[0, row[k]], *levels.adds[0, row[k]]]
         used = [(s, e) for s, e in zip(powers.signs[:, 0, k], powers.exponents[:, 0, k], strict=True) if s]
         terms = " ".join(f"{'+' if s > 0 else '-'}({seen[k]} << {e - unit})" for s, e in used if e >= unit)
-        lines.append(f"| {k} | {seen[k]} | {row[k]} | {', '.join(map(str, entry))} | {terms} | {given[k]} |")
+        lines.append(f"| {k} | {seen[k]} | {row[k]} | {', '.join(map(str, entry))} | {terms} | {products[k]} |")
     if len(seen) > _SHOWN:
-        lines.append(f"| … | {len(seen) - _SHOWN} more | | | | {given[_SHOWN:].sum()} |")
-    total, bias, right = int(given.sum()), int(weights.bias[0]), int(shifts(step, network)[0])
+        lines.append(f"| … | {len(seen) - _SHOWN} more | | | | {products[_SHOWN:].sum()} |")
+    total, bias, right = int(products.sum()), int(weights.bias[0]), int(shifts(step, network)[0])
     factor = f", times factor {weights.factor[0]}" if weights.factor else ""
     place = "" if step.geometry is None else f", row {at[0]}, column {at[1]}"
     low, high = limits(step, network.formats[step.name])

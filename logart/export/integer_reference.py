@@ -31,7 +31,7 @@ def shifted(x: Array, places: int) -> Array:
 
 
 def times(x: Array, terms: list[list[int]]) -> Array:
-    """x times a constant given as signed powers [[±1, exponent ≥ 0], …]: shifts, adds and subtractions."""
+    """x times a constant form as signed powers [[±1, exponent ≥ 0], …]: shifts, adds and subtractions."""
     result = x - x
     for sign, exponent in terms:
         result = result + (x << exponent) if sign > 0 else result - (x << exponent)
@@ -148,12 +148,12 @@ def main(argv: list[str]) -> int:
     folder = Path(__file__).parent
     graph = json.loads((folder / "graph.json").read_text("utf-8"))
     if len(argv) == 2:
-        x, given = np.load(argv[0]), graph["values"][graph["input"]["value"]]
-        low, high = (-1 << given["bits"] - 1, 1 << given["bits"] - 1) if given["signed"] else (0, 1 << given["bits"])
-        shape = x.shape[1:] == tuple(given["shape"])
+        x, form = np.load(argv[0]), graph["values"][graph["input"]["value"]]
+        low, high = (-1 << form["bits"] - 1, 1 << form["bits"] - 1) if form["signed"] else (0, 1 << form["bits"])
+        shape = x.shape[1:] == tuple(form["shape"])
         if x.dtype.kind not in "iu" or not shape or (x.size and not low <= x.min() <= x.max() < high):
-            form = f"integers [n, {str(given['shape'])[1:-1]}] from {low} to {high - 1}"
-            print(f"{argv[0]}: {x.dtype} {list(x.shape)}; expected {form}", file=sys.stderr)
+            line = f"integers [n, {str(form['shape'])[1:-1]}] from {low} to {high - 1}"
+            print(f"{argv[0]}: {x.dtype} {list(x.shape)}; expected {line}", file=sys.stderr)
             return 2
         np.save(argv[1], run(graph, x.astype(np.int64), folder)[graph["output"]["value"]])
         return 0

@@ -82,7 +82,7 @@ def _write_layer(
 
 
 def _layer_numbers(step: Step, network: IntegerNetwork, levels: HardwareLevels, codes: Array) -> dict[str, int]:
-    given, g = network.formats[step.inputs[0]], step.geometry
+    input_format, g = network.formats[step.inputs[0]], step.geometry
     low, high = limits(step, network.formats[step.name])
     shape = (*network.shapes[step.inputs[0]], 1, 1)[:3], (*network.shapes[step.name], 1, 1)[:3]
     (c_in, h_in, w_in), (c_out, h_out, w_out) = shape
@@ -94,7 +94,7 @@ def _layer_numbers(step: Step, network: IntegerNetwork, levels: HardwareLevels, 
         "DILATION_Y": g.dilation[0] if g else 1, "DILATION_X": g.dilation[1] if g else 1,
         "GROUPS": g.groups if g else 1, "CODEBOOKS": len(levels.signs),
         "CODE_BITS": (levels.signs.shape[1] - 1).bit_length(), "TERMS": 1 + levels.adds.shape[2],
-        "X_BITS": given.bits + (not given.signed), "LOW": low, "HIGH": high,
+        "X_BITS": input_format.bits + (not input_format.signed), "LOW": low, "HIGH": high,
     }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _map(step: Step, network: IntegerNetwork, index: int) -> Array:
 
 def _moves(step: Step, network: IntegerNetwork, rtl: Path) -> list[tuple[str, dict[str, Any], list[str]]]:
     """The engines of a step: kind, parameters and sources; a concatenation has one for each input."""
-    to, given = network.formats[step.name], [network.formats[name] for name in step.inputs]
+    to, formats = network.formats[step.name], [network.formats[name] for name in step.inputs]
     low, high = limits(step, to)
     numbers: dict[str, Any] = {"LOW": low, "HIGH": high}
     if step.op in ("max_pool", "average_pool"):
@@ -122,7 +122,7 @@ def _moves(step: Step, network: IntegerNetwork, rtl: Path) -> list[tuple[str, di
             "CHANNELS": channels, "H_IN": h_in, "W_IN": w_in, "H_OUT": h_out, "W_OUT": w_out,
             "KH": step.kernel[0], "KW": step.kernel[1], "STRIDE_Y": step.stride[0], "STRIDE_X": step.stride[1],
             "PAD_TOP": step.padding[0][0], "PAD_LEFT": step.padding[1][0], "MAXIMUM": int(step.op == "max_pool"),
-            "FILL": given[0].low, "FACTOR": factor, "RIGHT": given[0].fraction + exponent - to.fraction,
+            "FILL": formats[0].low, "FACTOR": factor, "RIGHT": formats[0].fraction + exponent - to.fraction,
         }  # fmt: skip
         return [("pool_engine", numbers, step.inputs)]
     maps = [_map(step, network, index) for index in range(len(step.inputs))]
@@ -130,12 +130,12 @@ def _moves(step: Step, network: IntegerNetwork, rtl: Path) -> list[tuple[str, di
     for path, at in zip(paths, maps, strict=True):
         write_hex(rtl / path, at, VALUE_BITS)
     if step.op == "add":
-        most = max(f.fraction for f in given)
-        numbers |= {"COUNT": len(maps[0]), "RIGHT": most - to.fraction, "ALIGN_A": most - given[0].fraction}
-        numbers |= {"ALIGN_B": most - given[1].fraction, "MAP_A": paths[0], "MAP_B": paths[1]}
+        most = max(f.fraction for f in formats)
+        numbers |= {"COUNT": len(maps[0]), "RIGHT": most - to.fraction, "ALIGN_A": most - formats[0].fraction}
+        numbers |= {"ALIGN_B": most - formats[1].fraction, "MAP_A": paths[0], "MAP_B": paths[1]}
         return [("move_engine", numbers, step.inputs)]
     engines, before = [], 0
-    for path, at, source, f in zip(paths, maps, step.inputs, given, strict=True):
+    for path, at, source, f in zip(paths, maps, step.inputs, formats, strict=True):
         right = f.fraction - to.fraction
         engines.append(
             ("move_engine", {**numbers, "COUNT": len(at), "TO": before, "RIGHT": right, "MAP_A": path}, [source])
@@ -226,7 +226,7 @@ endmodule
 
 _MAKEFILE = """\
 # make: simulate every layer and the whole network with Icarus Verilog; make network IMAGES=1: on one image; make
-# verilated: the network with Verilator, ten times as fast; make lint: check the engines with Verilator.
+# verilated: the network with Verilator, several times as fast; make lint: check the engines with Verilator.
 LAYERS = @LAYERS@
 ENGINES = processing_element.sv requantizer.sv layer_engine.sv move_engine.sv pool_engine.sv
 IMAGES = @IMAGES@

@@ -57,14 +57,14 @@ def compare(
     """
     levels = onnxruntime.GraphOptimizationLevel
     differences, problem = [], "it gives other logits"
-    given = (images.half() if half else images).numpy()
+    inputs = (images.half() if half else images).numpy()
     for level in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_ALL):
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.graph_optimization_level = 3, level
         difference = math.inf
         try:
             session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            logits = torch.from_numpy(session.run(None, {"images": given})[0]).float()
+            logits = torch.from_numpy(session.run(None, {"images": inputs})[0]).float()
             if logits.shape == expected.shape:
                 difference = float((logits - expected).abs().max())
         except Exception as error:  # onnxruntime's own kinds of error share no base but this

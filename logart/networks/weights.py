@@ -305,15 +305,15 @@ def _some(keys: Sequence[object]) -> str:
 def _shape_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wrong: Sequence[str]) -> str:
     """A class count that differs shows in the rows of the network's last layer and nowhere else."""
     pairs = [(tuple(expected[key].shape), tuple(state[key].shape)) for key in wrong]
-    wanted, seen = pairs[0]
+    target, seen = pairs[0]
     head = next(reversed([key for key in expected if not key.endswith(COUNTER)])).rpartition(".")[0]
-    only_rows = all(a[:1] == wanted[:1] and b[:1] == seen[:1] and a[1:] == b[1:] for a, b in pairs)
-    if only_rows and wanted and seen and all(key.rpartition(".")[0] == head for key in wrong):
+    only_rows = all(a[:1] == target[:1] and b[:1] == seen[:1] and a[1:] == b[1:] for a, b in pairs)
+    if only_rows and target and seen and all(key.rpartition(".")[0] == head for key in wrong):
         return (
-            f"has {seen[0]} classes ({wrong[0]}), but the network was built for {wanted[0]}; "
+            f"has {seen[0]} classes ({wrong[0]}), but the network was built for {target[0]}; "
             f"expected --num_classes {seen[0]}"
         )
     return (
-        f"does not fit the network: {wrong[0]} has shape {list(seen)}, expected {list(wanted)} "
+        f"does not fit the network: {wrong[0]} has shape {list(seen)}, expected {list(target)} "
         f"({len(wrong)} tensors differ in shape)"
     )

@@ -53,7 +53,7 @@ class BlockTask:
 
     @property
     def both_inputs(self) -> tuple[Captured, Captured]:
-        """What the block is fed in the float network and behind the quantized prefix."""
+        """The inputs of the block in the float network and behind the quantized prefix."""
         return self.captured[Capture.FLOAT_INPUTS], self.captured[Capture.INPUTS]
 
     def split(self, share: float) -> tuple[BlockTask, Mapping[Capture, Captured] | None]:
@@ -115,7 +115,7 @@ class Stage:
 
     Attributes:
         title: in the progress bar and in the names of kept states.
-        event: what `on_stage_end` is told behind it, "searched" or "rounded".
+        event: what `on_stage_end` is called with after it, "searched" or "rounded".
         learns: the settings of LLR act.
         changes_weights: a block's layers hold other codes behind it.
     """

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from logart import ranks
-from logart.cli import default_if_none, given, key_values, refuse_without_effect
+from logart.cli import default_if_none, flags_passed, key_values, refuse_without_effect
 from logart.errors import UserError
 from logart.networks.data import DataChoice, ImageSource
 from logart.networks.digits import DIGITS
@@ -40,12 +40,12 @@ def with_stored(args: argparse.Namespace) -> argparse.Namespace:
         return args
     if args.run_dir is not None:
         raise UserError(f"--run_dir: {args.run_dir} and --resume {args.resume} were both given; expected one of them")
-    return argparse.Namespace(**vars(args) | stored_flags(args.resume) | given(args, vars(args)))
+    return argparse.Namespace(**vars(args) | stored_flags(args.resume) | flags_passed(args, vars(args)))
 
 
 def kept_flags(args: argparse.Namespace) -> dict[str, Any]:
     """What a run's folder keeps of the flags given."""
-    return flags_to_keep(given(args, vars(args)))
+    return flags_to_keep(flags_passed(args, vars(args)))
 
 
 def build_config(args: argparse.Namespace, flags: Mapping[str, str], settings: Mapping[str, Any]) -> QuantConfig:
@@ -78,7 +78,7 @@ def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> st
     }
     words = error.split()
     message = [names[word] for word in words if word in names]
-    of_file = getattr(args, "config", None) is not None and not given(args, message)
+    of_file = getattr(args, "config", None) is not None and not flags_passed(args, message)
     start, dashes = (f"--config: {args.config}: ", "") if of_file else ("", "--")
     return start + " ".join(f"{dashes}{names[word]}" if word in names else word for word in words)
 
@@ -199,7 +199,7 @@ def run_options(
 def network_columns(args: argparse.Namespace, network: Network, track: str, source: ImageSource) -> dict[str, Cell]:
     """What the results row says of the network and the data."""
     words = list(args.model_kwargs or ())
-    for name, value in given(args, ("num_classes", *DATA_SETTINGS)).items():
+    for name, value in flags_passed(args, ("num_classes", *DATA_SETTINGS)).items():
         words.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
     return {
         "track": track,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from logart.cli import FlagParser, finite, given, key_values, refuse_without_effect, run_command
+from logart.cli import FlagParser, finite, flags_passed, key_values, refuse_without_effect, run_command
 from logart.errors import UserError
 
 
@@ -184,7 +184,7 @@ def test_finite_numbers_pass() -> None:
 def test_given_leaves_out_what_was_not_given(parser: FlagParser) -> None:
     args = parser.parse_args(["--no-channel_wise", "--rrweight", "0"])
     expected = {"channel_wise": False, "rrweight": 0.0}  # given, though false
-    assert given(args, ["batch_size", "channel_wise", "rrweight"]) == expected
+    assert flags_passed(args, ["batch_size", "channel_wise", "rrweight"]) == expected
 
 
 @pytest.mark.parametrize("argv", [["--rrweight", "0"], ["--no-channel-wise"], ["--rrweight=1", "--mode=a"]])
