@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -58,6 +61,20 @@ def test_a_flipped_bit_of_a_code_is_seen(rtl: Path, tmp_path: Path) -> None:
     codes.write_text(f"{int(first, 16) ^ 1:x}\n{rest}", "ascii")
     done = make(copied / "rtl", "layer-conv1")
     assert done.returncode != 0 and "conv1: 0 mismatches" not in done.stdout and "mismatches of" in done.stdout
+    done = make(copied / "rtl", "network", "IMAGES=1")
+    first = next(line for line in done.stdout.splitlines() if "mismatches" in line)
+    assert done.returncode != 0 and re.fullmatch(r"image 0, conv1: [1-9]\d* mismatches", first)
+
+
+@pytest.mark.parametrize("target", ["network", "verilated"])
+def test_one_image_alone_is_half_of_two(rtl: Path, target: str) -> None:
+    if target == "verilated" and not shutil.which("verilator"):
+        pytest.skip("needs Verilator")
+    graph = json.loads((rtl.parent / "graph.json").read_text("utf-8"))
+    computed = [value for name, value in graph["values"].items() if name != graph["input"]["value"]]
+    values = sum(math.prod(value["shape"]) for value in computed)
+    done = make(rtl, target, "IMAGES=1")
+    assert done.returncode == 0 and f"network: 0 mismatches of {values}\n" in done.stdout, done.stderr
 
 
 def test_every_operation_has_no_mismatch(tmp_path: Path) -> None:

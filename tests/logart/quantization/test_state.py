@@ -184,6 +184,13 @@ def test_a_network_on_the_fly_is_exported_with_its_codes_packed(tmp_path: Path) 
     assert all(exported.state_dict[name].dtype == torch.uint8 for name in packed)
     largest = max(parameter.numel() for parameter in small_resnet(0)[0].parameters())
     assert all(constant.numel() < largest for constant in exported.constants.values())
+    assert torch.equal(exported.module()(IMAGES), model(IMAGES))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 does not say that it exports")
+def test_a_strict_export_on_the_fly_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="expected strict=False, dequantize=.once., or to_float"):
+        torch.export.export(network("on-the-fly", 0, tmp_path), (IMAGES,), strict=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
