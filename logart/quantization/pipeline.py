@@ -92,14 +92,8 @@ def quantize_model(
     """
     device = torch.device(device)
     with own_modes(device), ExitStack() as stack:
-        images = gather_images(calibration_images, max(2, config.images_needed), input_key, prepare)
-        if 0 < config.images_needed and min(stage.images(config)[0] for stage in config.method.stages) < ranks.size():
-            raise NetworkError(f"{ranks.size()} ranks share the calibration images; expected one for each at least")
+        images = _gather(calibration_images, config, input_key, prepare)
         several = isinstance(images, Inputs)
-        if config.mirror and several:
-            raise NetworkError("mirror: the network takes several inputs; expected one tensor of images")
-        if config.mirror:  # each beside its own, so that both are always on the same side of a split
-            images = torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
         example = images[:2].to(device, copy=True)  # some networks normalise in place
         reference = clone_sharing(model).eval().requires_grad_(False).to(device)
         if several:
@@ -110,11 +104,10 @@ def quantize_model(
         if not names:
             raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
         seeing = [name for name in names if name not in seen.blind]
-        blocks = (
-            find_blocks(reference, seeing, example, seen.places)
-            if block_types is None
-            else blocks_of_types(reference, seeing, block_types, seen.places)
-        )
+        if block_types is None:
+            blocks = find_blocks(reference, seeing, example, seen.places)
+        else:
+            blocks = blocks_of_types(reference, seeing, block_types, seen.places)
         blocks, rows, reasons = _with_rows(reference, blocks, example, config)
         placed = {name for block in blocks for name in block.layers}
         report.blind = {name: seen.blind[name] for name in names if name in seen.blind}
@@ -134,9 +127,9 @@ def quantize_model(
         round_without_data([surgery.quantized_layers(quantized)[name] for name in report.blind], config)
         cache = Cache(device) if cache is None else cache
         bits_a = config.activation_bits([name for name in names if name in seen.modules], seen.inputs, seen.heads)
-        whole = in_order(blocks, report.apart, names)
+        items = in_order(blocks, report.apart, names)
         work = Work(
-            reference, quantized, blocks, whole, rows, images, config, device, quiet, cache, stage_store, bits_a,
+            reference, quantized, blocks, items, rows, images, config, device, quiet, cache, stage_store, bits_a,
             seen.uses,
         )  # fmt: skip
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
@@ -153,13 +146,27 @@ def quantize_model(
                 on_stage_end(stage.event, quantized)
         seen_images = images if config.images_needed else None
         output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images, report.blind)
-        report.layers = layer_reports(quantized, whole, output_errors, report.blind)
+        report.layers = layer_reports(quantized, items, output_errors, report.blind)
         report.activations, report.float_products = activation_reports(quantized), work.float_products
     info = {"settings": config.as_dict(), **report.info(), "layers": report.as_dict()}
     quantized.packed_info = info  # type: ignore[assignment]
     if report.quantized_share < 0.99:
         warnings.warn(report.share_line(), PartlyQuantized, stacklevel=2)
     return quantized, report
+
+
+def _gather(
+    calibration_images: Any, config: QuantConfig, key: str | Sequence[str] | None, prepare: Callable[[Any], Any] | None
+) -> Any:
+    """The images that the stages look at, those of each rank enough; with mirror images where they are asked for."""
+    images = gather_images(calibration_images, max(2, config.images_needed), key, prepare)
+    if 0 < config.images_needed and min(stage.images(config)[0] for stage in config.method.stages) < ranks.size():
+        raise NetworkError(f"{ranks.size()} ranks share the calibration images; expected one for each at least")
+    if not config.mirror:
+        return images
+    if isinstance(images, Inputs):
+        raise NetworkError("mirror: the network takes several inputs; expected one tensor of images")
+    return torch.stack([images, images.flip(-1)], 1).flatten(0, 1)  # beside its own: on the same side of any split
 
 
 def _look_at(reference: nn.Module, example: Tensor, config: QuantConfig, report: Report) -> Survey:
