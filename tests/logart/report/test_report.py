@@ -128,7 +128,7 @@ def test_the_headline_is_the_best_of_each_bit_width(shipped: Path) -> None:
         rows = frame[frame.arch == arch]
         learned = rows[rows.rounding == "learned"].assign(rounding="", **{"Acc@1": rows["search_Acc@1"], "lr": 0})
         keys = ["bits", "scale_method", "scale_search", "zero_code", "search_method", "rounding", "preset",
-                "config", "calib_samples", "lr"]  # fmt: skip
+                "config", "calib_samples", "lr", "damping", "mirror"]  # fmt: skip
         means = pd.concat([rows, learned]).groupby(keys, dropna=False)["Acc@1"].mean()
         best = means.groupby("bits").max()
         shown = {int(line[0][0]): line[1][0].split(" ±")[0] for line in page.tables[table][1:]}
