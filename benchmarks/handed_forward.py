@@ -1,13 +1,16 @@
-"""CPU seconds of a quantization, and how they grow with depth; and LLR's steps per second. One thread.
+"""Seconds of a quantization, and how they grow with depth; and LLR's steps per second. On the CPU those of one thread.
 
     python benchmarks/handed_forward.py network [--arch mobilenetv2] [--checkpoint FILE] [--images_from FOLDER]
-        [--images 64] [--rounding compensated]
+        [--images 64] [--rounding compensated] [--iters 2000] [--damping auto] [--device cuda] [--loops torch]
     python benchmarks/handed_forward.py growth [--width 32] [--size 32]
-    python benchmarks/handed_forward.py steps [--steps 60] [--batch 32]
+    python benchmarks/handed_forward.py steps [--steps 60] [--batch 32] [--device cuda]
 
 `network` quantizes one; without a checkpoint its weights are random, without a folder its images are. `growth` takes
 networks of 4, 8 and 16 equal residual blocks, in turn, and LLR of one step a block, whose capture is timed. `steps`
 learns a block of ResNet-18 and one of DeiT-tiny alone, on random inputs.
+
+On CUDA the seconds are the wall's, behind a run on a few images that compiles; a last run under the profiler tells the
+share of its time in which the GPU had nothing to do. `--loops torch` rounds without Triton's kernels.
 """
 
 from __future__ import annotations
@@ -15,26 +18,41 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
 from unittest.mock import patch
 
 import timm
 import torch
 from memory import peak_mib, reset_peak
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from logart import QuantConfig, quantize_model
 from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
+from logart.quantization import column_rounding, loops_plain
 from logart_cnn.models import build_network, load_network
 
 DEPTHS = (4, 8, 16)
 
 
-def cpu_seconds(model: nn.Module, config: QuantConfig, images: Tensor, types: Any = None) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    quantize_model(model, config, images, block_types=types)
+    function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def idle_share(function: Callable[[], object]) -> float:
+    """The share of the time that a GPU, which works through one queue, spends in no kernel."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        seconds = seconds_of(function)
+    return 1 - sum(event.self_device_time_total for event in found.key_averages()) / 1e6 / seconds
 
 
 def network(args: argparse.Namespace) -> None:
@@ -46,10 +64,27 @@ def network(args: argparse.Namespace) -> None:
         model, types = loaded.model, None
         source = open_images(args.images_from, loaded.preprocessing, loaded.num_classes)
         images, _ = calibration_images(source, args.images, 0, quiet=True)
-    config = QuantConfig(rounding=args.rounding, calib_samples=args.images)
-    reset_peak()
-    seconds = cpu_seconds(model, config, images, types)
-    print(f"{args.arch}, {args.images} images, {args.rounding}: {seconds:.1f} CPU-s, peak {peak_mib():.0f} MiB")
+    config = QuantConfig(
+        rounding=args.rounding, calib_samples=args.images, iters=args.iters, damping=damping(args.damping)
+    )
+    run = partial(quantize_model, model, config, images, block_types=types, device=args.device)
+    where = f"{args.arch}, {args.images} images, {args.rounding}, damping {args.damping}"
+    where += f", {args.iters} steps a block" if config.method.learns else ""
+    loops = patch.object(column_rounding, "_loops", plain_loops) if args.loops == "torch" else nullcontext()
+    with loops:
+        if args.device.type == "cuda":
+            few = replace(config, calib_samples=2, iters=1)
+            quantize_model(model, few, images[:2], block_types=types, device=args.device)
+            torch.cuda.reset_peak_memory_stats()
+            print(
+                f"{where}, loops of {args.loops}: {seconds_of(run):.1f} s on {torch.cuda.get_device_name()}, ", end=""
+            )
+            print(f"peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB", flush=True)
+            if args.profile:
+                print(f"  idle {idle_share(run):.0%} under the profiler", flush=True)
+        else:
+            reset_peak()
+            print(f"{where}: {seconds_of(run):.1f} CPU-s, peak {peak_mib():.0f} MiB")
 
 
 class Residual(nn.Sequential):
@@ -96,9 +131,14 @@ def steps(args: argparse.Namespace) -> None:
     ):
         config = QuantConfig(calib_samples=2 * args.batch, batch_size=args.batch, iters=args.steps, warmup=0.0)
         model, images = nn.Sequential(block).eval(), torch.randn(2 * args.batch, *shape)
-        _, report = quantize_model(model, config, images, block_types=[type(block).__name__])
+        run = partial(quantize_model, model, config, images, block_types=[type(block).__name__], device=args.device)
+        if args.device.type == "cuda":
+            quantize_model(model, replace(config, iters=1), images, device=args.device)
+        _, report = run()
         rate = args.steps / report.blocks[0].learning_seconds
         print(f"{name}, {args.batch} images a step: {rate:.2f} steps per second, errors before and after included")
+        if args.device.type == "cuda":
+            print(f"  idle {idle_share(run):.0%} under the profiler, capture included", flush=True)
 
 
 def main() -> None:
@@ -107,7 +147,7 @@ def main() -> None:
     parser.add_argument("--arch", default="mobilenetv2")
     parser.add_argument("--checkpoint")
     parser.add_argument("--images_from", default="digits")
-    parser.add_argument("--types", nargs="*", default=[])
+    parser.add_argument("--types", nargs="*", help="classes of the blocks; those that are found without it")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounding", default="compensated")
@@ -115,10 +155,27 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--iters", type=int, default=2000)
+    parser.add_argument("--damping", default="0.01")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--loops", choices=["compiled", "torch"], default="compiled")
+    parser.add_argument("--profile", action="store_true", help="on CUDA: the network's run again, under the profiler")
     args = parser.parse_args()
+    part = {"network": network, "growth": growth, "steps": steps}[args.part]
+    if args.device.type == "cuda":
+        part(args)
+        return
     torch.set_num_threads(1)
     with patch.object(time, "perf_counter", time.process_time):  # the reports' seconds are the processor's too
-        {"network": network, "growth": growth, "steps": steps}[args.part](args)
+        part(args)
+
+
+def damping(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def plain_loops(device: torch.device) -> ModuleType:
+    return loops_plain
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Codes of whole rows of weights in a quadratic metric: error feedback, then coordinate descent.
 
 The error of a row's codes q around its real target T is (q - T)ᵀA(q - T). Both methods go through the columns in
-blocks: inside a block every weight depends on the one before it, which is a loop (`loops_compiled`, or `loops_plain`
-without numba or on another device; their codes are equal); what a block does to the columns behind it is one matrix
-product.
+blocks: inside a block every weight depends on the one before it, which is a loop (`loops_compiled` on the CPU,
+`loops_triton` on CUDA, `loops_plain` where these cannot be built; their codes are equal); what a block does to the
+columns behind it is one matrix product.
 
 Rows of weights come as [G, R, K]: R output channels of each of G groups, which share the group's A [G, K, K].
 Everything is float64.
@@ -205,6 +205,17 @@ def _compiled_loops() -> ModuleType | None:
     return loops_compiled
 
 
+@cache
+def _triton_loops(device: torch.device) -> ModuleType | None:
+    try:
+        from logart.quantization import loops_triton
+    except ImportError:  # torch brings Triton on Linux alone
+        return None
+    return loops_triton if loops_triton.works(device) else None
+
+
 def _loops(device: torch.device) -> ModuleType:
-    """What works inside a block of columns: compiled for the CPU where numba is installed, else torch's operations."""
+    """What works inside a block of columns: compiled for the device where that can be done, else torch's operations."""
+    if device.type == "cuda":
+        return _triton_loops(device) or loops_plain
     return (_compiled_loops() if device.type == "cpu" else None) or loops_plain

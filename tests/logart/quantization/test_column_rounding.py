@@ -3,6 +3,7 @@
 The compiled loops against torch's operations, bit for bit.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -303,3 +304,66 @@ print(loops_compiled.correlation_order(torch.eye(3, dtype=torch.float64)[None]).
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert result.stdout == "[[0, 1, 2]]\n", result.stderr
+
+
+# ---------------------------------------------------------------- loops on CUDA
+
+
+TESTS = Path(__file__).parents[2]
+
+
+def check_triton(device: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, str(TESTS / "loops_on_device.py"), device]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)
+    assert len(found) == 15 and all(len(equal) == 3 for equal in found.values())
+    assert [name for name, equal in found.items() if not all(equal.values())] == []
+
+
+def test_triton_loops_give_the_plain_ones_bits() -> None:
+    """In Triton's interpreter, which needs no GPU."""
+    pytest.importorskip("triton", reason="torch brought no Triton")
+    check_triton("cpu")
+
+
+@pytest.mark.gpu
+def test_triton_loops_give_the_plain_ones_bits_on_a_gpu() -> None:
+    check_triton("cuda")
+
+
+def test_triton_loops_compile_without_fused_products() -> None:
+    """For a GPU that is not there: a fused multiply-add would round once where the others round twice."""
+    triton = pytest.importorskip("triton", reason="torch brought no Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from logart.quantization import loops_triton
+
+    real, codes, size = "*fp64", "*u8", "i32"
+    sizes = {name: size for name in ("rows", "per_group", "size", "n_levels")}
+    tile = {"ROWS": 4, "BLOCK": 64, "LEVELS": 16}
+    for kernel in (loops_triton._error_feedback, loops_triton._coordinate_descent):
+        types = {name: codes if name in ("codes", "chosen") else real for name in kernel.arg_names}
+        source = ASTSource(kernel, {**types, **sizes, **dict.fromkeys(tile, "constexpr")}, tile)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=loops_triton._ALONE)
+        assert "mul.rn.f64" in built.asm["ptx"] or "mul.f64" in built.asm["ptx"]
+        assert "fma" not in built.asm["ptx"]
+
+
+def test_a_gpu_without_triton_takes_torch_s_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here Triton finds no GPU at all; the line says so, and the work goes on."""
+    loops_triton = pytest.importorskip("logart.quantization.loops_triton", reason="torch brought no Triton")
+
+    def refuse(a: Tensor) -> Tensor:
+        raise RuntimeError("no C compiler\nmore")
+
+    monkeypatch.setattr(loops_triton, "correlation_order", refuse)
+    with pytest.warns(UserWarning, match=r"^no Triton on cpu \(no C compiler\): rounding takes torch's operations"):
+        assert not loops_triton.works(torch.device("cpu"))
+    for works, expected in ((False, loops_plain), (True, loops_triton)):
+        monkeypatch.setattr(loops_triton, "works", lambda device, works=works: works)
+        column_rounding._triton_loops.cache_clear()
+        assert column_rounding._loops(torch.device("cuda")) is expected
+    column_rounding._triton_loops.cache_clear()
