@@ -22,7 +22,7 @@ SMALL = {
     "grid_options cnn": ("--bits 4 --rows compensated --data_path digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
     "grid_options vit": ("--bits 4 --rows compensated --dataset digits", r"\| compensated \| 9\d\.\d\d, \d+ s"),
     "handed_forward growth": ("--width 4 --size 8 --images 4 --runs 1", r"from 8 to 16 blocks \d\.\d\d×"),
-    "handed_forward network": ("--arch cifar_resnet20 --images 4", r"4 images, compensated, damping 0.01: \d+\.\d CPU-s"),
+    "handed_forward network": ("--arch cifar_resnet20 --images 4", r"4 images, compensated, damping \S+ \d+\.\d CPU-s"),
     "handed_forward steps": ("--steps 1 --batch 1", r"DeiT-tiny block of 197 tokens, 1 images a step: \d"),
     "layer_wise_search": ("--size 3 --images 2 --channels 8 --runs 1", r"by second moments +0\.\d\d s"),
     "llr_step": ("--size 3 --batch 2 --runs 1", r"\d+\.\d\d"),
