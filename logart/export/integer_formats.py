@@ -1,7 +1,6 @@
 """Number formats of the integer network, and the weights of its layers as integers in each channel's own unit.
 
-Formats have fractions that are powers of two, so that requantization is a shift; they are chosen by the least error of
-power 2.4, the exponent of BRECQ (Li et al. 2021).
+Formats are the even grids of quantized activations whose steps are powers of two, so that requantization is a shift.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from logart.export.hardware import Array, HardwareLevels
 from logart.export.integer_layer import SCALE_FRACTION
+from logart.grids.activations import Seen, choose_even_grid
 
 ACCUMULATOR_BITS = 32
-_ELEMENTS = 2**22  # that errors are measured on
-_FINER = 6  # fractions tried beyond the one at which nothing saturates
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -52,20 +50,16 @@ class Format:
 
     @classmethod
     def choose(cls, x: Tensor, bits: int) -> Format:
-        """The format of so many bits that leaves the least Σ|x - q|^2.4, over every k-th element, k odd, of very many.
+        """The format of so many bits with the least error, as `choose_even_grid` measures it.
 
         Raises:
             ValueError: x is not finite.
         """
-        low, high = (float(end) for end in x.aminmax())
-        if not math.isfinite(low) or not math.isfinite(high):
+        seen = Seen.sampled(x)
+        if not all(math.isfinite(end) for end in seen.extremes):
             raise ValueError("its values are not finite")
-        signed, largest = low < 0, max(-low, high)
-        x = x.flatten()[:: -(-x.numel() // _ELEMENTS) | 1].double()
-        coarsest = bits - int(signed) - math.frexp(largest)[1] if largest else 0
-        formats = [cls(bits, coarsest + finer, signed) for finer in range(-1, _FINER)]
-        errors = [float((f.real(f.quantize(x)) - x).abs().pow(2.4).sum()) for f in formats]
-        return formats[int(np.argmin(errors))]
+        grid = choose_even_grid(seen, bits, pow2=True)
+        return cls(bits, round(-math.log2(grid.step)), grid.low < 0)
 
 
 @dataclass(frozen=True)

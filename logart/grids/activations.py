@@ -19,6 +19,9 @@ from logart.grids.rounding import count_below, dequantize
 from logart.grids.search import choose_codebook
 
 MIN_BITS_A, MAX_BITS_A, FLOAT_BITS = 2, 16, 32
+# Of a tensor's values errors are measured on all, or on so many evenly spaced ones and all of the largest: a few
+# that saturate make most of the error near the best step, and of those an even sample has next to none.
+SAMPLE, LARGEST = 2**15, 2**15
 _PER_OCTAVE, _OCTAVES = 16, 5  # steps tried: 4.4 % apart, down to 1/32 of the one at which nothing saturates
 
 
@@ -88,9 +91,44 @@ class Seen(NamedTuple):
         low, high = x.detach().aminmax()
         return cls(x.detach(), 1.0, (float(low), float(high)))
 
+    @classmethod
+    def sampled(cls, x: Tensor) -> Seen:
+        """All values of x, or `SAMPLE` of them and the `LARGEST` magnitudes."""
+        stride = sampling_stride(x.numel(), x.numel())
+        if stride == 1:
+            return cls.of(x)
+        x = x.detach().flatten()
+        return cls.weighted(x[::stride], largest(x), x.numel(), cls.of(x).extremes)
+
+    @classmethod
+    def weighted(cls, some: Tensor, largest: Tensor, total: int, extremes: tuple[float, float]) -> Seen:
+        """Evenly spaced values of `total`, which stand for all but the largest magnitudes, and those."""
+        limit = largest.abs().min()
+        largest, others = largest[largest.abs() > limit], some[some.abs() <= limit]
+        counts = torch.ones(len(largest) + len(others), device=some.device)
+        counts[len(largest) :] = (total - len(largest)) / max(1, len(others))
+        return cls(torch.cat([largest, others]), counts, extremes)
+
     def error(self, delta: Tensor) -> Tensor:
         """Σ|δ|^2.4 over all values, a float64 scalar; the exponent of BRECQ (Li et al. 2021)."""
         return (delta.abs().float().pow(2.4) * self.counts).sum(dtype=torch.float64)
+
+
+def sampling_stride(total: int, part: int) -> int:
+    """Every which of `total` values is taken, where they come in parts of so many: prime to it, else some channels
+    would never be seen.
+    """
+    if total <= SAMPLE + LARGEST:
+        return 1
+    stride = math.ceil(total / SAMPLE)
+    while math.gcd(stride, part) > 1:
+        stride += 1
+    return stride
+
+
+def largest(x: Tensor) -> Tensor:
+    """The `LARGEST` elements of x [n] by magnitude, in no order."""
+    return x[x.abs().topk(min(LARGEST, len(x)), sorted=False).indices]
 
 
 def choose_even_grid(x: Seen, n_bits: int, *, pow2: bool) -> EvenGrid:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from logart import ranks
 from logart.errors import NetworkError
+from logart.grids import activations
 from logart.grids.activations import ActScale, Seen, SoftmaxGrid, choose_even_grid, choose_log_levels
 from logart.grids.registry import grid_named
 from logart.quantization.activation_learning import learn_steps
@@ -22,10 +23,6 @@ from logart.quantization.capture import run_to
 from logart.quantization.layers import LAYER_TYPES, find_parameter
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import ReconInput, Settings
-
-# Of a tensor's values errors are measured on all, or on so many evenly spaced ones and all of the largest: a few
-# that saturate make most of the error near the best step, and of those an even sample has next to none.
-SAMPLE, LARGEST = 2**15, 2**15
 
 
 class Activations(Stage):
@@ -47,7 +44,7 @@ class Activations(Stage):
 
     def working_bytes(self, size: BlockSize, config: Settings) -> int:
         """A batch's tensors, and of the values seen the levels, the error and its power."""
-        return 2 * config.batch_size * size.activations + 24 * (SAMPLE + LARGEST)
+        return 2 * config.batch_size * size.activations + 24 * (activations.SAMPLE + activations.LARGEST)
 
     def prepare(self, task: NetworkTask) -> list[tuple[str, str]]:
         """Put quantizers before layers and at the operands of products."""
@@ -122,7 +119,7 @@ def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantiz
 
 @torch.no_grad()
 def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size: int) -> Seen:
-    """What a quantizer in a block is given on all ranks: all values, or `SAMPLE` of them and the `LARGEST` magnitudes.
+    """What a quantizer in a block is given on all ranks: all values, or some that stand for them.
 
     Args:
         inputs: the block's calls for n images.
@@ -135,14 +132,11 @@ def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size
     for start in range(0, len(inputs), batch_size):
         x = run_to(block, quantizer, inputs[start : start + batch_size])[0].flatten()
         if start == 0:
-            images = min(batch_size, len(inputs))
-            if x.numel() * inputs.total > images * (SAMPLE + LARGEST):
-                stride = math.ceil(x.numel() * inputs.total / (images * SAMPLE))
-                while math.gcd(stride, x.numel()) > 1:  # else some channels would never be seen
-                    stride += 1
+            total = x.numel() * inputs.total // min(batch_size, len(inputs))
+            stride = activations.sampling_stride(total, x.numel())
         if stride > 1:
-            more = x if len(largest) < LARGEST else x[x.abs() > largest.abs().min()]
-            largest = _largest(torch.cat([largest, more]))
+            more = x if len(largest) < activations.LARGEST else x[x.abs() > largest.abs().min()]
+            largest = activations.largest(torch.cat([largest, more]))
         ends += x.aminmax()
         parts.append(x[first::stride].clone())
         first = (first - x.numel()) % stride
@@ -152,17 +146,8 @@ def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size
     values = ranks.all_rows(torch.cat(parts))
     if stride == 1:
         return Seen(values, 1.0, (low, high))
-    largest, total = _largest(ranks.all_rows(largest)), int(ranks.all_rows(torch.tensor([count])).sum())
-    limit = largest.abs().min()
-    largest, others = largest[largest.abs() > limit], values[values.abs() <= limit]
-    counts = torch.ones(len(largest) + len(others), device=values.device)
-    counts[len(largest) :] = (total - len(largest)) / max(1, len(others))
-    return Seen(torch.cat([largest, others]), counts, (low, high))
-
-
-def _largest(x: Tensor) -> Tensor:
-    """The elements of the largest magnitudes, in no order."""
-    return x[x.abs().topk(min(LARGEST, len(x)), sorted=False).indices]
+    total = int(ranks.all_rows(torch.tensor([count])).sum())
+    return Seen.weighted(values, activations.largest(ranks.all_rows(largest)), total, (low, high))
 
 
 def choose_levels(quantizer: ActivationQuantizer, x: Seen, config: Settings) -> None:

@@ -95,8 +95,8 @@ def test_what_errors_are_measured_on_is_spread_evenly_over_images_and_channels(m
     every = seen_by(block, block.quantizer, inputs, 4)
     assert torch.equal(every.values, x.flatten()) and every.counts == 1.0
     assert every.extremes == (0.0, 6 * 64 * 4 - 1)
-    monkeypatch.setattr("logart.quantization.activation_stage.SAMPLE", 100)
-    monkeypatch.setattr("logart.quantization.activation_stage.LARGEST", 33)
+    monkeypatch.setattr("logart.grids.activations.SAMPLE", 100)
+    monkeypatch.setattr("logart.grids.activations.LARGEST", 33)
     some = seen_by(block, block.quantizer, inputs, 4)
     assert isinstance(some.counts, Tensor) and some.extremes == every.extremes
     largest, others = some.values[some.counts == 1.0], some.values[some.counts > 1.0]
@@ -110,8 +110,8 @@ def test_a_grid_chosen_on_a_part_is_as_good_as_on_all(monkeypatch: pytest.Monkey
     """Where a few values far out decide: on an even sample without them the error of all would be a fifth larger."""
     x = torch.relu(torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)))
     inputs, block = Captured([Call((part,), {}) for part in x.split(16)]), Wide()
-    monkeypatch.setattr("logart.quantization.activation_stage.SAMPLE", 2**12)
-    monkeypatch.setattr("logart.quantization.activation_stage.LARGEST", 2**12)
+    monkeypatch.setattr("logart.grids.activations.SAMPLE", 2**12)
+    monkeypatch.setattr("logart.grids.activations.LARGEST", 2**12)
     part = seen_by(block, block.quantizer, inputs, 16)
     every = Seen.of(x)
     best = even_error(every, choose_even_grid(every, 8, pow2=False))
