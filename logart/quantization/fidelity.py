@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from logart.grids.rounding import nearest
-from logart.quantization.dbs import wide
 from logart.quantization.layers import find_parameter, get_weight
 from logart.quantization.operations import Use
 from logart.quantization.quantized_weight import QuantizedWeight
@@ -32,11 +31,11 @@ def layer_output_errors(
     held_out: Tensor | None,
     blind: Collection[str] = (),
 ) -> dict[str, tuple[float | None, ...]]:
-    """Of every quantized layer whose operation is seen its output errors, in the order of `KINDS`; None: not measured.
+    """Of every quantized layer whose operation is seen its output errors, in the order of `KINDS`.
 
     An error is Σ(y - ŷ)² / Σ(y - mean y)², y the layer's outputs in the float network and ŷ those in the quantized
     one, behind its quantized prefix; means are per channel. "nearest" takes the same codebooks with codes rounded to
-    nearest and the float biases.
+    nearest and the float biases. None: not measured, or y varies by no more than the rounding of its type.
 
     Args:
         reference: the float network.
@@ -49,7 +48,7 @@ def layer_output_errors(
     for name, layer in layers.items():
         _round_to_nearest(layer, find_parameter(reference, name)[0])
     plain = [layer.snapshot() for layer in layers.values()]
-    found: list[Mapping[str, float]] = []
+    found: list[Mapping[str, float | None]] = []
     try:
         for images in (calibration, held_out):
             some = None if images is None else images[:N_IMAGES]
@@ -68,7 +67,7 @@ def output_errors(
     layers: Mapping[str, QuantizedWeight],
     images: Tensor,
     *states: Sequence[Callable[[], None]],
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | None]]:
     """The relative squared error of each quantized layer's output on images [n, ...], see `layer_output_errors`.
 
     Args:
@@ -106,22 +105,30 @@ def _channels_last(use: Use) -> Tensor:
 
 
 class _Sums:
-    """The squared error of a layer's outputs and their variance, batch by batch."""
+    """The squared error of a layer's outputs and their variance, batch by batch.
+
+    Sums are of distances to the first output, in float64: of outputs that hardly vary, squares in float32, or of the
+    outputs themselves, would have a variance of rounding errors alone.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self._first, self._eps = 0, torch.zeros(()), 0.0
         self._error, self._total, self._squares = (torch.zeros((), dtype=torch.float64) for _ in range(3))
 
     def add(self, target: Tensor, output: Tensor) -> None:
-        target, output = wide(target), wide(output)
+        if not self.count:
+            self._first, self._eps = target[:1].double(), torch.finfo(target.dtype).eps
         self.count += len(target)
-        self._error = self._error.to(target.device) + (target - output).square().sum(dtype=torch.float64)
-        self._total = self._total.to(target.device) + target.sum(0, dtype=torch.float64)
-        self._squares = self._squares.to(target.device) + target.square().sum(0, dtype=torch.float64)
+        target, output = target.double() - self._first, output.double() - self._first
+        self._error = self._error.to(target.device) + (target - output).square().sum()
+        self._total = self._total.to(target.device) + target.sum(0)
+        self._squares = self._squares.to(target.device) + target.square().sum(0)
 
-    def relative(self) -> float:
+    def relative(self) -> float | None:
+        """None where the outputs vary by no more than the rounding of their type: there is nothing to relate to."""
         variance = float((self._squares - self._total.square() / self.count).sum())
-        return float(self._error) / max(variance, 1e-300)
+        rounding = self._eps**2 * self.count * float(self._first.square().sum())
+        return float(self._error) / variance if variance > rounding else None
 
 
 def _round_to_nearest(layer: QuantizedWeight, float_layer: nn.Module) -> None:

@@ -76,3 +76,16 @@ def test_a_network_of_equal_outputs_has_no_error() -> None:
     config = QuantConfig(n_bits=3, scale_method="log_2", rounding="nearest")
     _, report = quantize_model(model, config, images, held_out_images=images)
     assert [layer.output_errors for layer in report.layers] == [(None, None, 0.0, 0.0)] * 2
+
+
+def test_outputs_that_hardly_vary_have_a_right_error_and_those_that_do_not_have_none(images: Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 5), nn.Linear(5, 4)).eval().requires_grad_(False)
+    model[1].weight.mul_(1e-6)
+    model[1].bias.copy_(torch.arange(1.0, 6))
+    model[2].weight.mul_(1e-6)  # of inputs that hardly vary: what is left is lost in the rounding of the bias
+    quantized, _ = quantize_model(model, QuantConfig(n_bits=3, rounding="nearest"), images)
+    hidden = images.flatten(1)
+    expected = relative(model[1](hidden).double(), quantized[1](hidden).double(), (0,))
+    found = layer_output_errors(model, quantized, None, images)
+    assert 1e-3 < expected < 1 and found["1"][3] == pytest.approx(expected, rel=1e-6)
+    assert found["2"] == (None,) * 4
