@@ -107,7 +107,7 @@ def export_integer(
             "calibration_images": len(calibration),
             "class_names": list(source.class_names),
             "golden_images": list(golden.names),
-            "measured": _measure(integers, source, count, quiet),
+            "measured": _measure(integers, network, source, count, quiet),
             **_graph(integers),
         }
         values = _write_golden(integers, golden, folder / "golden")
@@ -214,16 +214,23 @@ class _Logits(nn.Module):
         return self._network.formats[last].real(logits)
 
 
-def _measure(network: IntegerNetwork, source: ImageSource, count: int, quiet: bool) -> dict[str, Any]:
-    """Accuracy on `count` test images, of every class as many, and the share of each step's values that saturate."""
+def _measure(
+    network: IntegerNetwork, packed: nn.Module, source: ImageSource, count: int, quiet: bool
+) -> dict[str, Any]:
+    """Accuracy on `count` test images, of every class as many, also of the packed network in floating point, and the
+    share of each step's values that saturate."""
     logits = _Logits(network)
     some = replace(source, val=source.val.balanced(count))
-    with progress_bar(count, "integer network", quiet) as bar:
-        result = accuracy(logits.eval(), validation_batches(some, BATCH_SIZE, 0), torch.device("cpu"), bar.update)
+    with progress_bar(2 * count, "integer network", quiet) as bar:
+        result, plain = (
+            accuracy(model.eval(), validation_batches(some, BATCH_SIZE, 0), torch.device("cpu"), bar.update)
+            for model in (logits, packed)
+        )
     share = {
         name: n / (result.images * max(1, int(np.prod(network.shapes[name])))) for name, n in logits.saturated.items()
     }
-    return {"images": result.images, "top1": result.top1, "top5": result.top5, "saturated": share}
+    measured = {"images": result.images, "top1": result.top1, "top5": result.top5, "packed_top1": plain.top1}
+    return {**measured, "saturated": share}
 
 
 def _write_golden(network: IntegerNetwork, golden: Split, folder: Path) -> dict[str, Tensor]:

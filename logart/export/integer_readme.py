@@ -10,10 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from logart.export.integer_formats import ACCUMULATOR_BITS
-from logart.export.integer_graph import IntegerNetwork, Layers, limits, shifts
+from logart.export.integer_graph import RECIPROCAL_BITS, IntegerNetwork, Layers, limits, shifts
 from logart.export.integer_rtl import SIMULATED_IMAGES
 
 _SHOWN = 6  # weights of the example
+SECONDS_PER_MILLION = 40  # weights, each in its layer (10) and in the network (20 to 35): digits_resnet and ResNet-20
 
 
 def table(graph: dict[str, Any]) -> str:
@@ -50,10 +51,19 @@ def _left_out(node: dict[str, Any]) -> str:
 
 
 def _measured(graph: dict[str, Any]) -> str:
-    """What the integer network gets, and what the float one got."""
-    m, known = graph["measured"], (graph["info"].get("accuracy") or {}).get("float")
-    text = f"On {m['images']} test images it is right on {m['top1']:.2f} %"
-    return text + (f" (the float network on {known['images']}: {known['top1']:.2f} %)." if known else ".")
+    """What the integer network gets, and what the packed one gets of the same images."""
+    m = graph["measured"]
+    return (
+        f"On {m['images']} test images it is right on {m['top1']:.2f} %, the packed network in floating point on "
+        f"{m['packed_top1']:.2f} % of the same."
+    )
+
+
+def input_bits(graph: dict[str, Any]) -> str:
+    """Of convolutions and linear layers: "8", or "4 to 8" where they differ."""
+    read = {name for node in graph["nodes"] if "folder" in node for name in node["inputs"]}
+    bits = sorted({graph["values"][name]["bits"] for name in read})
+    return " to ".join(map(str, dict.fromkeys((bits[0], bits[-1]))))
 
 
 def readme(graph: dict[str, Any], example: str) -> str:
@@ -65,17 +75,20 @@ def readme(graph: dict[str, Any], example: str) -> str:
     nodes = [node for node in graph["nodes"] if "folder" in node]
     positions = {node["output"]: math.prod(graph["values"][node["output"]]["shape"][1:]) for node in nodes}
     macs = sum(math.prod(node["shape"]) * positions[node["output"]] for node in nodes) / 1e6
+    simulated = min(SIMULATED_IMAGES, len(graph["golden_images"]))
+    seconds = simulated * macs * SECONDS_PER_MILLION
     resized = f"short side resized to {short} ({p['interpolation']}), centre {height}×{width} taken; "
     return _README.format(
         measured=_measured(graph),
         example=example,
-        simulated=min(SIMULATED_IMAGES, len(graph["golden_images"])),
-        mmacs=f"{macs:.2g} million",
-        advice="begin with a layer" if macs > 2 else "the whole takes a minute or so",
+        simulated="golden image" if simulated == 1 else f"{simulated} golden images",
+        mmacs=f"{macs:.2f} million" if macs < 10 else f"{macs:.0f} million",
+        time=f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes",
         input_bits=value["bits"],
         file=graph["source"]["file"],
         sha256=graph["source"]["sha256"],
-        a_bit=graph["activation_bits"],
+        average_bits=RECIPROCAL_BITS + 1,
+        a_bit=input_bits(graph),
         chosen="theirs are the packed network's own, other " if graph["own_activation_levels"] else "",
         n=graph["calibration_images"],
         data=graph["source"]["data"],
@@ -130,8 +143,8 @@ def example(network: IntegerNetwork, layers: Layers, values: Mapping[str, Tensor
 _README = """\
 # An integer network without multiplications
 
-Made from the packed network {file} (SHA-256 {sha256}). Activations of convolutions and linear layers have {a_bit}
-bits; {chosen}formats were chosen from {n} calibration images of {data}.
+Made from the packed network {file} (SHA-256 {sha256}). Inputs of convolutions and linear layers have {a_bit} bits;
+{chosen}formats were chosen from {n} calibration images of {data}.
 
 | in this folder | what |
 |---|---|
@@ -141,9 +154,10 @@ bits; {chosen}formats were chosen from {n} calibration images of {data}.
 | `run.py` | the network in NumPy alone, without a multiplication |
 | `rtl/` | the network in SystemVerilog: engines, test benches, a Makefile |
 
-`python run.py` computes the network for the golden images and compares every value with `golden/`; `python run.py
-INPUT.npy OUTPUT.npy` computes it for others, integers [n, channels, height, width] in input format. `run.py` is the
-definition in code; this page in words. {measured}
+`python run.py` computes the network for the golden images, compares every value but the input with `golden/` and exits
+with 1 where one differs. `python run.py INPUT.npy OUTPUT.npy` computes it for other images, integers [n, channels,
+height, width] in input format, and writes the logits as int64 [n, classes]; NumPy appends `.npy` to a name without
+it. `run.py` is the definition in code; this page in words. {measured}
 
 ## Numbers
 
@@ -173,16 +187,17 @@ A node reads the values `inputs`, in order, and makes the value `output`.
 | `conv`, `linear` | below |
 | `add` | each input shifted left by its `align`; the sum shifted right by `requantize`, to nearest, ties up; saturate |
 | `requantize` | shift right by `requantize`, to nearest, ties up; saturate |
-| `average_pool` | the sum of each window, zeros around, times Σ ±2^e over pairs [±1, e] of `factor`; as `requantize` |
+| `average_pool` | each window's sum, zeros around, times Σ ±2^e (e ≥ 0) of pairs [±1, e] in `factor`; as `requantize` |
 | `max_pool` | the largest of each window; padding is `fill` |
-| `concatenate` | each input as by `requantize`; then one after the other along the channels |
-| `pad` | zeros, [before, after] of each dimension: channels, height, width |
-| `slice` | [start, stop, step] of each dimension: channels, height, width; null is the first, the end, 1 |
+| `concatenate` | each input as `requantize`, here a list of one for each; then one after the other along the channels |
+| `pad` | zeros, `padding` [before, after] of each dimension: channels, height, width |
+| `slice` | `slices` [start, stop, step] of each dimension: channels, height, width; null is the first, the end, 1 |
 | `flatten` | all dimensions but the images' in one, the last running fastest |
 
 Windows have `kernel`, `stride` and `padding` [[top, bottom], [left, right]]; pairs are of height and width. Output
 (y, x) sees rows y · stride + i of the padded input for i below the kernel's height, columns likewise; windows that
-would reach past the padding are left out.
+would reach past the padding are left out. The total of an average over n elements may need floor(log2 n) +
+{average_bits} bits more than the input, log2 n + 1 where n is a power of two.
 
 ## A layer
 
@@ -194,9 +209,9 @@ over i, ky and kx, with g = c // (C / groups), the weight's `shape` [C, C_in/gro
 number of `stride` and `dilation` for y and the second for x; `padding` is [[top, bottom], [left, right]], of zeros.
 In shifts and adds this is:
 
-In the node's `folder`: `codes.npy` [the weight's shape] uint8, `codebook.npy` [G, 2^n, 2 + A], `unit.npy` [C],
-`bias.npy` [C], `requantize.npy` [C], signed integers. Row c of the weight has codebook c // (C / G), in which a
-code is the index of an entry. An entry is sign (-1, 0 or 1), shift and A add-shifts k_j; the weight is
+In the node's `folder`: `codes.npy` [the weight's shape] uint8, for codes of n bits `codebook.npy` [G, 2^n, 2 + A],
+`unit.npy` [C], `bias.npy` [C], `requantize.npy` [C], signed integers. Row c of the weight has codebook c // (C / G),
+in which a code is the index of an entry. An entry is sign (-1, 0 or 1), shift and A add-shifts k_j; the weight is
 
     sign · 2^shift · (1 + Σ_j ±2^-|k_j|)        k_j > 0 adds, k_j < 0 subtracts, k_j = 0 is no term
 
@@ -205,16 +220,17 @@ counts in units of 2^unit[c]: a term gives the activation shifted left by e - un
 negative. The table at the end lists how many were left out so that the accumulator fits {accumulator} bits.
 
 1. Σ of all terms, added or subtracted: the accumulator.
-2. Where `factor` is not empty: the sum times Σ ±2^e over the pairs [±1, e] of `factors[factor[c]]`, whose key is
-   that integer as text.
+2. Where `factor` is not empty: the sum times Σ ±2^e (e ≥ 0) over the pairs [±1, e] of `factors[factor[c]]`;
+   `factor[c]` is the integer that they come to, as text, as JSON's keys are.
 3. Plus `bias[c]`.
 4. Shifted right by `requantize[c]`, to nearest, ties up.
 5. Saturate.
 
-A layer's sum and bias have fraction f - unit[c] for inputs of fraction f, where a channel's factor does not change it;
-`requantize[c]` brings that to the output's. `accumulator_bits` of a node is the width of max|input| · Σ|weight| +
-|bias| (times the factor): no sum of terms, in whatever order, overflows it. Rounding in step 4, or a shift to the
-left, may need a bit or more beyond.
+For inputs of fraction f a layer's sum has fraction f - unit[c], 5 more behind a factor, which counts in 1/32; the bias
+has the same, and `requantize[c]` brings that to the output's. `accumulator_bits` of a node is the signed width that
+holds max|input| · Σ|weight| (times the factor) + |bias|, max|input| that of the input's format: 128 for 8 bits signed,
+255 for 8 unsigned. No finished sum overflows it; in between, two's complement may wrap without harm. Rounding in
+step 4, or a shift to the left, may need a bit or more beyond.
 
 ## One output by hand
 
@@ -222,25 +238,32 @@ left, may need a bit or more beyond.
 
 ## Simulation
 
-`rtl/` has the same in SystemVerilog. `make layer-NAME` there runs a layer, `make network` the whole network, `make`
-all of them, on the first {simulated} golden images, with Icarus Verilog (11 or later; `iverilog` on the path), and
-compares every output: "NAME: 0 mismatches of N", else make fails. `make network IMAGES=1` takes one image. The engines
-take one weight a clock, which Icarus simulates at about 20 s a million: an image has {mmacs}, so {advice}. `make
-verilated` is `make network` with Verilator (5 or later), several times as fast; `make lint` checks the engines with it.
+`rtl/` has the same in SystemVerilog. There `make layer-NAME` runs a layer (NAME is the `output` of its node, without
+dots), `make network` the whole network, `make` all of them, on the first {simulated}, with Icarus Verilog
+(11 or later; `iverilog` on the path), and compares every output: "NAME: 0 mismatches of N", else make fails. `make
+network IMAGES=1` takes one image; a layer always takes all of them. The engines take one weight a clock, of which an
+image has {mmacs}. Icarus needs some 10 s for a million in a layer and 20 to 35 s in the network, so that
+`make` takes about {time}. `make verilated` is `make network` with Verilator (5 or later), several times as fast;
+`make lint` checks the engines with it.
 
 | file | what |
 |---|---|
 | `processing_element.sv` | one weight a clock: shifted copies of the activation are added or subtracted |
 | `requantizer.sv` | steps 2 to 5 above, combinational |
 | `layer_engine.sv` | a layer, of these two and memories; `layers/NAME/params.svh` has its parameters |
-| `move_engine.sv`, `pool_engine.sv` | every other operation, by `rtl/golden/VALUE_mapN.hex` for input N |
+| `pool_engine.sv` | `average_pool` and `max_pool` |
+| `move_engine.sv` | every other operation, by `rtl/golden/VALUE_mapN.hex` for input N, from 0 |
 | `layer_tb.sv`, `network_tb.sv` | the test benches |
 
 An engine starts with a clock of `start`, asks for the value at `x_address` (channel · height · width + y · width +
-x) and needs `x_data` in the same clock, signed and X_BITS wide, as it reads its own memories; where `y_valid` is high,
+x) and needs `x_data` in the same clock, signed, as it reads its own memories: of a layer X_BITS wide, one more than an
+unsigned input has, of `pool_engine` 32. `move_engine` asks by `a_address` and `b_address` for `a_data` and `b_data` of
+32 bits; an `add` reads input 1 by b, and a concatenation is an engine for each input. Where `y_valid` is high,
 `y_data` is the output at `y_address`; `done` is high for one clock, behind the last of these. There is no reset:
-`start` begins anew. A map has a line an output, row-major: which element of the input it is, -1 for zero. A
-`.hex` file has a number a line, row-major, two's complement in whole hex digits.
+`start` begins anew. A map has a line an output, row-major: which element of the input it is, -1 for zero.
+
+A `.hex` file has a number a line, row-major, in whole hex digits: `codes` (n bits), `factor` (8 bits) and
+`levels` unsigned, others two's complement, `unit` and `requantize` of 12 bits, `bias`, values and maps of 32.
 `codes`, `unit`, `bias`, `requantize` are as above, `factor` is 1 where there is none; a line of `levels.hex` is an
 entry of a codebook (codebook by codebook), as words of 14 bits for the terms, the first in the lowest bits, each
 with "used" in bit 13, "negative" in bit 12 and the exponent e, before unit[c] is taken off, in bits 11 to 0, two's

@@ -2,6 +2,7 @@
 
     python run.py                      compare with golden/, exit code 1 where a bit differs
     python run.py INPUT.npy OUT.npy    integers [n, C, H, W] in input format -> logits [n, classes] in output format
+                                       (int64); exit code 2 where a file is not as it should be
 
 Activations are only ever shifted, added, subtracted, compared and moved: never multiplied, never floating point.
 What each operation does is said in its function; README.md says it in words. This file needs nothing but NumPy and
@@ -21,6 +22,17 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 Array = Any  # an integer ndarray
 Node = dict[str, Any]
+
+
+def load(path: str | Path) -> Array:
+    """The array of a file; OSError, which names it, where there is none."""
+    try:
+        array = np.load(path)
+    except (ValueError, EOFError):
+        array = None
+    if not isinstance(array, np.ndarray):
+        raise OSError(f"{path}: expected an array in NumPy's .npy format")
+    return array
 
 
 def shifted(x: Array, places: int) -> Array:
@@ -58,7 +70,7 @@ def accumulated(columns: Array, signs: Array, places: Array) -> Array:
 def weights(node: Node, folder: Path) -> tuple[Array, Array]:
     """The terms of a layer's weights: signs and places (relative to the channel's unit), each [T, C, K]."""
     where = folder / node["folder"]
-    codes, codebook, unit = (np.load(where / f"{name}.npy") for name in ("codes", "codebook", "unit"))
+    codes, codebook, unit = (load(where / f"{name}.npy") for name in ("codes", "codebook", "unit"))
     rows = codes.reshape(len(codes), -1)
     levels = codebook[np.arange(len(rows))[:, None] // (len(rows) // len(codebook)), rows]  # sign, shift, add-shifts
     sign, shift, adds = levels[..., 0], levels[..., 1], np.moveaxis(levels[..., 2:], -1, 0)
@@ -71,7 +83,7 @@ def layer(node: Node, x: Array, folder: Path) -> Array:
     """A convolution or linear layer: Σ, the channel's factor, bias, requantization, saturation."""
     where = folder / node["folder"]
     signs, places = weights(node, folder)
-    bias, shift = np.load(where / "bias.npy"), np.load(where / "requantize.npy")
+    bias, shift = load(where / "bias.npy"), load(where / "requantize.npy")
     if node["op"] == "linear":
         sums = accumulated(x.T, signs, places)
         shape: tuple[int, ...] = ()
@@ -143,29 +155,41 @@ def run(graph: dict[str, Any], x: Array, folder: Path) -> dict[str, Array]:
     return values
 
 
-def main(argv: list[str]) -> int:
-    """The entry point; returns the exit code."""
-    folder = Path(__file__).parent
-    graph = json.loads((folder / "graph.json").read_text("utf-8"))
-    if len(argv) == 2:
-        x, form = np.load(argv[0]), graph["values"][graph["input"]["value"]]
-        low, high = (-1 << form["bits"] - 1, 1 << form["bits"] - 1) if form["signed"] else (0, 1 << form["bits"])
-        shape = x.shape[1:] == tuple(form["shape"])
-        if x.dtype.kind not in "iu" or not shape or (x.size and not low <= x.min() <= x.max() < high):
-            line = f"integers [n, {str(form['shape'])[1:-1]}] from {low} to {high - 1}"
-            print(f"{argv[0]}: {x.dtype} {list(x.shape)}; expected {line}", file=sys.stderr)
-            return 2
-        np.save(argv[1], run(graph, x.astype(np.int64), folder)[graph["output"]["value"]])
-        return 0
-    if argv:
-        print(__doc__, file=sys.stderr)
+def compute(graph: dict[str, Any], folder: Path, source: str, target: str) -> int:
+    """Logits of a file of input integers into another; returns the exit code."""
+    x, form = load(source), graph["values"][graph["input"]["value"]]
+    low, high = (-1 << form["bits"] - 1, 1 << form["bits"] - 1) if form["signed"] else (0, 1 << form["bits"])
+    right = x.dtype.kind in "iu" and x.shape[1:] == tuple(form["shape"]) and x.size > 0
+    if not right or not low <= x.min() <= x.max() < high:
+        line = f"integers [n, {str(form['shape'])[1:-1]}], n at least 1, from {low} to {high - 1}"
+        print(f"{source}: {x.dtype} {list(x.shape)}; expected {line}", file=sys.stderr)
         return 2
-    golden = {name: np.load(folder / "golden" / f"{name}.npy") for name in graph["values"]}
+    np.save(target, run(graph, x.astype(np.int64), folder)[graph["output"]["value"]])
+    return 0
+
+
+def check(graph: dict[str, Any], folder: Path) -> int:
+    """Compare every computed value with golden/; returns the exit code."""
+    golden = {name: load(folder / "golden" / f"{name}.npy") for name in graph["values"]}
     values = run(graph, golden.pop(graph["input"]["value"]).astype(np.int64), folder)
     wrong = [name for name, right in golden.items() if not np.array_equal(values[name], right)]
     equal = f"{len(golden) - len(wrong)} of {len(golden)} golden values equal"
     print(equal + f"; not: {', '.join(wrong)}" * bool(wrong))
     return 1 if wrong else 0
+
+
+def main(argv: list[str]) -> int:
+    """The entry point; returns the exit code."""
+    folder = Path(__file__).parent
+    if len(argv) not in (0, 2):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        graph = json.loads((folder / "graph.json").read_text("utf-8"))
+        return compute(graph, folder, *argv) if argv else check(graph, folder)
+    except OSError as error:  # it names the file
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

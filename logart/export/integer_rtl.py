@@ -51,7 +51,9 @@ def write_rtl(
             _write_layer(step, network, levels, codes, images, folder / "layers" / step.name)
     (rtl / "network_tb.sv").write_text(_network(network, layers, images, rtl), "utf-8")
     names = " ".join(step.name for step in network.steps if step.module)
-    (rtl / "Makefile").write_text(_MAKEFILE.replace("@LAYERS@", names).replace("@IMAGES@", str(images)), "utf-8")
+    counts = [str(count + 1) for count in range(images)]
+    texts = {"LAYERS": names, "IMAGES": str(images), "COUNTS": " ".join(counts), "EXPECTED": " or ".join(counts)}
+    (rtl / "Makefile").write_text(_filled(_MAKEFILE, texts), "utf-8")
 
 
 def _write_layer(
@@ -172,10 +174,14 @@ def _network(network: IntegerNetwork, layers: Layers, images: int, rtl: Path) ->
         show = f'$display("image %0d, {step.name}: %0d mismatches", image, wrong - earlier);'
         body.append(f"    if (wrong != earlier) {show}\n    earlier = wrong;")
     load = [f'    $readmemh("golden/{name}.hex", g_{name});' for name, _ in run]
-    parts = {"MEMORIES": memories, "ENGINES": engines, "LOAD": load, "BODY": body}
-    text = _NETWORK.replace("@IMAGES@", str(images))
-    for name, lines in parts.items():
-        text = text.replace(f"@{name}@", "\n".join(lines))
+    parts = {"MEMORIES": memories, "ENGINES": engines, "LOAD": load, "BODY": body, "IMAGES": [str(images)]}
+    return _filled(_NETWORK, {name: "\n".join(lines) for name, lines in parts.items()})
+
+
+def _filled(text: str, parts: Mapping[str, str]) -> str:
+    """A template with its @NAME@ filled in."""
+    for name, part in parts.items():
+        text = text.replace(f"@{name}@", part)
     return text
 
 
@@ -225,15 +231,18 @@ endmodule
 """
 
 _MAKEFILE = """\
-# make: simulate every layer and the whole network with Icarus Verilog; make network IMAGES=1: on one image; make
-# verilated: the network with Verilator, several times as fast; make lint: check the engines with Verilator.
+# make: simulate every layer and the whole network with Icarus Verilog; make layer-NAME: a layer; make network IMAGES=1:
+# on one image; make verilated: the network with Verilator, several times as fast; make lint: check the engines with it.
 LAYERS = @LAYERS@
 ENGINES = processing_element.sv requantizer.sv layer_engine.sv move_engine.sv pool_engine.sv
 IMAGES = @IMAGES@
+ifneq ($(filter @COUNTS@,$(firstword $(IMAGES))),$(or $(IMAGES),none))
+$(error IMAGES: expected @EXPECTED@, got $(IMAGES))
+endif
 
 all: $(LAYERS:%=layer-%) network
 
-layer-%: ; @mkdir -p build
+$(LAYERS:%=layer-%): layer-%: ; @mkdir -p build
 \tiverilog -g2012 -I ../layers/$* -s layer_tb -o build/$*.vvp layer_tb.sv $(ENGINES)
 \tvvp -n build/$*.vvp | tee build/$*.txt
 \t@grep -q ": 0 mismatches of [1-9]" build/$*.txt

@@ -102,12 +102,12 @@ class ApotGrid(Grid):
         used = [places or (0,) for places in magnitudes(n_bits)]
         shift = torch.tensor([-places[0] for places in used])
         adds = torch.tensor([[places[1] - places[0] if len(places) > 1 else 0] for places in used])
-        adds = adds if adds.any() else adds[:, :0]
         sign = torch.tensor([int(bool(places)) for places in magnitudes(n_bits)])
         live = (scale > 0)[:, None]
         both = torch.cat([-sign.flip(0), sign]) * live
         shifts = torch.where(both != 0, torch.cat([shift.flip(0), shift]) + exponent, 0)
         every = torch.cat([adds.flip(0), adds]) * (both != 0)[..., None]
+        every = every if every.any() else every[..., :0]
         return Shifts(both, shifts, every, torch.where(scale > 0, scale, SCALE_UNIT))
 
     def units(self, spec: CodebookSpec, n_bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

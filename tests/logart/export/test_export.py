@@ -150,6 +150,8 @@ def test_the_files_give_the_weights_back(
         tail = entry["add_shifts"]
         assert tail == {2: [1], 3: [1, -4], 4: [1, -4, -6]}[terms] or (options.get("n_bits") == 2 and tail == [])
         assert entry["root2_approximated_by_export"] == (bool(tail) and not since_calibration)
+        codebook = np.load(tmp_path / "out" / entry["folder"] / "codebook.npy")
+        assert codebook.shape == (entry["codebooks"], 2 ** entry["bits"], 2 + len(tail))
 
 
 def test_base_2_needs_no_approximation(tmp_path: Path) -> None:
@@ -191,6 +193,29 @@ def test_words_and_hex_say_what_the_arrays_say(options: dict[str, Any], tmp_path
         options["scale_search"] is ScaleSearch.GRID)  # fmt: skip
 
 
+@pytest.mark.parametrize("n_bits", [2, 4])
+def test_where_levels_differ_in_their_add_shifts_each_has_its_own(n_bits: int, tmp_path: Path) -> None:
+    digits(tmp_path / "a.safetensors", scale_method="apot", n_bits=n_bits)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval().requires_grad_(False)
+    model[1].weight.zero_()  # of a layer of zeros no level has one
+    zeros = quantized(model, torch.randn(2, 1, 8, 8), scale_method="apot", n_bits=n_bits)
+    save_packed(zeros, tmp_path / "0.safetensors")
+    shared = []
+    for name in ("a", "0"):
+        export_hardware(tmp_path / f"{name}.safetensors", tmp_path / name)
+        for folder, layer in folders(tmp_path / name):
+            codebook, words = np.load(folder / "codebook.npy"), hex_numbers(folder / "codebook.hex", 16, signed=False)
+            own = layer["add_shifts"] is None
+            assert codebook.shape[2] == 2 + (1 if own else len(layer["add_shifts"]))
+            assert (folder / "add_shifts.npy").exists() == (folder / "add_shifts.hex").exists() == own
+            if own:
+                assert np.array_equal(np.load(folder / "add_shifts.npy"), codebook[..., 2:])
+                assert np.array_equal(hex_numbers(folder / "add_shifts.hex", 8, signed=True), codebook[..., 2:].ravel())
+            assert np.array_equal(words >> 13 & 1, codebook[..., 2:].any(-1).ravel())
+            shared.append(layer["add_shifts"])
+    assert shared[-1] == [] and (None in shared) == (n_bits == 4)
+
+
 # ---------------------------------------------------------------- golden vectors
 
 
@@ -225,6 +250,11 @@ def check_golden(out: Path, inputs: dict[str, Tensor]) -> None:
         exact = layer_of(torch.from_numpy(x * 2.0 ** -golden["input"]["fraction"]), rounded)
         result = torch.from_numpy(y * 2.0 ** -golden["output"]["fraction"])
         assert golden["rounded_terms"] == 0 and torch.equal(result, exact), layer["name"]
+        codes, codebook = np.load(folder / "codes.npy"), np.load(folder / "codebook.npy").astype(np.int64)
+        rows, books = codes.reshape(len(codes), -1), np.arange(len(codes)) // (len(codes) // len(codebook))
+        sign, shift, *adds = np.moveaxis(codebook[books[:, None], rows], 2, 0)
+        exponents = [shift[sign != 0], *((shift - abs(k))[(sign != 0) & (k != 0)] for k in adds)]
+        assert golden["guard"] == max(0, -int(np.concatenate(exponents).min()))
         given = inputs[layer["name"]].double()
         assert np.abs(x).max() >= 2**13  # the format is used
         distance = (result - layer_of(given, bias)).abs().max()
@@ -253,6 +283,9 @@ def test_golden_vectors_of_the_digits(track: str, tmp_path: Path) -> None:
     images = torch.from_numpy(np.load(out / "images.npy"))
     manifest = json.loads((out / "manifest.json").read_text())
     assert images.shape == (8, 1, 8, 8) and manifest["images"] == 8 and manifest["calibration_images"] == 256
+    first = manifest["layers"][0]["golden"]["input"]
+    integers = np.load(out / manifest["layers"][0]["folder"] / "golden" / "input.npy")
+    assert np.array_equal(np.rint(np.load(out / "images.npy").astype(float) * 2.0 ** first["fraction"]), integers)
     calibration = golden_images(info(track, ""), "digits", 8).calibration
     with hardware_approximation(model, 2):
         check_golden(out, inputs_of(model, images))
@@ -354,6 +387,7 @@ def test_the_cost_table_is_the_same_everywhere(exact: Path, tmp_path: Path, capf
         assert list(layer["cost"].values()) == expected
         assert line.split()[0] == Path(layer["folder"]).name
         assert line.split()[3:] == [f"{value:,}" for value in expected]
+    assert "16 bits a codebook" in readme
     assert folders(tmp_path / "out")[0][1]["cost"]["multiplications"] == 64 * 8 * 9  # 8×8 pixels, 8 filters of 3×3
     total = [sum(layer["cost"][name] for layer in manifest["layers"]) for name in manifest["cost"]]
     assert list(manifest["cost"].values()) == total

@@ -32,6 +32,7 @@ from logart.export.inputs import open_source
 from logart.export.integer_export import export_integer
 from logart.export.integer_formats import ACCUMULATOR_BITS, Format, IntegerWeights
 from logart.export.integer_graph import reciprocal
+from logart.export.integer_readme import input_bits
 from logart.export.integer_trace import trace
 from logart.networks.data import Preprocessing
 from logart.networks.digits import DIGITS
@@ -95,6 +96,43 @@ def test_every_value_of_every_test_image_is_torch_s_bit_for_bit_and_so_is_the_ac
     right = (logits.argmax(1) == labels)[clear].sum()
     assert abs(100 * right / len(labels) - graph["measured"]["top1"]) <= 100 * (~clear).sum() / len(labels)
     assert graph["measured"]["top1"] > 97
+    with torch.no_grad():
+        floating = 100 * (load_packed(packed)(images).argmax(1).numpy() == labels).mean()
+    assert graph["measured"]["packed_top1"] == pytest.approx(floating, abs=0.01)
+    assert f"{floating:.2f} % of the same" in (out / "README.md").read_text("utf-8")
+
+
+def test_hex_files_and_accumulators_are_as_wide_as_the_readme_says(exported: Path) -> None:
+    graph = graph_of(exported)
+
+    def numbers(path: Path, bits: int, *, signed: bool) -> list[int]:
+        lines = path.read_text("ascii").split()
+        assert {len(line) for line in lines} == {-(-bits // 4)}
+        values = [int(line, 16) for line in lines]
+        return [v - (1 << bits) if signed and v >> bits - 1 else v for v in values]
+
+    for node in (node for node in graph["nodes"] if "folder" in node):
+        folder, f = exported / node["folder"], graph["values"][node["inputs"][0]]
+        codes, bias = np.load(folder / "codes.npy"), np.load(folder / "bias.npy")
+        factors = [int(text) for text in node["factor"]]
+        assert all(sum(s << e if s > 0 else -1 << e for s, e in terms) == int(text) and min(e for _, e in terms) >= 0
+                   for text, terms in node["factors"].items())  # fmt: skip
+        assert np.array_equal(numbers(folder / "codes.hex", 4, signed=False), codes.ravel())
+        assert numbers(folder / "factor.hex", 8, signed=False) == factors
+        for name, bits in (("unit", 12), ("requantize", 12), ("bias", 32)):
+            assert np.array_equal(numbers(folder / f"{name}.hex", bits, signed=True), np.load(folder / f"{name}.npy"))
+        signs, places = integer_reference.weights(node, exported)
+        weights = np.abs((signs.astype(np.int64) << np.maximum(places, 0)).sum(0)).sum(1)
+        largest = 2 ** (f["bits"] - 1) if f["signed"] else 2 ** f["bits"] - 1
+        ends = [w * largest * i + abs(b) for w, i, b in zip(weights.tolist(), factors, bias.tolist(), strict=True)]
+        assert node["accumulator_bits"] == 1 + max(end.bit_length() for end in ends)
+
+
+def test_the_readme_gives_the_range_of_input_bits() -> None:
+    nodes = [{"folder": "layers/a", "inputs": ["x"]}, {"inputs": ["b"]}, {"folder": "layers/c", "inputs": ["y"]}]
+    values = {"x": {"bits": 8}, "b": {"bits": 16}, "y": {"bits": 4}}
+    assert input_bits({"nodes": nodes, "values": values}) == "4 to 8"
+    assert input_bits({"nodes": nodes[:2], "values": values}) == "8"
 
 
 def test_a_mobilenet_is_torch_s_bit_for_bit(image_folder: Path, tmp_path: Path) -> None:
@@ -155,20 +193,36 @@ def test_the_shipped_program_takes_what_the_input_format_holds_and_refuses_other
         (good[..., :4], "int64 [1, 1, 8, 4]"),
         (good + 1, "int64 [1, 1, 8, 8]"),
         (good - 1, "int64 [1, 1, 8, 8]"),
+        (good[:0], "int64 [0, 1, 8, 8]"),
     ):
         np.save(x, bad)
         done = program(exported, x, y)
-        line = f"{x}: {seen}; expected integers [n, 1, 8, 8] from {low} to {high}\n"
+        line = f"{x}: {seen}; expected integers [n, 1, 8, 8], n at least 1, from {low} to {high}\n"
         assert (done.returncode, done.stderr, y.exists()) == (2, line, False)
     np.save(x, good)
     assert program(exported, x, y).returncode == 0 and np.load(y).shape == (1, 10)
 
 
-def test_the_shipped_program_needs_every_golden_file(exported: Path, tmp_path: Path) -> None:
+def test_the_shipped_program_names_a_file_that_is_missing_or_no_array(exported: Path, tmp_path: Path) -> None:
     copied = tmp_path / "out"
     shutil.copytree(exported, copied)
-    (copied / "golden" / "conv1.npy").unlink()
-    assert program(copied).returncode != 0
+    text, y = tmp_path / "text.npy", tmp_path / "y.npy"
+    text.write_text("no array", "ascii")
+    golden = copied / "golden" / "conv1.npy"
+    x = shutil.copy(copied / "golden" / f"{graph_of(copied)['input']['value']}.npy", tmp_path / "x.npy")
+    for words, broken in (
+        ((tmp_path / "none.npy", y), tmp_path / "none.npy"),
+        ((text, y), text),
+        ((x, tmp_path / "none" / "y.npy"), tmp_path / "none" / "y.npy"),
+        ((), golden),
+        ((x, y), copied / "layers" / "conv1" / "unit.npy"),
+        ((), copied / "graph.json"),
+    ):
+        if broken.is_relative_to(copied):
+            broken.unlink()
+        done = program(copied, *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(broken) in done.stderr, done.stderr
+        assert done.stderr.startswith("run.py: ") and not done.stdout and not y.exists()
 
 
 class Number(int):
@@ -253,10 +307,12 @@ def test_a_channel_that_would_not_fit_leaves_terms_out_and_says_so() -> None:
     assert int(tiny.bits[0]) <= ACCUMULATOR_BITS and abs(float(tiny.bias[0]) * 2.0 ** int(tiny.unit[0]) - 3) < 1e-6
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6, 9, 49, 64, 1024])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 9, 49, 64, 121, 1023, 1024])
 def test_the_constant_of_an_average(count: int) -> None:
     integer, exponent = reciprocal(count)
     assert abs(math.ldexp(integer, -exponent) * count - 1) <= 2.0**-16
+    # the README: the total of 16 bits has at most floor(log2 count) + 17 bits more, one of them the sign
+    assert (2**16 - 1) * count * integer < 2 ** (16 + math.floor(math.log2(count)) + 17 - 1)
     assert (integer == 1) == (count & (count - 1) == 0)
 
 

@@ -66,6 +66,17 @@ def test_a_flipped_bit_of_a_code_is_seen(rtl: Path, tmp_path: Path) -> None:
     assert done.returncode != 0 and re.fullmatch(r"image 0, conv1: [1-9]\d* mismatches", first)
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [(["network", f"IMAGES={count}"], f"IMAGES: expected 1 or 2, got {count}") for count in ("x", "3", "", "1 2")]
+    + [(["layer-blocks.0.conv1"], "No rule to make target 'layer-blocks.0.conv1'")],
+)
+def test_a_wrong_call_of_make_takes_one_line(rtl: Path, words: list[str], line: str) -> None:
+    done = subprocess.run(["make", *words], cwd=rtl, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(rf"[^\n]*\*\*\* {re.escape(line)}[^\n]*\n", done.stderr), done.stderr
+
+
 @pytest.mark.parametrize("target", ["network", "verilated"])
 def test_one_image_alone_is_half_of_two(rtl: Path, target: str) -> None:
     if target == "verilated" and not shutil.which("verilator"):
