@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logart.grids import search
-from logart.grids.grid import SCALE_UNIT, Codebook, CodebookSpec, ErrorFunction, Grid, GridOptions
+from logart.grids.grid import SCALE_UNIT, Codebook, CodebookSpec, ErrorFunction, Grid, GridOptions, Spacing
 from logart.grids.linear import LINEAR_MINMAX, LINEAR_MSE
 from logart.grids.logarithmic import DYNAMIC, actual_scale, half_steps_and_signs, log_candidates, reassigned
 from logart.grids.registry import GRIDS
@@ -17,11 +17,17 @@ LOG_GRIDS = tuple(grid for grid in GRIDS.values() if "n_base2" in grid.integers)
 
 
 def choose_codebook(
-    w: Tensor, grid: Grid, n_bits: int, *, error: ErrorFunction = search.squared_error, **options: Any
+    w: Tensor,
+    grid: Grid,
+    n_bits: int,
+    *,
+    error: ErrorFunction = search.squared_error,
+    spacing: Spacing | None = None,
+    **options: Any,
 ) -> Codebook:
     """`search.choose_codebook` with the fields of `GridOptions` that act on the grid; the others are left out."""
     acting = {name: value for name, value in options.items() if name in grid.options}
-    return search.choose_codebook(w, grid, n_bits, error=error, options=GridOptions(**acting))
+    return search.choose_codebook(w, grid, n_bits, error=error, options=GridOptions(**acting), spacing=spacing)
 
 
 def half_steps(book: Codebook) -> Tensor:

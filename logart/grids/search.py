@@ -19,7 +19,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from logart.grids.grid import NO_OPTIONS, Codebook, ErrorFunction, Grid, GridOptions
+from logart.grids.grid import NO_OPTIONS, Codebook, ErrorFunction, Grid, GridOptions, Spacing, borders_between
 from logart.grids.rounding import count_below, dequantize, nearest, off_borders
 
 # Of candidates held together, about 21 bytes each: 8 bits with scale search has 482,560 a channel.
@@ -36,14 +36,15 @@ def rounding_error(w: Tensor, codebook: Codebook) -> Tensor:
     return dequantize(nearest(w, codebook), codebook.levels) - w.double()
 
 
-def rounding_errors(w: Tensor, candidates: Sequence[Codebook]) -> Iterator[Tensor]:
+def rounding_errors(w: Tensor, candidates: Sequence[Codebook], spacing: Spacing | None = None) -> Iterator[Tensor]:
     """`rounding_error` of every candidate in turn, for one search through the borders instead of one a candidate.
 
+    With `spacing` borders lie as that has them, whatever the grid.
     All borders of all candidates cut a row into intervals; within one, every candidate has one code. So each weight's
     interval is found once, and a candidate only looks up its level there. With more intervals than weights that
     would cost more than it saves.
     """
-    borders = [candidate.borders for candidate in candidates]
+    borders = [borders_between(each.levels, spacing or each.spacing) for each in candidates]
     if sum(b.shape[1] for b in borders) >= w.shape[1]:
         exact, compared = w.double(), off_borders(w)  # equal for all candidates
         for candidate, own in zip(candidates, borders, strict=True):
@@ -58,18 +59,21 @@ def rounding_errors(w: Tensor, candidates: Sequence[Codebook]) -> Iterator[Tenso
         yield candidate.levels.gather(1, codes).gather(1, interval).sub_(w)
 
 
-def least_error(w: Tensor, candidates: Sequence[Codebook], error: ErrorFunction) -> tuple[Codebook, Tensor]:
+def least_error(
+    w: Tensor, candidates: Sequence[Codebook], error: ErrorFunction, spacing: Spacing | None = None
+) -> tuple[Codebook, Tensor]:
     """The best candidate of every channel.
 
     Args:
         w: [G, M] weights, one row per codebook.
         candidates: codebooks of G channels each; on equal error the later one wins.
         error: from δ [G, M] to [G].
+        spacing: see `rounding_errors`.
 
     Returns:
         The chosen codebooks, and all errors [candidates, G] float64.
     """
-    errors = torch.stack([error(delta) for delta in rounding_errors(w, candidates)])
+    errors = torch.stack([error(delta) for delta in rounding_errors(w, candidates, spacing)])
     return _pick(candidates, _last_least(errors)), errors
 
 
@@ -97,10 +101,12 @@ def choose_codebook(
     *,
     error: ErrorFunction = squared_error,
     options: GridOptions = NO_OPTIONS,
+    spacing: Spacing | None = None,
 ) -> Codebook:
     """The codebook of each row of w [G, M] by the grid asked for.
 
-    `error` decides where there is more than one candidate, unless the grid has a measure of its own.
+    `error` decides where there is more than one candidate, unless the grid has a measure of its own. Weights are
+    rounded as the grid does, or with borders of another `spacing`.
     """
     books = grid.candidates(w, n_bits, options)
     if grid.n_candidates(n_bits, options.scale_search) == 1:
@@ -108,7 +114,7 @@ def choose_codebook(
     chosen: list[Codebook] = []
     least: list[Tensor] = []
     while some := list(islice(books, max(1, _LEVELS_PER_CHUNK // (len(w) * 2**n_bits)))):
-        book, errors = least_error(w, some, grid.own_error or error)
+        book, errors = least_error(w, some, grid.own_error or error, spacing)
         chosen.append(book)
         least.append(errors.amin(0))
     return _pick(chosen, _last_least(torch.stack(least)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError
-from logart.grids.grid import Codebook, Grid, GridOptions
+from logart.grids.grid import Codebook, Grid, GridOptions, Spacing
 from logart.grids.measures import OutputMoments
 from logart.grids.search import choose_codebook
 from logart.quantization.blocks import Block
@@ -120,7 +120,9 @@ def estimate_layer(
         first = measure(images=range(middle))
         second = measure(images=range(middle, images), shift=first.shift)
         moments = _checked(name, first + second, w.dtype)
-        search = partial(choose_codebook, grid=config.grid, n_bits=layer.n_bits, options=config.grid_options)
+        search = partial(
+            choose_codebook, grid=config.grid, n_bits=layer.n_bits, options=config.grid_options, spacing=Spacing.LINEAR
+        )
         share, chosen = choose_damping(w, (first, second), search)
         del first, second  # two matrices less beside the factor
     else:
@@ -138,7 +140,7 @@ def round_layer(layer: QuantizedWeight, estimate: Estimate, grid: Grid, options:
     w, t, a = layer.rows.reshape(layer.shape[0], -1), estimate.target, estimate.a
     real = t.reshape(layer.n_codebooks, -1).to(w.dtype)
     error = per_codebook(partial(quadratic_error, a=a), layer)
-    codebook = choose_codebook(real, grid, layer.n_bits, error=error, options=options)
+    codebook = choose_codebook(real, grid, layer.n_bits, error=error, options=options, spacing=Spacing.LINEAR)
     rows = torch.arange(len(w), device=w.device) * layer.n_codebooks // len(w)
     codes = round_compensated(t, a, codebook.select(rows), estimate.factor)
     if options.zero_code:

@@ -11,7 +11,7 @@ from codebooks import LOG_GRIDS, candidate_books, choose_codebook, half_steps, n
 from torch import Tensor
 
 import logart.grids.search
-from logart.grids.grid import Grid, ScaleSearch, Spacing
+from logart.grids.grid import Codebook, Grid, ScaleSearch, Spacing
 from logart.grids.logarithmic import DYNAMIC, HALF_STEPS, LOG_2, LOG_SQRT2, SCALES, distinct_n_base2
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.grids.registry import GRIDS
@@ -167,6 +167,23 @@ def test_candidates_are_counted(search: ScaleSearch, n_bits: int) -> None:
     candidates = candidate_books(torch.ones(1), n_bits, scale_search=search)
     assert DYNAMIC.n_candidates(n_bits, search) == len(candidates)
     assert LOG_2.n_candidates(n_bits, search) * (2 ** (n_bits - 2) + 1) == len(candidates)
+
+
+@pytest.mark.parametrize("search", ScaleSearch)
+def test_candidates_can_be_judged_by_the_nearest_levels(search: ScaleSearch) -> None:
+    """As compensated rounding has it: no candidate's nearest levels are nearer than those of the one chosen."""
+    w = weights(6, 50)
+
+    def distance(book: Codebook) -> Tensor:
+        return (w[:, :, None] - book.levels[:, None]).abs().amin(2).square().sum(1)
+
+    found = choose_codebook(w, DYNAMIC, 3, scale_search=search, spacing=Spacing.LINEAR)
+    least = torch.stack(
+        [distance(each) for each in candidate_books(w.abs().amax(1), 3, scale_search=search, dtype=w.dtype)]
+    )
+    assert torch.allclose(distance(found), least.amin(0), rtol=1e-12)
+    if search is ScaleSearch.GRID:  # the ratio's borders like other scales
+        assert bool((distance(found) < distance(choose_codebook(w, DYNAMIC, 3, scale_search=search))).any())
 
 
 def test_a_fixed_log_grid_is_searched_for_its_scale_only() -> None:

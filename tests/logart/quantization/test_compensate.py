@@ -10,7 +10,7 @@ from quadratic import assert_no_worse, plain_error
 from torch import Tensor, nn
 
 from logart.errors import NetworkError, NoRoomError
-from logart.grids.grid import Codebook, ScaleSearch
+from logart.grids.grid import Codebook, ScaleSearch, Spacing
 from logart.grids.measures import OutputMoments
 from logart.grids.rounding import nearest
 from logart.grids.search import choose_codebook
@@ -215,9 +215,8 @@ def test_a_layer_gets_target_codebook_codes_and_bias(name: str, n_codebooks: int
         each = torch.einsum("ck,ckl,cl->c", delta.reshape(channels, -1), a, delta.reshape(channels, -1))
         return each.reshape(quantized.n_codebooks, -1).sum(1)
 
-    codebook = choose_codebook(
-        t.reshape(quantized.n_codebooks, -1), config.grid, 3, error=error, options=config.grid_options
-    )
+    rows, by_distance = t.reshape(quantized.n_codebooks, -1), Spacing.LINEAR
+    codebook = choose_codebook(rows, config.grid, 3, error=error, options=config.grid_options, spacing=by_distance)
     assert torch.equal(quantized.codebook.levels, codebook.levels)
     codes = round_compensated(t.flatten(1), a, dequantized_weight(codebook, channels))
     assert quantized.codes is not None and torch.equal(quantized.codes.flatten(1), codes)
