@@ -35,6 +35,7 @@ FIELDS = {
     "scale_search": "scale_search",
     "asymmetric": "asymmetric",
     "zero_code": "zero_code",
+    "wide_gap": "wide_gap",
     "rounding": "rounding",
     "calib_samples": "calib_samples",
     "batch_size": "batch_size",

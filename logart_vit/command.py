@@ -34,6 +34,7 @@ FIELDS = {
     "scale_search": "scale_search",
     "asymmetric": "asymmetric",
     "zero_code": "zero_code",
+    "wide_gap": "wide_gap",
     "optim_size": "calib_samples",
     "optim_batch_size": "batch_size",
     "optim_metric": "recon_metric",

@@ -39,6 +39,7 @@ class Config:
         scale_search: which factors of the levels are tried, a value of `ScaleSearch`.
         asymmetric: whether codes that a channel's shorter sign never reaches become small levels.
         zero_code: whether one code is zero.
+        wide_gap: whether the smallest magnitude may lie lower.
         calib_size: images for DBS, at least 1.
         calib_batch_size: images per forward pass of DBS, at least 1.
         optim_size: images for LLR, at least 1.
@@ -72,6 +73,7 @@ class Config:
     scale_search: str = "none"
     asymmetric: bool = False
     zero_code: bool = False
+    wide_gap: bool = False
     calib_size: int = 128
     calib_batch_size: int = 32
     optim_size: int = 1024

@@ -64,6 +64,8 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for option in ("asymmetric", "zero_code"):
         for rounding in ("nearest", "compensated"):
             yield from both(f"{rounding} {option} 3", rounding=rounding, n_bits=3, **{option: True})
+    yield from both("compensated wide gap 3", rounding="compensated", n_bits=3, wide_gap=True, scale_search="half_step")
+    yield "digits_vit learned wide gap 2", "digits_vit", dict(learned, n_bits=2, wide_gap=True)
     yield from both("both 3", rounding="both", n_bits=3, iters=60, lr=0.1, calib_samples=16)
     yield from both("per layer nearest 4", rounding="nearest", channel_wise=False)
     yield from both("per layer compensated 3", rounding="compensated", channel_wise=False, n_bits=3)

@@ -57,7 +57,7 @@ def test_every_spelling_sets_the_flag_that_is_shown(track: str) -> None:
             if len(words) == 1:
                 assert vars(parser.parse_args([f"--{spelling.replace('_', '-')}={words[0]}"]))[dest] == value
         assert [o for o in action.option_strings if not o.startswith("--no-")] == [f"--{dest}"]  # help shows one
-    for flag in ("asymmetric", "channel-wise", "zero_code"):
+    for flag in ("asymmetric", "channel-wise", "zero_code", "wide-gap"):
         assert vars(parser.parse_args([f"--no-{flag}"]))[flag.replace("-", "_")] is False
 
 

@@ -174,7 +174,7 @@ IDLE = [
     *idle("hardware_approx_terms 2", "neither --hardware_approx nor --test_"),
     Call("--hardware_approx --hardware_approx_terms 2 --scale_method log_2", "--hardware_approx has no effect here"),
     *(call for grid in ("linear_mse", "linear_minmax")
-      for call in idle("scale_search, asymmetric, zero_code", f"it does not act on --scale_method {grid}",
+      for call in idle("scale_search, asymmetric, zero_code, wide_gap", f"it does not act on --scale_method {grid}",
                        f"--scale_method {grid}")),
     *(call for how in ("compensated", "both")
       for call in idle("search_method layer_wise, {search_images} 4, test_before_calibration",

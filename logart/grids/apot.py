@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from logart.grids.grid import (
+    NO_OPTIONS,
     SCALE_UNIT,
     Codebook,
     CodebookSpec,
     Grid,
     GridOptions,
-    ScaleSearch,
     Shifts,
     Spacing,
     check_bits,
@@ -79,7 +79,7 @@ class ApotGrid(Grid):
             columns = {"exponent": torch.where(absmax > 0, exponent - halvings, 0), "scale": scale}
             yield self.codebook(columns, n_bits, 0, w.dtype)
 
-    def n_candidates(self, n_bits: int, scale_search: ScaleSearch = ScaleSearch.NONE) -> int:
+    def n_candidates(self, n_bits: int, options: GridOptions = NO_OPTIONS) -> int:
         return len(SCALES)
 
     def codebook(self, columns: Mapping[str, Tensor], n_bits: int, terms: int, dtype: torch.dtype) -> Codebook:

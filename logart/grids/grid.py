@@ -50,12 +50,14 @@ class GridOptions:
         terms: how √2 is approximated, see `root2`.
         scale_search: which factors of the levels are tried, per channel.
         asymmetric, zero_code: how codes are spent, see `reassigned_codes`.
+        wide_gap: whether a channel's smallest magnitude may lie lower, see `logarithmic`.
     """
 
     terms: int = 0
     scale_search: ScaleSearch = ScaleSearch.NONE
     asymmetric: bool = False
     zero_code: bool = False
+    wide_gap: bool = False
 
 
 NO_OPTIONS = GridOptions()
@@ -232,7 +234,7 @@ class Grid:
         """
         raise NotImplementedError
 
-    def n_candidates(self, n_bits: int, scale_search: ScaleSearch = ScaleSearch.NONE) -> int:
+    def n_candidates(self, n_bits: int, options: GridOptions = NO_OPTIONS) -> int:
         """How many there are, codes reassigned or not."""
         raise NotImplementedError
 

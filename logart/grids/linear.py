@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logart.grids.grid import Codebook, CodebookSpec, Grid, GridOptions, ScaleSearch, Spacing, check_bits
+from logart.grids.grid import NO_OPTIONS, Codebook, CodebookSpec, Grid, GridOptions, Spacing, check_bits
 
 SHRUNK = range(21, 101)  # per cent of the range that `linear_mse` tries
 
@@ -32,7 +32,7 @@ class LinearGrid(Grid):
             columns = affine_columns(low * share / 100, high * share / 100, n_bits)
             yield self.codebook(columns, n_bits, 0, w.dtype)
 
-    def n_candidates(self, n_bits: int, scale_search: ScaleSearch = ScaleSearch.NONE) -> int:
+    def n_candidates(self, n_bits: int, options: GridOptions = NO_OPTIONS) -> int:
         return len(self.shares)
 
     def codebook(self, columns: Mapping[str, Tensor], n_bits: int, terms: int, dtype: torch.dtype) -> Codebook:

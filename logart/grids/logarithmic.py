@@ -3,9 +3,12 @@
 Magnitudes are counted in *half-steps*: the integer h stands for 2^(h/2). Even half-steps are powers of two, odd ones
 carry a factor √2, exact or a sum of powers of two (`root2`). Of the N = 2^(n-1) magnitudes of one sign, the k =
 `n_base2` smallest are base 2 and the others base √2: k = N is `log_2`, k = 0 `log_sqrt2`, and `dynamic` chooses k for
-each channel.
+each channel. With a *wide gap* the smallest magnitude may lie one or two half-steps lower than that: of few levels the
+best for bell-shaped weights are wider apart around zero than anywhere else (for four of them the largest and a third
+of it, Max 1960).
 
-A codebook is its top half-step and k; where asked for, a scale, codes that were reassigned, and flags.
+A codebook is its top half-step and k; where asked for, a scale, how far the smallest magnitude was lowered, codes that
+were reassigned, and flags.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from logart.grids.grid import (
+    NO_OPTIONS,
     SCALE_UNIT,
     Codebook,
     CodebookSpec,
@@ -39,6 +43,7 @@ from logart.grids.root2 import ADD_SHIFTS, ExactRoot2Error, root2
 # for finer small levels. 1 comes last, which on equal errors wins.
 SCALES = (*(i / SCALE_UNIT for i in range(12, 41) if i != SCALE_UNIT), 1.0)
 HALF_STEPS = (-4, -3, -2, -1, 1, 0)
+LOWERED = (2, 1, 0)  # half-steps that a wide gap adds, the largest first: on equal errors the fewest win
 ZERO, NEGATIVE, ONE_SIDED, EMPTY = 1, 2, 4, 8
 
 
@@ -46,9 +51,10 @@ ZERO, NEGATIVE, ONE_SIDED, EMPTY = 1, 2, 4, 8
 class LogGrid(Grid):
     """Magnitudes of half-steps.
 
-    Columns: `top_half_step`, of the largest magnitude; `n_base2`; `scale`, over `SCALE_UNIT`; `unused_codes`, how many
-    codes went from one sign to the small end; `flags`: 1 the smallest negative level is zero, 2 the unused codes were
-    the negative sign's, 4 they all went to the other sign, 8 all-zero channel.
+    Columns: `top_half_step`, of the largest magnitude; `n_base2`; `lowered`, how many half-steps the smallest lies
+    lower; `scale`, over `SCALE_UNIT`; `unused_codes`, how many codes went from one sign to the small end; `flags`: 1
+    the smallest negative level is zero, 2 the unused codes were the negative sign's, 4 they all went to the other
+    sign, 8 all-zero channel.
 
     Attributes:
         base2_share: which share of the magnitudes is base 2; None chooses.
@@ -59,7 +65,8 @@ class LogGrid(Grid):
     def candidates(self, w: Tensor, n_bits: int, options: GridOptions) -> Iterator[Codebook]:
         absmax, search = w.abs().amax(1), options.scale_search
         mixes = None if self.base2_share is None else (self.base2_share * 2 ** (n_bits - 1),)
-        columns = partial(log_candidates, absmax, n_bits, dtype=w.dtype, scale_search=search)
+        lowered = self._lowered(options)
+        columns = partial(log_candidates, absmax, n_bits, dtype=w.dtype, scale_search=search, lowered=lowered)
         every = columns(mixes)
         if options.asymmetric and mixes is None:
             # Below equal levels, k = 0 spaces the codes that move by √2, k = 1 by 2.
@@ -70,10 +77,15 @@ class LogGrid(Grid):
                 book = reassigned(book, w, asymmetric=options.asymmetric, zero_code=options.zero_code)
             yield book
 
-    def n_candidates(self, n_bits: int, scale_search: ScaleSearch = ScaleSearch.NONE) -> int:
+    def n_candidates(self, n_bits: int, options: GridOptions = NO_OPTIONS) -> int:
         mixes = 2 ** (n_bits - 2) + 1 if self.base2_share is None else 1
         scales = {ScaleSearch.NONE: 1, ScaleSearch.GRID: len(SCALES), ScaleSearch.HALF_STEP: len(HALF_STEPS)}
-        return mixes * scales[scale_search]
+        return mixes * scales[options.scale_search] * len(self._lowered(options))
+
+    def _lowered(self, options: GridOptions) -> tuple[int, ...]:
+        if not options.wide_gap:
+            return (0,)
+        return tuple(step for step in LOWERED if self.base2_share != 1 or step % 2 == 0)
 
     def codebook(self, columns: Mapping[str, Tensor], n_bits: int, terms: int, dtype: torch.dtype) -> Codebook:
         half_steps, signs = half_steps_and_signs(columns, n_bits)
@@ -83,10 +95,11 @@ class LogGrid(Grid):
     def wrong(self, columns: Mapping[str, Tensor], n_bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
         top, n_base2, none = columns["top_half_step"], columns["n_base2"], torch.zeros_like(columns["n_base2"])
         flags, unused = columns.get("flags", none), columns.get("unused_codes", none)
-        n_levels, scale = 2 ** (n_bits - 1), columns.get("scale", none + 1)
+        n_levels, scale, lowered = 2 ** (n_bits - 1), columns.get("scale", none + 1), columns.get("lowered", none)
         return {
             "top_half_step": (top > largest_half_step(dtype)) | (top < -2200),
             "n_base2": (n_base2 < 0) | (n_base2 > n_levels) | ((n_base2 == n_levels) & (top % 2 != 0)),
+            "lowered": ~torch.isin(lowered, torch.tensor(self._lowered(GridOptions(wide_gap=True)))),
             "flags": (flags & ~15 != 0) | ((unused == 0) & (flags & (NEGATIVE | ONE_SIDED) != 0)),
             "unused_codes": (unused < 0) | (unused > n_levels) | (unused == 1),
             "scale": (scale < 1) | (scale > 255),
@@ -151,14 +164,16 @@ def log_candidates(
     *,
     dtype: torch.dtype = torch.float32,
     scale_search: ScaleSearch = ScaleSearch.NONE,
+    lowered: Sequence[int] = (0,),
 ) -> Iterator[dict[str, Tensor]]:
-    """The columns of every channel for each n_base2 and each scale, one after the other; n_base2 ascends.
+    """The columns of every channel for each n_base2, wide gap and scale, one after the other; n_base2 ascends.
 
     Args:
         absmax: [C].
         n_bits, dtype: as `log_columns`.
         n_base2: the mixes; default: every one that has levels of its own, see `distinct_n_base2`.
         scale_search: which factors are tried; 1 always is.
+        lowered: how far the smallest magnitude lies lower, in half-steps.
     """
     steps = HALF_STEPS if scale_search is ScaleSearch.HALF_STEP else (0,)
     largest = torch.finfo(absmax.dtype).max
@@ -167,9 +182,12 @@ def log_candidates(
     each = [distinct_n_base2(top, n_bits, dtype) if n_base2 is None else n_base2 for top in tops]
     for mixes in zip(*each, strict=True):
         for top, k in zip(tops, mixes, strict=True):
-            columns = log_columns(top, n_bits, k, dtype=dtype)
+            plain = log_columns(top, n_bits, k, dtype=dtype)
             scales = SCALES if scale_search is ScaleSearch.GRID else ()
-            yield from [scaled(columns, scale) for scale in scales] or [columns]
+            for steps_lower in lowered:
+                lower = {"lowered": torch.full_like(plain["n_base2"], steps_lower)} if len(lowered) > 1 else {}
+                columns = {**plain, **lower}
+                yield from [scaled(columns, scale) for scale in scales] or [columns]
 
 
 def scaled(columns: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -208,6 +226,8 @@ def half_steps_and_signs(columns: Mapping[str, Tensor], n_bits: int) -> tuple[Te
     """Of each level [C, 2^n] int64, in ascending order, its half-step and its sign: -1, 0 or 1."""
     top, k, n_levels = columns["top_half_step"], columns["n_base2"], 2 ** (n_bits - 1)
     magnitudes = mixed_half_steps(top, k, n_levels)
+    if "lowered" in columns:
+        magnitudes = torch.cat([magnitudes[:, :1] - columns["lowered"][:, None], magnitudes[:, 1:]], dim=1)
     half_steps = torch.cat([magnitudes.flip(1), magnitudes], dim=1)
     signs = torch.ones_like(half_steps)
     signs[:, :n_levels] = -1
@@ -286,8 +306,10 @@ def largest_half_step(dtype: torch.dtype) -> int:
     return 2 * (math.frexp(torch.finfo(dtype).max)[1] - 1) + 1
 
 
-_COLUMNS = {"top_half_step": None, "n_base2": None, "flags": 0, "unused_codes": 0, "scale": SCALE_UNIT}
-_OPTIONS = frozenset(("scale_search", "asymmetric", "zero_code"))
+_COLUMNS = {
+    "top_half_step": None, "n_base2": None, "flags": 0, "unused_codes": 0, "scale": SCALE_UNIT, "lowered": 0,
+}  # fmt: skip
+_OPTIONS = frozenset(("scale_search", "asymmetric", "zero_code", "wide_gap"))
 _ROOT2 = _OPTIONS | {"terms"}
 LOG_2 = LogGrid("log_2", "base 2", Spacing.LOG, _COLUMNS, options=_OPTIONS, base2_share=1)
 LOG_SQRT2 = LogGrid("log_sqrt2", "base √2", Spacing.LOG, _COLUMNS, options=_ROOT2, base2_share=0)

@@ -109,7 +109,7 @@ def choose_codebook(
     rounded as the grid does, or with borders of another `spacing`.
     """
     books = grid.candidates(w, n_bits, options)
-    if grid.n_candidates(n_bits, options.scale_search) == 1:
+    if grid.n_candidates(n_bits, options) == 1:
         return next(books)
     chosen: list[Codebook] = []
     least: list[Tensor] = []

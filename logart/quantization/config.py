@@ -23,13 +23,14 @@ def preset(name: str, n_bits: int) -> dict[str, Any]:
     if name == "paper":
         return {"rounding": "learned", "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
     closed: dict[str, Any] = {"rounding": "compensated", "damping": "auto"}
-    if name == "fast":  # of few levels the largest must lie well, which half-steps reach at no cost
+    if n_bits <= 3:  # few levels must lie well, wide apart around zero
+        closed["wide_gap"] = True
+    if name == "fast":  # half-steps cost nothing
         return closed | {"calib_samples": 256} | ({"scale_search": ScaleSearch.HALF_STEP} if n_bits <= 3 else {})
     best = closed | {"calib_samples": 1024, "mirror": True}
     best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
     # With more bits there is nothing left for these to gain, and thousands of candidates to search.
-    best |= {"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {}
-    return best | ({"zero_code": True} if n_bits <= 3 else {})
+    return best | ({"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {})
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def describe(config: QuantConfig) -> str:
     options = config.grid_options
     if options.scale_search is not ScaleSearch.NONE:
         words.append(f"{options.scale_search.value} scale search")
-    words += [name for name in ("asymmetric", "zero_code") if getattr(options, name)]
+    words += [name for name in ("asymmetric", "zero_code", "wide_gap") if getattr(options, name)]
     words.append(config.method.describe(config))
     if config.quantizes_activations:
         steps = "powers of two" if config.actual_act_scale is ActScale.POW2 else "any step"

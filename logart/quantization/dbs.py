@@ -52,7 +52,7 @@ def search_block(
             if block.whole:
                 measured = of_all_ranks(layer_moments(*blocks, float_weight, layer, *data, batch_size=size)).error
             elif config.search_method is SearchMethod.LAYER_WISE:
-                count = config.grid.n_candidates(layer.n_bits, options.scale_search)
+                count = config.grid.n_candidates(layer.n_bits, options)
                 measured = layer_error(*blocks, float_weight, layer, *data, candidates=count, batch_size=size)
             else:
                 try:

@@ -56,6 +56,7 @@ class Settings:
         search_batch_size: images at a time in DBS.
         scale_search: which factors of the levels are tried, per channel.
         asymmetric, zero_code: how codes are spent, see `grids.reassigned_codes`.
+        wide_gap: whether a channel's smallest magnitude may lie lower, see `grids.logarithmic`.
         rounding: how codes are found, a name in `rounding_methods.METHODS`.
         damping: λ of compensated rounding, as a share of the mean squared input; "auto" chooses it for each layer by
             images that the estimate has not seen, see `damping.choose_damping`.
@@ -101,6 +102,7 @@ class Settings:
     scale_search: ScaleSearch = ScaleSearch.NONE
     asymmetric: bool = False
     zero_code: bool = False
+    wide_gap: bool = False
     rounding: str = "learned"
     damping: float | str = 0.01
     mirror: bool = False
@@ -229,7 +231,7 @@ class Settings:
     @property
     def searches(self) -> bool:
         """Whether there is more than one codebook to choose from, by the measure asked for."""
-        several = self.grid.n_candidates(self.n_bits, self.grid_options.scale_search) > 1
+        several = self.grid.n_candidates(self.n_bits, self.grid_options) > 1
         return several and self.grid.own_error is None
 
     @property
@@ -240,7 +242,9 @@ class Settings:
     @property
     def grid_options(self) -> GridOptions:
         """What is asked of the grid; options that do not act on it have their defaults."""
-        asked = GridOptions(self.hardware_terms, self.scale_search, self.asymmetric, self.zero_code)
+        asked = GridOptions(
+            self.hardware_terms, self.scale_search, self.asymmetric, self.zero_code, self.wide_gap
+        )
         return GridOptions(**{name: getattr(asked, name) for name in self.grid.options})
 
     def as_dict(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def matching(group: Group, figures: Iterable[Row]) -> list[Row]:
     ours = dict(group.row)
     if not method_named(ours["rounding"]).uses_dbs or ours["network_options"]:
         return []
-    if ours["zero_code"] == "True":
+    if "True" in (ours["zero_code"], ours["wide_gap"]):
         return []
     if ours["scale_search"] != "none":
         ours["scale_search"] = "grid"

@@ -212,6 +212,8 @@ COLUMNS = (
     _of_config("asymmetric", Part.GRID, "`True`: codes that a channel's shorter sign never reaches are small levels",
                when=grid_option("asymmetric"), idle="False"),
     _of_config("zero_code", Part.GRID, "`True`: one code is zero", when=grid_option("zero_code"), idle="False"),
+    _of_config("wide_gap", Part.GRID, "`True`: smallest magnitudes may lie one or two half-steps lower",
+               when=grid_option("wide_gap"), idle="False"),
     _of_config("search_method", Part.METHOD,
                "the error that DBS and scale search minimise; compensated rounding has its own", when=SEARCHES),
     _of_config("search_samples", Part.SEARCH, "calibration images seen by DBS", unit="images", when=SEARCH_IMAGES),

@@ -121,6 +121,8 @@ class TrackFlags:
         add(group, "asymmetric", "codes that a channel's shorter sign never reaches become small levels", "off",
             action=argparse.BooleanOptionalAction)  # fmt: skip
         add(group, "zero_code", "one code of each channel is zero", "off", action=argparse.BooleanOptionalAction)
+        add(group, "wide_gap", "the smallest magnitude of a channel may lie one or two half-steps lower", "off",
+            action=argparse.BooleanOptionalAction)  # fmt: skip
         add(group, "hardware_approx", "√2 ≈ 1+1/2 (or more terms) during search, rounding and evaluation", "off",
             action="store_true")  # fmt: skip
         add(group, "hardware_approx_terms", "powers of two that stand for √2: 1+1/2, 1+1/2-1/16, 1+1/2-1/16-1/64", 2,

@@ -123,7 +123,7 @@ def refuse_idle_flags(
     grid = config.grid
     width = "n_bits_w" if hasattr(args, "n_bits_w") else "w_bit"
     refuse((width,), not config.has_budget, "a budget chooses the bits of each layer")
-    for option in ("scale_search", "asymmetric", "zero_code"):
+    for option in ("scale_search", "asymmetric", "zero_code", "wide_gap"):
         refuse((option,), option in grid.options, f"it does not act on --scale_method {grid.name}")
     refuse(("search_method", *search), config.searches, f"--scale_method {grid.name} searches nothing")
     closed = f"--rounding {config.rounding} searches in the metric of each layer's inputs"

@@ -17,7 +17,8 @@ SEARCH_NAMES = {
     SearchMethod.BLOCK_WISE.value: "BW",
 }
 ROUNDING_NAMES = {name: method.label for name, method in METHODS.items()}
-OPTIONS = {"scale_search": "scale search", "asymmetric": "asymmetric codes", "zero_code": "zero code"}
+OPTIONS = {"scale_search": "scale search", "asymmetric": "asymmetric codes", "zero_code": "zero code",
+           "wide_gap": "wide gap"}  # fmt: skip
 _WORDS = {
     "config": "config {}",
     "calib_samples": "{} images",

@@ -46,7 +46,7 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
     rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
-    cache
+    wide_gap cache
     search_batch_size val_batch_size checkpoint_key class_map class_order calib_path calib_from_val val_limit
     n_bits_a input_bits_a head_bits_a act_scale calibrate_with_act iters_a""".split()
 
@@ -82,7 +82,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "b_start": 20.0, "b_end": 2.0, "warmup": 0.2, "recon_input": ReconInput.QUANTIZED, "hardware_terms": 0,
         "seed": 0, "iters": 0, "lr": 0, "rrweight": 0, "search_batch_size": 32, "recon_metric": ReconMetric.MSE,
         "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": "learned",
-        "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False,
+        "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False, "wide_gap": False,
         "layer_bits": {}, "skip": (), "bits_budget": None, "size_budget": None, "damping": 0.01,
         "mirror": False, "n_bits_a": 32, "input_bits_a": None, "head_bits_a": None, "act_scale": ActScale.AUTO,
         "softmax_grid": SoftmaxGrid.UNIFORM, "calibrate_with_act": False, "iters_a": 0,
@@ -126,19 +126,21 @@ MOST = {  # of preset best
     "scale_search": ScaleSearch.GRID, "iters": 500, "lr": 0.03,
 }  # fmt: skip
 PLAIN = {"scale_search": ScaleSearch.NONE}  # from 6 bits on
+FEW = {"n_bits": 3, "scale_search": ScaleSearch.HALF_STEP, "wide_gap": True}  # of preset fast
 RESOLVED = {
     "fast": (FAST, "rounding=compensated calib_samples=256 "),
     "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
     "best": (QuantConfig(**MOST), "rounding=compensated calib_samples=1024 "),
-    "best --n_bits_w 6": (QuantConfig(**MOST | PLAIN, n_bits=6), "zero_code=False rounding=compensated "),
+    "best --n_bits_w 6": (QuantConfig(**MOST | PLAIN, n_bits=6), "wide_gap=False rounding=compensated "),
     "best --n_bits_w 5": (QuantConfig(**MOST, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --n_bits_w 8 --zero_code": (QuantConfig(**MOST | PLAIN | {"zero_code": True}, n_bits=8), "zero_code=True "),
     "best --rounding both": (QuantConfig(**MOST | {"rounding": "both"}), "iters_w=500 "),
-    "fast --n_bits_w 3": (replace(FAST, n_bits=3, scale_search=ScaleSearch.HALF_STEP), "scale_search=half_step "),
-    "best --n_bits_w 3": (QuantConfig(**MOST | {"zero_code": True}, n_bits=3), "scale_search=grid asymmetric=False "),
+    "fast --n_bits_w 3": (replace(FAST, **FEW), "scale_search=half_step "),
+    "best --n_bits_w 3": (QuantConfig(**MOST | {"wide_gap": True}, n_bits=3), "scale_search=grid asymmetric=False "),
     "fast --n_bits_w 2 --scale_search grid --asymmetric --zero_code --calib_samples 32": (
-        replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32),
-        "scale_search=grid asymmetric=True zero_code=True rounding=compensated calib_samples=32 ",
+        replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, wide_gap=True,
+                calib_samples=32),
+        "scale_search=grid asymmetric=True zero_code=True wide_gap=True rounding=compensated calib_samples=32 ",
     ),
     "fast --rounding both --iters_w 7": (replace(FAST, rounding="both", iters=7), "iters_w=7 "),
     "paper --rounding compensated": (
@@ -182,8 +184,8 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     )
     assert lines[1] == (
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
-        "search_batch_size=32 scale_search=none asymmetric=False zero_code=False rounding=learned calib_samples=16 "
-        "batch_size=32 damping=0.01 mirror=False iters_w=4 "
+        "search_batch_size=32 scale_search=none asymmetric=False zero_code=False wide_gap=False rounding=learned "
+        "calib_samples=16 batch_size=32 damping=0.01 mirror=False iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized n_bits_a=32 "
         "input_bits_a=32 head_bits_a=32 act_scale=float calibrate_with_act=False iters_a=0 seed=0 "
         "first_last_bits=same hardware_approx_terms=0"

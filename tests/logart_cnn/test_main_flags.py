@@ -87,6 +87,7 @@ EFFECTS = {
     "scale_search": Effect("--scale_search", {"scale_search": "grid"}),
     "asymmetric": Effect("--asymmetric", {"asymmetric": "True"}),
     "zero_code": Effect("--zero_code", {"zero_code": "True"}),
+    "wide_gap": Effect("--wide_gap", {"wide_gap": "True"}),
     "rounding": Effect("--rounding both", {"rounding": "both", "search_method": "", "damping": "0.01"}),
     "preset": Effect("--preset paper", {"preset": "paper", "rrweight": "10000.0"}),
     "first_last_bits": Effect("--first_last_bits 8", {"first_last_bits": "8"}),

@@ -59,7 +59,7 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     layer_bits skip bits_budget size_budget
     model-kwargs input-size crop-pct mean std interpolation num-classes
     rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
-    cache
+    wide_gap cache
     checkpoint_key class_map class_order calib_path calib_from_val val_limit
     a_bit qconv_a_bit qhead_a_bit act_scale softmax_grid calibrate_with_act iters_a""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
@@ -218,6 +218,7 @@ MOST = {  # of preset best
     "scale_search": ScaleSearch.GRID, "iters": 500, "lr": 0.03,
 }  # fmt: skip
 PLAIN = {"scale_search": ScaleSearch.NONE}  # from 6 bits on
+FEW = {"n_bits": 3, "scale_search": ScaleSearch.HALF_STEP, "wide_gap": True}  # of preset fast
 RESOLVED = {
     "fast": (FAST, "rounding=compensated "),
     "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
@@ -225,11 +226,12 @@ RESOLVED = {
     "best --w_bit 6": (replace(BEST, **MOST | PLAIN, n_bits=6), "zero_code=False "),
     "best --w_bit 5": (replace(BEST, **MOST, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=500 lr=0.03 "),
-    "fast --w_bit 3": (replace(FAST, n_bits=3, scale_search=ScaleSearch.HALF_STEP), "scale_search=half_step "),
-    "best --w_bit 3": (replace(BEST, **MOST | {"zero_code": True}, n_bits=3), "scale_search=grid asymmetric=False "),
+    "fast --w_bit 3": (replace(FAST, **FEW), "scale_search=half_step "),
+    "best --w_bit 3": (replace(BEST, **MOST | {"wide_gap": True}, n_bits=3), "scale_search=grid asymmetric=False "),
     "fast --w_bit 2 --scale_search grid --asymmetric --zero_code --optim_size 32": (
-        replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32),
-        "scale_search=grid asymmetric=True zero_code=True optim_size=32 ",
+        replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32,
+                wide_gap=True),
+        "scale_search=grid asymmetric=True zero_code=True wide_gap=True optim_size=32 ",
     ),
     "fast --optimize --iters_w 7": (replace(FAST, rounding="both", iters=7), "rounding=both "),
     "paper --iters_w 5 --lr 0.5": (replace(BEST, iters=5, rrweight=10000.0, lr=0.5), "iters_w=5 lr=0.5 "),
@@ -291,9 +293,9 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     )
     assert lines[1] == (
         "w_bit=4 first_last_bits=same channel_wise=True scale_method=dynamic search_method=tensor_wise "
-        "calib_size=128 calib_batch_size=32 scale_search=none asymmetric=False zero_code=False optim_size=8 "
-        "optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=qdrop drop_prob=0.5 iters_w=2 "
-        "lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 a_bit=32 qconv_a_bit=32 qhead_a_bit=32 "
+        "calib_size=128 calib_batch_size=32 scale_search=none asymmetric=False zero_code=False wide_gap=False "
+        "optim_size=8 optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=qdrop drop_prob=0.5 "
+        "iters_w=2 lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 a_bit=32 qconv_a_bit=32 qhead_a_bit=32 "
         "act_scale=float softmax_grid=uniform calibrate_with_act=False iters_a=0 rounding=learned damping=0.01 "
         "mirror=False seed=0 hardware_approx_terms=0 val_batch_size=128 num_workers=0"
     )
@@ -311,7 +313,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "capture_precision": "", "seed": "0",
         "val_images": "500",
         "device": "cpu", "preset": "", "rounding": "learned", "scale_search": "none", "asymmetric": "False",
-        "zero_code": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
+        "zero_code": "False", "wide_gap": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
         "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
         "layers_by_bits": "4:18",
         "quantized_weights": "99.617", "damping": "", "mirror": "False",

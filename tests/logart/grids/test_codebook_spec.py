@@ -41,16 +41,18 @@ def weights(seed: int, channels: int = 12, size: int = 9) -> Tensor:
 @settings(max_examples=250, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(0, 10**6), st.integers(2, 8), st.sampled_from(list(GRIDS.values())), st.sampled_from((0, 2, 3, 4)),
-    st.sampled_from(ScaleSearch), st.booleans(), st.booleans(), st.sampled_from((torch.float32, torch.float64)),
+    st.sampled_from(ScaleSearch), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from((torch.float32, torch.float64)),
 )  # fmt: skip
 def test_every_codebook_comes_back_from_its_bytes(
     seed: int, n_bits: int, grid: Grid, terms: int, search: ScaleSearch, asymmetric: bool, zero: bool,
-    dtype: torch.dtype,
+    wide: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     if n_bits > 5 and search is ScaleSearch.GRID and grid is DYNAMIC:
         search = ScaleSearch.HALF_STEP  # thousands of candidates otherwise
     w = weights(seed).to(dtype)
-    book = choose_codebook(w, grid, n_bits, terms=terms, scale_search=search, asymmetric=asymmetric, zero_code=zero)
+    options = {"asymmetric": asymmetric, "zero_code": zero, "wide_gap": wide}
+    book = choose_codebook(w, grid, n_bits, terms=terms, scale_search=search, **options)
     spec = stored_spec(book, dtype)
     assert spec.grid is grid
     again = CodebookSpec.checked(grid, dict(reversed(spec.columns.items())), spec.terms, w.shape, n_bits, dtype)
@@ -121,8 +123,10 @@ def test_levels_that_are_no_codebook_are_refused(levels: list[list[float]]) -> N
         (LOG_COLUMNS[:4], [0, 0, 2, 9], "unused_codes 9"),
         (LOG_COLUMNS[:4], [0, 0, 0, -2], "unused_codes -2"),
         (LOG_COLUMNS[:4], [0, 0, 0, 1], "unused_codes 1"),
-        (LOG_COLUMNS, [0, 0, 0, 0, 0], "scale 0"),
-        (LOG_COLUMNS, [0, 0, 0, 0, 256], "scale 256"),
+        (LOG_COLUMNS, [0, 0, 0, 0, 0, 0], "scale 0"),
+        (LOG_COLUMNS, [0, 0, 0, 0, 256, 0], "scale 256"),
+        (LOG_COLUMNS, [0, 0, 0, 0, 32, 3], "lowered 3"),
+        (LOG_COLUMNS, [0, 0, 0, 0, 32, -1], "lowered -1"),
         (LINEAR_COLUMNS, [inf, 0], "step inf"),
         (LINEAR_COLUMNS, [nan, 0], "step nan"),
         (LINEAR_COLUMNS, [-0.5, 0], "step -0.5"),

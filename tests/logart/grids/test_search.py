@@ -11,7 +11,7 @@ from codebooks import LOG_GRIDS, candidate_books, choose_codebook, half_steps, n
 from torch import Tensor
 
 import logart.grids.search
-from logart.grids.grid import Codebook, Grid, ScaleSearch, Spacing
+from logart.grids.grid import Codebook, Grid, GridOptions, ScaleSearch, Spacing
 from logart.grids.logarithmic import DYNAMIC, HALF_STEPS, LOG_2, LOG_SQRT2, SCALES, distinct_n_base2
 from logart.grids.measures import BlockSensitivity, OutputMoments, OutputResidual, moments_are_cheaper
 from logart.grids.registry import GRIDS
@@ -163,10 +163,11 @@ def test_equal_errors_prefer_the_plain_grid(method: Grid, search: ScaleSearch) -
 
 @pytest.mark.parametrize("n_bits", [2, 5])
 @pytest.mark.parametrize("search", ScaleSearch)
-def test_candidates_are_counted(search: ScaleSearch, n_bits: int) -> None:
-    candidates = candidate_books(torch.ones(1), n_bits, scale_search=search)
-    assert DYNAMIC.n_candidates(n_bits, search) == len(candidates)
-    assert LOG_2.n_candidates(n_bits, search) * (2 ** (n_bits - 2) + 1) == len(candidates)
+@pytest.mark.parametrize("wide_gap", [False, True])
+@pytest.mark.parametrize("method", [LOG_2, LOG_SQRT2, DYNAMIC])
+def test_candidates_are_counted(method: Grid, wide_gap: bool, search: ScaleSearch, n_bits: int) -> None:
+    options = GridOptions(scale_search=search, wide_gap=wide_gap)
+    assert method.n_candidates(n_bits, options) == len(list(method.candidates(torch.ones(1, 2), n_bits, options)))
 
 
 @pytest.mark.parametrize("search", ScaleSearch)

@@ -144,6 +144,7 @@ def test_every_field_has_a_test_of_its_range() -> None:
         "channel_wise",
         "asymmetric",
         "zero_code",
+        "wide_gap",
         "head_kl",
         "calibrate_with_act",
         "mirror",
@@ -220,11 +221,12 @@ def test_scales_make_any_log_grid_one_to_search(scale_method: str, scale_search:
 
 def test_presets_are_settings() -> None:
     for n_bits in range(2, 9):
-        half_steps = {"scale_search": ScaleSearch.HALF_STEP if n_bits < 4 else ScaleSearch.NONE}
+        few = {"wide_gap": n_bits < 4}
+        half_steps = {"scale_search": ScaleSearch.HALF_STEP if n_bits < 4 else ScaleSearch.NONE, **few}
         fast = QuantConfig(rounding="compensated", damping="auto", calib_samples=256, **half_steps)
         assert QuantConfig(**preset("fast", n_bits)) == fast
         assert QuantConfig(**preset("paper", n_bits)) == QuantConfig(iters=20000, rrweight=10000.0)
-        grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, "zero_code": n_bits < 4}
+        grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, **few}
         more = {"calib_samples": 1024, "mirror": True, "iters": 500, "lr": 0.03}
         best = QuantConfig(rounding="compensated", damping="auto", **grid, **more)
         assert QuantConfig(**preset("best", n_bits)) == best

@@ -80,7 +80,7 @@ def test_the_settings_say_what_acted() -> None:
     )
     always = {
         "bits": 3, "first_last_bits": 8, "channel_wise": "False", "scale_method": "dynamic",
-        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "rounding": "learned",
+        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "wide_gap": "False", "rounding": "learned",
         "hardware_approx": "True", "hardware_approx_terms": 2, "iters_w": 11, "seed": 6, "mirror": "False",
     }  # fmt: skip
     learning = {
@@ -104,7 +104,9 @@ def test_the_settings_say_what_acted() -> None:
     without = {name: cell for name, cell in always.items() if name != "hardware_approx_terms"}
     assert decided(base2) == without | learning | expected
     scaled = replace(base2, scale_search=ScaleSearch.HALF_STEP, asymmetric=True, zero_code=True, hardware_terms=4)
-    codes = {"scale_search": "half_step", "asymmetric": "True", "zero_code": "True", "hardware_approx_terms": 4}
+    scaled = replace(scaled, wide_gap=True)
+    codes = {"scale_search": "half_step", "asymmetric": "True", "zero_code": "True", "wide_gap": "True"}
+    codes |= {"hardware_approx_terms": 4}
     acts = always | searching | learning | {"scale_method": "log_2", "first_last_bits": "same"} | codes
     assert decided(scaled) == acts  # base 2 has scales to search
 
@@ -114,7 +116,8 @@ def test_the_settings_of_compensated_rounding() -> None:
     config = QuantConfig(search_method=SearchMethod.LAYER_WISE, calib_samples=9, batch_size=5, iters=11)
     always = {
         "bits": 4, "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
-        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "hardware_approx": "False",
+        "scale_search": "none", "asymmetric": "False", "zero_code": "False", "wide_gap": "False",
+        "hardware_approx": "False",
         "seed": 0, "calib_samples": 9, "batch_size": 5, "damping": 0.01, "mirror": "False",
     }  # fmt: skip
     alone = always | {"rounding": "compensated", "iters_w": 0}
@@ -129,10 +132,10 @@ def test_the_settings_of_compensated_rounding() -> None:
 
 def test_linear_grids_have_none_of_the_options_of_logarithmic_ones() -> None:
     config = QuantConfig(
-        scale_method="linear_mse", scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True
+        scale_method="linear_mse", scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, wide_gap=True
     )
     row = settings_row(Facts(config))
-    assert (row["scale_search"], row["asymmetric"], row["zero_code"]) == ("none", "False", "False")
+    assert [row[name] for name in ("scale_search", "asymmetric", "zero_code", "wide_gap")] == ["none", *["False"] * 3]
     assert row["search_method"] is None
 
 
