@@ -116,7 +116,7 @@ def main() -> None:
         clock = time.process_time if device.type == "cpu" else time.perf_counter
         for setting, seed in todo:
             own = replace(with_setting(config, setting), seed=seed)
-            images, _names = calibration_images(source, max(2, own.images_needed), seed, quiet=True)
+            images, _names = calibration_images(source, max(2, own.images_needed), seed, crops=own.crops, quiet=True)
             start = clock()
             quantized, _report = quantize_model(
                 network.model, own, images, row_groups=network.row_groups, device=device

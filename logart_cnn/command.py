@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from logart.cli import FlagParser, default_if_none, flags_passed, refuse_without_effect, run_command
 from logart.errors import UserError
@@ -41,6 +42,7 @@ FIELDS = {
     "batch_size": "batch_size",
     "damping": "damping",
     "mirror": "mirror",
+    "crops": "crops",
     "iters_w": "iters",
     "rrweight": "rrweight",
     "calib_lr": "lr",
@@ -154,8 +156,8 @@ def command(args: argparse.Namespace) -> None:
         columns["calib_list"] = None if names is None else names_digest(names)
     settings = flags.settings_line(config, FIELDS)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
-    augment = bool(args.calib_augment)
-    chosen = job.do(lambda: load_calibration(source, indices, config.seed, augment=augment, quiet=options.quiet))
+    how: dict[str, Any] = {"augment": bool(args.calib_augment), "crops": config.crops, "quiet": options.quiet}
+    chosen = job.do(lambda: load_calibration(source, indices, config.seed, **how))
     if args.save_calib_list is not None and is_first():
         save_names(args.save_calib_list, chosen)
 

@@ -56,7 +56,7 @@ FIELDS = {
     "iters_a": "iters_a",
 }
 # flags that no config file sets, too
-FLAG_FIELDS = FIELDS | {"rounding": "rounding", "damping": "damping", "mirror": "mirror", "seed": "seed"}
+FLAG_FIELDS = FIELDS | {name: name for name in ("rounding", "damping", "mirror", "crops", "seed")}
 MODES = {"qinp": ReconInput.QUANTIZED, "rinp": ReconInput.FLOAT, "qdrop": ReconInput.MIXED}
 LOADING = {"val_batch_size": 1, "num_workers": 0}  # and the least value of each
 
@@ -166,7 +166,7 @@ def command(args: argparse.Namespace) -> None:
     mode = next(name for name, value in MODES.items() if value is config.recon_input)
     settings = flags.settings_line(config, FLAG_FIELDS, optim_mode=mode, **loading)
     job = Job(network, source, config, options, columns, started, settings, flags.kept_flags(args))
-    job.do(lambda: load_calibration(source, indices, config.seed, quiet=options.quiet))
+    job.do(lambda: load_calibration(source, indices, config.seed, crops=config.crops, quiet=options.quiet))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -151,12 +151,14 @@ FLAGS = [
     Call("--device gpu", "--device: no device 'gpu'; expected auto, cpu, cuda or cuda:N"),
     Call("--device cuda:99", "--device: cuda:99 asked for, but torch sees"),
     Call("--device=", "--device: no device ''"),
+    Call("{learn} --crops -1", "--crops must be at least 0, got -1"),
+    Call("{learn} --crops 1", "--crops: the images are resized to 8×8, which is all that the network sees; expect"),
 ]  # fmt: skip
 
 LLR = "iters_w 5, {rate} 0.1, rrweight 1, b_start 9, b_end 3, warmup 0.1"
 UNLEARNED = "no stage of this run looks"
 IDLE = [
-    *idle("cache cpu", "no stage of this run looks at calibration images", "--iters_w 0", cnn),
+    *idle("cache cpu, crops 1", "no stage of this run looks at calibration images", "--iters_w 0", cnn),
     *idle("cache cpu", "no stage of this run looks at calibration images", make=vit),
     *idle("search_method layer_wise, {search_images} 32", "--scale_method log_2 searches", "--scale_method log_2"),
     *idle("{search_images} 32", "--scale_method linear_mse", "--scale_method linear_mse"),

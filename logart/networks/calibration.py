@@ -56,39 +56,54 @@ def calibration_images(
     seed: int,
     *,
     augment: bool = False,
+    crops: int = 0,
     names: Sequence[str] | None = None,
     flag: str = "--calib_samples",
     quiet: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """Choose training images and load them: `choose_calibration`, then `load_calibration`."""
     indices = choose_calibration(source, count, seed, names=names, flag=flag)
-    return load_calibration(source, indices, seed, augment=augment, quiet=quiet)
+    return load_calibration(source, indices, seed, augment=augment, crops=crops, quiet=quiet)
 
 
 def load_calibration(
-    source: ImageSource, indices: Sequence[int], seed: int, *, augment: bool = False, quiet: bool = False
+    source: ImageSource,
+    indices: Sequence[int],
+    seed: int,
+    *,
+    augment: bool = False,
+    crops: int = 0,
+    quiet: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """Load training images.
 
     Args:
         source: The data set.
         indices: As `choose_calibration` gives them.
-        seed: Chooses, with `augment`, the crops and flips. Global generators stay as they are.
+        seed: Chooses crops and flips. Global generators stay as they are.
         augment: Random-resized crops and flips instead of the evaluation's centre crop.
+        crops: How many crops at other places of the resized image follow each.
         quiet: No progress bar.
 
     Returns:
-        The images, float32 [len(indices), C, H, W], and their names.
+        The images, float32 [len(indices) · (1 + crops), C, H, W], and the names of those that were chosen.
 
     Raises:
-        UserError: An image that cannot be read.
+        UserError: An image that cannot be read, or crops of images of which nothing is cut off.
     """
-    count = len(indices)
+    if crops and not any(map(source.train.is_cut, indices)):
+        size = "×".join(map(str, source.train.size))
+        raise UserError(f"--crops: the images are resized to {size}, which is all that the network sees; expected 0")
+    count = len(indices) * (1 + crops)
     images: Tensor | None = None
     with torch.random.fork_rng(devices=[]), progress_bar(count, "calibration images", quiet) as bar:
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also reaches the GPU
-        for row, index in enumerate(indices):
-            image = source.train.augmented(index) if augment else source.train[index][0]
+        for row in range(count):
+            index, crop = indices[row // (1 + crops)], row % (1 + crops)
+            if crop:
+                image = source.train.cropped(index)
+            else:
+                image = source.train.augmented(index) if augment else source.train[index][0]
             if images is None:
                 images = image.new_empty(count, *image.shape)  # stacking a list would hold two copies
             images[row] = image

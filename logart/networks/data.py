@@ -81,6 +81,7 @@ class Split(Dataset[tuple[Tensor, int]]):
             mean=p.mean,
             std=p.std,
         )
+        self.size = p.input_size[1:]
         mode = transforms.InterpolationMode(p.interpolation)
         self._augmentation = transforms.Compose(
             [
@@ -104,9 +105,28 @@ class Split(Dataset[tuple[Tensor, int]]):
         some.names, some._labels = [self.names[i] for i in places], [self._labels[i] for i in places]
         return some
 
+    def cropped(self, index: int) -> Tensor:
+        """The item [C, H, W] with the crop at another place of the resized image, by torch's global generator."""
+        steps = self._transform.transforms
+        at_random = transforms.Compose([transforms.RandomCrop(self.size) if _is_crop(step) else step for step in steps])
+        return at_random(self._load(self.names[index]))  # type: ignore[no-any-return]
+
+    def is_cut(self, index: int) -> bool:
+        """Whether the centre crop cuts something off the resized item."""
+        image = self._load(self.names[index])
+        for step in self._transform.transforms:
+            if _is_crop(step):
+                return (image.height, image.width) != tuple(self.size)
+            image = step(image)
+        return False
+
     def augmented(self, index: int) -> Tensor:
         """The item [C, H, W] cropped and flipped at random, by torch's global generator."""
         return self._augmentation(self._load(self.names[index]))
+
+
+def _is_crop(step: object) -> bool:
+    return isinstance(step, transforms.CenterCrop)
 
 
 @dataclass(frozen=True)

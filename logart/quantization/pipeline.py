@@ -159,7 +159,7 @@ def _gather(
     calibration_images: Any, config: QuantConfig, key: str | Sequence[str] | None, prepare: Callable[[Any], Any] | None
 ) -> Any:
     """The images that the stages look at, those of each rank enough; with mirror images where they are asked for."""
-    images = gather_images(calibration_images, max(2, config.images_needed), key, prepare)
+    images = gather_images(calibration_images, max(2, (1 + config.crops) * config.images_needed), key, prepare)
     if 0 < config.images_needed and min(stage.images(config)[0] for stage in config.method.stages) < ranks.size():
         raise NetworkError(f"{ranks.size()} ranks share the calibration images; expected one for each at least")
     if not config.mirror:

@@ -62,7 +62,8 @@ class BlockTask:
         Of a single image nothing is held out.
         """
         count = self.captured[Capture.TARGETS].total
-        kept = count - max(1, int(share * count))
+        views = self.config.views  # of one image stay together
+        kept = count - views * max(1, int(share * count / views))
         if kept < 1:
             return self, None
         seen, held_out = (
@@ -207,8 +208,8 @@ class Compensate(Stage):
         return "after compensated rounding"
 
     def describe(self, config: Settings) -> str:
-        mirrored = " and their mirror images" * config.mirror
-        return f"compensated rounding, {config.calib_samples} images{mirrored}, damping {config.damping}"
+        more = f", {config.crops} further crops of each" * (config.crops > 0) + " and mirror images" * config.mirror
+        return f"compensated rounding, {config.calib_samples} images{more}, damping {config.damping}"
 
     def needs(self, config: Settings) -> frozenset[Capture]:
         return frozenset({Capture.FLOAT_INPUTS, Capture.INPUTS})

@@ -61,6 +61,8 @@ class Settings:
         damping: λ of compensated rounding, as a share of the mean squared input; "auto" chooses it for each layer by
             images that the estimate has not seen, see `damping.choose_damping`.
         mirror: whether every calibration image is also seen mirrored, left to right.
+        crops: how many further crops of every calibration image follow it; each is an image that `calib_samples` and
+            `search_samples` do not count.
         calib_samples: images for LLR and compensated rounding.
         batch_size: images per LLR step, and at a time elsewhere in these stages.
         iters: LLR steps per block; 0 learns nothing.
@@ -106,6 +108,7 @@ class Settings:
     rounding: str = "learned"
     damping: float | str = 0.01
     mirror: bool = False
+    crops: int = 0
     calib_samples: int = 1024
     batch_size: int = 32
     iters: int = 1000
@@ -152,7 +155,7 @@ class Settings:
         for name in ("search_samples", "search_batch_size", "calib_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("iters", "iters_a"):
+        for name in ("iters", "iters_a", "crops"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not (0 < self.lr < float("inf") and 0 <= self.rrweight < float("inf")):
@@ -226,7 +229,7 @@ class Settings:
     @property
     def views(self) -> int:
         """How many times each calibration image is seen."""
-        return 2 if self.mirror else 1
+        return (1 + self.crops) * (2 if self.mirror else 1)
 
     @property
     def searches(self) -> bool:

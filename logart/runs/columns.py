@@ -230,6 +230,8 @@ COLUMNS = (
                when=COMPENSATES),
     _of_config("mirror", Part.CALIBRATION, "`True`: calibration images were seen mirrored, too",
                when=SEES_IMAGES, idle="False"),
+    _of_config("crops", Part.CALIBRATION, "how many further crops of every calibration image were seen",
+               when=SEES_IMAGES, idle=0),
     _of_config("iters_w", Part.LLR, "LLR steps per block; 0: no LLR", "iters", unit="steps", when=LEARNS, idle=0),
     _of_config("lr", Part.LLR, "LLR's learning rate at the start", when=LEARNS),
     _of_config("rrweight", Part.LLR, "weight of the rounding penalty against the reconstruction loss", when=LEARNS),

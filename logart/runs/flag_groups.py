@@ -148,6 +148,8 @@ class TrackFlags:
             "holds on images kept back", 0.01, type=_damping, metavar="{auto,VALUE}")  # fmt: skip
         add(group, "mirror", "calibration images are seen mirrored, too", "off",
             action=argparse.BooleanOptionalAction)  # fmt: skip
+        add(group, "crops", "further crops of every calibration image, at other places of the resized image", 0,
+            type=int, metavar="N")  # fmt: skip
         add(group, "calib_samples", "images for LLR and compensated rounding", type=int)
         add(group, "batch_size", "images per LLR step", type=int)
         add(group, "iters_w", "LLR steps per block; 0 learns nothing", type=int)

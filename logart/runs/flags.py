@@ -131,7 +131,7 @@ def refuse_idle_flags(
     refuse(("damping",), not config.method.uses_dbs, f"--rounding {config.rounding} estimates nothing that it damps")
     schedule = ("rrweight", "b_start", "b_end", "warmup", "test_before_calibration")
     refuse((*learning, *schedule), config.learns, unlearned)
-    refuse(("cache", "mirror"), config.images_needed > 0, "no stage of this run looks at calibration images")
+    refuse(("cache", "mirror", "crops"), config.images_needed > 0, "no stage of this run looks at calibration images")
     approximate = ("hardware_approx", "test_with_hardware_approx")
     refuse(approximate, "terms" in grid.options, f"--scale_method {grid.name} has no √2 to approximate")
     refuse(approximate[1:], not args.hardware_approx, "--hardware_approx approximates from the start")

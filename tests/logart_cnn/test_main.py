@@ -46,7 +46,7 @@ ISSUE_FLAGS = """data_path arch checkpoint n_bits_w channel_wise scale_method se
     calib_augment
     model-kwargs input-size crop-pct mean std interpolation num-classes no-channel_wise
     rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
-    wide_gap cache
+    wide_gap crops cache
     search_batch_size val_batch_size checkpoint_key class_map class_order calib_path calib_from_val val_limit
     n_bits_a input_bits_a head_bits_a act_scale calibrate_with_act iters_a""".split()
 
@@ -84,7 +84,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, files: Files, tmp_path: Path)
         "drop_prob": 0.5, "temperature": 20.0, "head_kl": False, "rounding": "learned",
         "scale_search": ScaleSearch.NONE, "asymmetric": False, "zero_code": False, "wide_gap": False,
         "layer_bits": {}, "skip": (), "bits_budget": None, "size_budget": None, "damping": 0.01,
-        "mirror": False, "n_bits_a": 32, "input_bits_a": None, "head_bits_a": None, "act_scale": ActScale.AUTO,
+        "mirror": False, "crops": 0, "n_bits_a": 32, "input_bits_a": None, "head_bits_a": None,
+        "act_scale": ActScale.AUTO,
         "softmax_grid": SoftmaxGrid.UNIFORM, "calibrate_with_act": False, "iters_a": 0,
     }  # fmt: skip
     expected = RunOptions(torch.device("cuda"), "results.csv", 128, 2, test_before_calibration=True)
@@ -185,7 +186,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
     assert lines[1] == (
         "n_bits_w=4 channel_wise=True scale_method=dynamic search_method=tensor_wise search_samples=32 "
         "search_batch_size=32 scale_search=none asymmetric=False zero_code=False wide_gap=False rounding=learned "
-        "calib_samples=16 batch_size=32 damping=0.01 mirror=False iters_w=4 "
+        "calib_samples=16 batch_size=32 damping=0.01 mirror=False crops=0 iters_w=4 "
         "rrweight=0.1 calib_lr=0.01 b_start=20.0 b_end=2.0 warmup=0.2 recon_input=quantized n_bits_a=32 "
         "input_bits_a=32 head_bits_a=32 act_scale=float calibrate_with_act=False iters_a=0 seed=0 "
         "first_last_bits=same hardware_approx_terms=0"

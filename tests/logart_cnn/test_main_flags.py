@@ -66,6 +66,7 @@ EFFECTS = {
     "damping": Effect("--damping 0.5", {"damping": "0.5"}, given="--rounding compensated --calib_samples 6",
                       unlearned=True),
     "mirror": Effect("--mirror", {"mirror": "True"}),
+    "crops": Effect("--crops 1", {"crops": "1"}, given="--crop_pct 0.8"),
     "batch_size": Effect("--batch_size 3", {"batch_size": "3"}),
     "iters_w": Effect("--iters_w 9", {"iters_w": "9"}),
     "rrweight": Effect("--rrweight 100", {"rrweight": "100.0"}),

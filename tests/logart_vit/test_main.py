@@ -59,7 +59,7 @@ ISSUE_FLAGS = """dataset model checkpoint config optimize iters_w lr rrweight sc
     layer_bits skip bits_budget size_budget
     model-kwargs input-size crop-pct mean std interpolation num-classes
     rounding damping mirror scale_search asymmetric zero_code hardware_approx_terms preset save once run_dir resume
-    wide_gap cache
+    wide_gap crops cache
     checkpoint_key class_map class_order calib_path calib_from_val val_limit
     a_bit qconv_a_bit qhead_a_bit act_scale softmax_grid calibrate_with_act iters_a""".split()
 FIELDS_OF_A_CONFIG = {"channel_wise", "temperature", "b_start", "b_end", "warmup"}
@@ -297,7 +297,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "optim_size=8 optim_batch_size=32 optim_metric=hessian_perturb temperature=20.0 optim_mode=qdrop drop_prob=0.5 "
         "iters_w=2 lr=0.1 rrweight=0.1 b_start=20.0 b_end=2.0 warmup=0.2 a_bit=32 qconv_a_bit=32 qhead_a_bit=32 "
         "act_scale=float softmax_grid=uniform calibrate_with_act=False iters_a=0 rounding=learned damping=0.01 "
-        "mirror=False seed=0 hardware_approx_terms=0 val_batch_size=128 num_workers=0"
+        "mirror=False crops=0 seed=0 hardware_approx_terms=0 val_batch_size=128 num_workers=0"
     )
     assert [line.split(" Acc")[0].rstrip() for line in lines[2:5]] == ["float", "after DBS", "after LLR"]
     shown = {*SETTINGS, "val_images", "device", "mean_bits", "layers_by_bits", "quantized_weights"}
@@ -316,7 +316,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "zero_code": "False", "wide_gap": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
         "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
         "layers_by_bits": "4:18",
-        "quantized_weights": "99.617", "damping": "", "mirror": "False",
+        "quantized_weights": "99.617", "damping": "", "mirror": "False", "crops": "0",
         "bits_a": "", "input_bits_a": "", "head_bits_a": "", "act_scale": "", "softmax_grid": "",
         "calibrate_with_act": "", "iters_a": "",
     }  # fmt: skip

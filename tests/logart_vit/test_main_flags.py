@@ -65,6 +65,7 @@ EFFECTS = {
     "damping": Effect("--damping 0.5", {"damping": "0.5"}, given="--rounding compensated --optim_size 6",
                       unlearned=True),
     "mirror": Effect("--mirror", {"mirror": "True"}),
+    "crops": Effect("--crops 1", {"crops": "1"}, given="--crop_pct 0.8"),
     "optim_batch_size": Effect("--optim_batch_size 3", {"batch_size": "3"}),
     "optim_metric": Effect("--optim_metric mse", {"recon_metric": "mse+kl", "temperature": ""}),
     "temperature": Effect("--temperature 1", {"temperature": "1.0"}),

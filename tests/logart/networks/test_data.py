@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,6 +168,34 @@ def fails(message, call, *args, **kwargs):
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_crops_are_other_windows_of_the_resized_image(tmp_path):
+    """Each behind its own image; every one is a window of the image as it is before the centre is cut out."""
+    root = write_images(tmp_path / "wide", size=(40, 32))
+    source = open_images(root, replace(COLOUR, crop_pct=0.8, input_size=(3, 16, 16)), len(CLASSES))
+    whole = open_images(root, replace(COLOUR, crop_pct=1.0, input_size=(3, 20, 20)), len(CLASSES))  # the same resizing
+    before = global_state()
+    images, names = calibration_images(source, 4, 0, crops=2, quiet=True)
+    assert global_state() == before and images.shape == (12, 3, 16, 16) and len(names) == 4
+    plain, plain_names = calibration_images(source, 4, 0, quiet=True)
+    assert torch.equal(images[::3], plain) and names == plain_names
+    assert torch.equal(images, calibration_images(source, 4, 0, crops=2, quiet=True)[0])
+    resize = whole.train._transform.transforms[0]
+    places = set()
+    for row, image in enumerate(images):
+        with Image.open(root / names[row // 3]) as opened:
+            resized = expected_tensor(resize(opened.convert("RGB")))
+        assert resized.shape == (3, 20, 25)
+        windows = resized.unfold(1, 16, 1).unfold(2, 16, 1)  # [3, 5, 10, 16, 16]
+        off = (windows - image[:, None, None]).abs().amax((0, 3, 4))
+        assert float(off.min()) < 1e-5
+        places.add(int(off.argmin()))
+    assert len(places) > 4  # not always the centre
+
+
+def test_crops_of_images_that_are_not_cut_are_refused(digits):
+    fails("--crops: the images are resized to 8×8, which is all", calibration_images, digits, 2, 0, crops=1, quiet=True)
 
 
 def test_mistakes_about_calibration_images(folder, tmp_path):

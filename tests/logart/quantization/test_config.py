@@ -49,6 +49,7 @@ from logart.quantization.config import PRESETS, QuantConfig, ReconInput, ReconMe
         ("act_scale", ["integer"]),
         ("softmax_grid", ["log"]),
         ("iters_a", [-1]),
+        ("crops", [-1, 1.0]),
     ],
 )
 def test_values_out_of_range_are_refused(field: str, values: list[Any]) -> None:

@@ -213,6 +213,19 @@ def test_mirror_images_are_images() -> None:
     assert torch.equal(codes(mirrored), codes(given)) and not torch.equal(codes(mirrored), codes(plain))
 
 
+def test_crops_are_images_that_stay_beside_their_own() -> None:
+    """Given with their image, in the same half; with mirror images each is seen twice."""
+    model, x = network(), images()
+    cropped, _ = quantize_model(model, config(damping="auto", calib_samples=5, crops=1), x)
+    given, _ = quantize_model(model, config(damping="auto", calib_samples=10), x)
+    codes = lambda model: torch.cat([layer.codes.flatten() for layer in quantized_layers(model).values()])  # type: ignore[union-attr]  # noqa: E731
+    # halves of 5 images are 2 and 3 with their crops, of 10 images 5 and 5
+    assert not torch.equal(codes(cropped), codes(given))
+    cropped, _ = quantize_model(model, config(damping="auto", calib_samples=2, crops=4), x)
+    assert torch.equal(codes(cropped), codes(given))
+    assert config(crops=2, mirror=True).views == 6
+
+
 def test_a_block_that_is_resumed_knows_its_damping(tmp_path: Path) -> None:
     quantized, report = quantize_model(network(), config(damping="auto"), images())
     layers = quantized_layers(quantized)

@@ -81,7 +81,7 @@ def test_the_settings_say_what_acted() -> None:
     always = {
         "bits": 3, "first_last_bits": 8, "channel_wise": "False", "scale_method": "dynamic",
         "scale_search": "none", "asymmetric": "False", "zero_code": "False", "wide_gap": "False", "rounding": "learned",
-        "hardware_approx": "True", "hardware_approx_terms": 2, "iters_w": 11, "seed": 6, "mirror": "False",
+        "hardware_approx": "True", "hardware_approx_terms": 2, "iters_w": 11, "seed": 6, "mirror": "False", "crops": 0,
     }  # fmt: skip
     learning = {
         "calib_samples": 9, "batch_size": 5, "lr": 0.125, "rrweight": 0.25, "b_start": 10.0, "b_end": 3.0,
@@ -118,7 +118,7 @@ def test_the_settings_of_compensated_rounding() -> None:
         "bits": 4, "first_last_bits": "same", "channel_wise": "True", "scale_method": "dynamic",
         "scale_search": "none", "asymmetric": "False", "zero_code": "False", "wide_gap": "False",
         "hardware_approx": "False",
-        "seed": 0, "calib_samples": 9, "batch_size": 5, "damping": 0.01, "mirror": "False",
+        "seed": 0, "calib_samples": 9, "batch_size": 5, "damping": 0.01, "mirror": "False", "crops": 0,
     }  # fmt: skip
     alone = always | {"rounding": "compensated", "iters_w": 0}
     assert decided(replace(config, rounding="compensated")) == alone
