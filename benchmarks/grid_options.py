@@ -35,9 +35,11 @@ ROWS = {
     "compensated, scale search": f"{COMPENSATED} --scale_search grid",
     "compensated, half-steps": f"{COMPENSATED} --scale_search half_step",
     "compensated, zero code": f"{COMPENSATED} --zero_code",
+    "compensated, wide gap": f"{COMPENSATED} --wide_gap",
     "compensated, asymmetric": f"{COMPENSATED} --asymmetric",
     "compensated, √2 ≈ 1 + 1/2": f"{COMPENSATED} --hardware_approx",
     "compensated, scale search and zero code": f"{COMPENSATED} --scale_search grid --zero_code",
+    "compensated, scale search and wide gap": f"{COMPENSATED} --scale_search grid --wide_gap",
 }
 
 

@@ -162,6 +162,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="on CUDA: the network's run again, under the profiler")
     args = parser.parse_args()
     part = {"network": network, "growth": growth, "steps": steps}[args.part]
+    if args.part == "growth" and args.device.type != "cpu":
+        parser.error(f"--device: growth runs on the CPU; got {args.device}")
     if args.device.type == "cuda":
         part(args)
         return

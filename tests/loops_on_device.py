@@ -20,7 +20,7 @@ from quadratic import correlated  # noqa: E402
 
 from logart.quantization import column_rounding, loops_plain, loops_triton  # noqa: E402
 
-SHAPES = [(1, 1, 1), (1, 7, 64), (5, 1, 9), (2, 6, 33), (3, 2, 2)]  # groups, rows of each, columns
+SHAPES = [(1, 1, 1), (1, 7, 64), (5, 1, 9), (2, 6, 33), (3, 2, 2), (2, 3, 130)]  # groups, rows of each, columns
 
 
 def equal_on(bits: int, shape: tuple[int, int, int]) -> dict[str, bool]:

@@ -28,7 +28,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "nearest by blocks": {"rounding": "nearest", "search_method": "block_wise", "asymmetric": True},
-    "compensated": {"rounding": "compensated", "scale_search": "half_step", "zero_code": True, "hardware_terms": 2},
+    "compensated": {
+        "rounding": "compensated", "scale_search": "half_step", "zero_code": True, "wide_gap": True,
+        "hardware_terms": 2,
+    },
     "learned": {"rounding": "learned", "search_method": "layer_wise", "scale_search": "half_step"},
     "mixed inputs, Hessian": {"rounding": "learned", "recon_input": "mixed", "recon_metric": "hessian_perturb"},
     "both": {"rounding": "both", "recon_input": "float", "head_kl": True},

@@ -78,12 +78,14 @@ def readme(graph: dict[str, Any], example: str) -> str:
     simulated = min(SIMULATED_IMAGES, len(graph["golden_images"]))
     seconds = simulated * macs * SECONDS_PER_MILLION
     resized = f"short side resized to {short} ({p['interpolation']}), centre {height}×{width} taken; "
+    time = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    time = "a few seconds" if seconds < 10 else time
     return _README.format(
         measured=_measured(graph),
         example=example,
         simulated="golden image" if simulated == 1 else f"{simulated} golden images",
-        mmacs=f"{macs:.2f} million" if macs < 10 else f"{macs:.0f} million",
-        time=f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes",
+        mmacs=f"{macs:.2g} million" if macs < 10 else f"{macs:.0f} million",
+        time=time,
         input_bits=value["bits"],
         file=graph["source"]["file"],
         sha256=graph["source"]["sha256"],

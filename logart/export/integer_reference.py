@@ -28,7 +28,9 @@ def load(path: str | Path) -> Array:
     """The array of a file; OSError, which names it, where there is none."""
     try:
         array = np.load(path)
-    except (ValueError, EOFError):
+    except OSError:
+        raise
+    except Exception:  # of what is damaged, each part has an error of its own
         array = None
     if not isinstance(array, np.ndarray):
         raise OSError(f"{path}: expected an array in NumPy's .npy format")
@@ -185,7 +187,10 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        graph = json.loads((folder / "graph.json").read_text("utf-8"))
+        try:
+            graph = json.loads((folder / "graph.json").read_text("utf-8"))
+        except ValueError as error:
+            raise OSError(f"{folder / 'graph.json'}: expected JSON ({error})") from error
         return compute(graph, folder, *argv) if argv else check(graph, folder)
     except OSError as error:  # it names the file
         print(f"run.py: {error}", file=sys.stderr)

@@ -101,17 +101,17 @@ class Seen(NamedTuple):
         return cls.weighted(x[::stride], largest(x), x.numel(), cls.of(x).extremes)
 
     @classmethod
-    def weighted(cls, some: Tensor, largest: Tensor, total: int, extremes: tuple[float, float]) -> Seen:
+    def weighted(cls, some: Tensor, top: Tensor, total: int, extremes: tuple[float, float]) -> Seen:
         """Evenly spaced values of `total`, which stand for all but the largest magnitudes, and those."""
-        limit = largest.abs().min()
-        largest, others = largest[largest.abs() > limit], some[some.abs() <= limit]
-        counts = torch.ones(len(largest) + len(others), device=some.device)
-        counts[len(largest) :] = (total - len(largest)) / max(1, len(others))
-        return cls(torch.cat([largest, others]), counts, extremes)
+        limit = top.abs().min()
+        top, others = top[top.abs() > limit], some[some.abs() <= limit]
+        counts = torch.ones(len(top) + len(others), device=some.device)
+        counts[len(top) :] = (total - len(top)) / max(1, len(others))
+        return cls(torch.cat([top, others]), counts, extremes)
 
     def error(self, delta: Tensor) -> Tensor:
         """Σ|δ|^2.4 over all values, a float64 scalar; the exponent of BRECQ (Li et al. 2021)."""
-        return (delta.abs().float().pow(2.4) * self.counts).sum(dtype=torch.float64)
+        return (delta.abs().double().pow(2.4) * self.counts).sum(dtype=torch.float64)
 
 
 def sampling_stride(total: int, part: int) -> int:

@@ -52,9 +52,9 @@ class LogGrid(Grid):
     """Magnitudes of half-steps.
 
     Columns: `top_half_step`, of the largest magnitude; `n_base2`; `lowered`, how many half-steps the smallest lies
-    lower; `scale`, over `SCALE_UNIT`; `unused_codes`, how many codes went from one sign to the small end; `flags`: 1
-    the smallest negative level is zero, 2 the unused codes were the negative sign's, 4 they all went to the other
-    sign, 8 all-zero channel.
+    lower, and with it the codes that `reassigned_codes` moves below it; `scale`, over `SCALE_UNIT`; `unused_codes`, how
+    many codes went from one sign to the small end; `flags`: 1 the smallest negative level is zero, 2 the unused codes
+    were the negative sign's, 4 they all went to the other sign, 8 all-zero channel.
 
     Attributes:
         base2_share: which share of the magnitudes is base 2; None chooses.

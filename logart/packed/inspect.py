@@ -38,6 +38,7 @@ def describe_layer(layer: PackedLayer, info: Any) -> dict[str, Any]:
         "base_mix": base_mix(layer.spec),
         "root2_terms": layer.spec.terms,
         "scaled": "scale" in layer.spec.columns,
+        "lowered": int((layer.spec.columns.get("lowered", torch.zeros(1)) > 0).sum()),
         "bytes": codes + codebooks,
         "float_bytes": layer.shape.numel() * layer.dtype.itemsize,
         "error": known.get("error"),

@@ -1,7 +1,7 @@
 """The loops inside a block of columns, in torch's operations: column by column, all rows at once.
 
-What `loops_compiled` is held against, and what runs on other devices and without numba. Shapes: G groups, R rows of
-each, B columns of the block, L levels.
+What `loops_compiled` and `loops_triton` are held against, and what runs where neither can be built. Shapes: G groups,
+R rows of each, B columns of the block, L levels.
 """
 
 from __future__ import annotations

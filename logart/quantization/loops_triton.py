@@ -33,7 +33,7 @@ def coordinate_descent(
     before = codes.contiguous()
     chosen, moved = torch.empty_like(before), torch.empty_like(slope)
     # In memory, since a Python number would come as float32.
-    gain = torch.tensor(least_gain, dtype=slope.dtype, device=slope.device)
+    gain = torch.full((), least_gain, dtype=slope.dtype, device=slope.device)
     _over_rows(_coordinate_descent, slope, levels, a, before, levels, borders, chosen, moved, gain)
     return chosen, moved
 
@@ -54,7 +54,10 @@ def correlation_order(a: Tensor) -> Tensor:
 def works(device: torch.device) -> bool:
     """Whether kernels can be built and run there: Triton needs a C compiler for what calls them, and a recent GPU."""
     matrix = torch.eye(2, dtype=torch.float64, device=device)[None]
+    levels, borders = matrix.new_zeros(1, 2, 4), matrix.new_zeros(1, 2, 3)
     try:
+        codes, _ = error_feedback(matrix.clone(), matrix, matrix, levels, borders)
+        coordinate_descent(matrix.clone(), matrix, codes, levels, borders, 0.0)
         correlation_order(matrix)
     except Exception as error:  # the compiler, the driver, Python's headers: each fails in its own way
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -70,7 +73,7 @@ def _over_rows(kernel: Any, state: Tensor, levels: Tensor, *arguments: Tensor) -
     groups, per_group, columns = state.shape
     rows, n_levels = groups * per_group, levels.shape[2]
     sizes = (rows, per_group, columns, n_levels)
-    tile = (_ROWS, triton.next_power_of_2(columns), triton.next_power_of_2(max(n_levels - 1, 1)))
+    tile = (_ROWS, triton.next_power_of_2(columns), triton.next_power_of_2(n_levels - 1))
     with torch.cuda.device_of(state):
         kernel[(triton.cdiv(rows, _ROWS),)](state, *arguments, *sizes, *tile, **_ALONE)
 
@@ -103,7 +106,7 @@ def _error_feedback(  # type: ignore[no-untyped-def]
     inside = alive[:, None] & (columns < size)[None, :]
     state = tl.load(values + row[:, None] * size + columns[None, :], mask=inside, other=0.0)
     own = alive[:, None] & (border < n_levels - 1)[None, :]
-    own_borders = tl.load(borders + row[:, None] * (n_levels - 1) + border[None, :], mask=own, other=float("inf"))
+    own_borders = tl.load(borders + row[:, None] * (n_levels - 1) + border[None, :], mask=own, other=float("nan"))
     for j in range(size):
         code = _nearest(_column(state, columns, j), own_borders)
         level = tl.load(levels + row * n_levels + code, mask=alive, other=0.0)

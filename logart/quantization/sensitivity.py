@@ -116,8 +116,10 @@ def _quantize(reference: nn.Module, quantized: Mapping[str, Quantized], images: 
             estimate = estimate_layer(name, usual, partial(_moments, use), len(use.x), config)
         for width, layer in widths.items():
             options = config.grid_options
-            if width > _MOST_SEARCHED and options.scale_search is ScaleSearch.GRID:
-                options = replace(options, scale_search=ScaleSearch.NONE)
+            if width > _MOST_SEARCHED:
+                grid_scales = options.scale_search is ScaleSearch.GRID
+                scales = ScaleSearch.NONE if grid_scales else options.scale_search
+                options = replace(options, scale_search=scales, wide_gap=False)
             if estimate is None:
                 layer.set_codebook(choose_codebook(layer.rows, config.grid, width, options=options))
             else:

@@ -16,7 +16,7 @@ from logart.runs.methods import GRID_NAMES, ROUNDING_NAMES, SEARCH_NAMES
 _GRIDS = [(LOG_2.name, ""), (LOG_SQRT2.name, ""), *((DYNAMIC.name, search.value) for search in SearchMethod)]
 ROWS = [(grid, search, rounding) for grid, search in _GRIDS for rounding in ("nearest", "learned")]
 # Without these the paper's rows are of the grid and the search alone.
-PLAIN = {"scale_search": "none", "asymmetric": "False", "zero_code": "False", "wide_gap": "False",
+PLAIN = {"scale_search": "none", "asymmetric": "False", "zero_code": "False", "wide_gap": "",
          "hardware_approx": "False", "channel_wise": "True", "first_last_bits": "same", "preset": ""}  # fmt: skip
 FEWEST = 6  # of the paper's rows in a column of its figures
 SAID = (

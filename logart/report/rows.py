@@ -8,7 +8,7 @@ from typing import NamedTuple
 from logart.errors import UserError
 from logart.grids.grid import MAX_BITS, MIN_BITS
 from logart.report.groups import Row, number
-from logart.runs.columns import COLUMNS
+from logart.runs.columns import NAMES
 from logart.runs.results_file import read_table
 
 _RANGES = {
@@ -16,10 +16,6 @@ _RANGES = {
     **dict.fromkeys(("Acc@1", "float_Acc@1", "search_Acc@1", "approx_Acc@1"), (0, 100)),
     **dict.fromkeys(("search_seconds", "reconstruction_seconds", "peak_memory_mb"), (0, 1e9)),
 }
-# What a row of a version without the column says by its silence.
-_IDLE = {column.name: "" if column.idle is None else str(column.idle) for column in COLUMNS}
-
-
 class Rows(NamedTuple):
     """The rows to show, and a line on those that were left out; empty where none was."""
 
@@ -43,7 +39,7 @@ def read_rows(path: str | Path) -> Rows:
     for line, cells in lines:
         wrong = f"has {len(cells)} cell{'s' * (len(cells) != 1)}; expected {len(header)}"
         if len(cells) == len(header):
-            row = _IDLE | {name: cell for name, cell in zip(header, cells, strict=True) if cell or name not in _IDLE}
+            row = dict.fromkeys(NAMES, "") | dict(zip(header, cells, strict=True))
             wrong = damage(row)
             if not wrong:
                 rows.append(row)

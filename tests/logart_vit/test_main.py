@@ -313,10 +313,10 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "capture_precision": "", "seed": "0",
         "val_images": "500",
         "device": "cpu", "preset": "", "rounding": "learned", "scale_search": "none", "asymmetric": "False",
-        "zero_code": "False", "wide_gap": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
+        "zero_code": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
         "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
         "layers_by_bits": "4:18",
-        "quantized_weights": "99.617", "damping": "", "mirror": "False", "crops": "0",
+        "quantized_weights": "99.617", "damping": "", "mirror": "False",
         "bits_a": "", "input_bits_a": "", "head_bits_a": "", "act_scale": "", "softmax_grid": "",
         "calibrate_with_act": "", "iters_a": "",
     }  # fmt: skip

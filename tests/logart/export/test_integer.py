@@ -223,6 +223,10 @@ def test_the_shipped_program_names_a_file_that_is_missing_or_no_array(exported: 
         done = program(copied, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(broken) in done.stderr, done.stderr
         assert done.stderr.startswith("run.py: ") and not done.stdout and not y.exists()
+    for damaged in ('{"a": ', "\xff"):
+        (copied / "graph.json").write_text(damaged, "latin-1")
+        done = program(copied)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "graph.json: expected JSON" in done.stderr
 
 
 class Number(int):

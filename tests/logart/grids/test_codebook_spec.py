@@ -109,6 +109,14 @@ def test_levels_that_are_no_codebook_are_refused(levels: list[list[float]]) -> N
         plain_codebook(torch.tensor(levels), Spacing.LOG)
 
 
+def test_base_2_has_no_gap_of_odd_half_steps() -> None:
+    columns = {"top_half_step": torch.tensor([0]), "n_base2": torch.tensor([8])}
+    for lowered, fits in ((2, True), (1, False)):
+        claimed = {**columns, "lowered": torch.tensor([lowered])}
+        wrong = [bool(GRIDS[name].wrong(claimed, 4, torch.float32)["lowered"]) for name in ("log_2", "dynamic")]
+        assert wrong == [not fits, False]
+
+
 @pytest.mark.parametrize(
     ("columns", "row", "said"),
     [

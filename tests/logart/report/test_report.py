@@ -128,7 +128,7 @@ def test_the_headline_is_the_best_of_each_bit_width(shipped: Path) -> None:
         rows = frame[frame.arch == arch]
         learned = rows[rows.rounding == "learned"].assign(rounding="", **{"Acc@1": rows["search_Acc@1"], "lr": 0})
         keys = ["bits", "scale_method", "scale_search", "zero_code", "search_method", "rounding", "preset",
-                "config", "calib_samples", "lr", "damping", "mirror"]  # fmt: skip
+                "config", "calib_samples", "lr", "damping", "mirror", "wide_gap"]  # fmt: skip
         means = pd.concat([rows, learned]).groupby(keys, dropna=False)["Acc@1"].mean()
         best = means.groupby("bits").max()
         shown = {int(line[0][0]): line[1][0].split(" ±")[0] for line in page.tables[table][1:]}
@@ -201,6 +201,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, value",
     [("lr", "0.5"), ("calib_samples", "65"), ("iters_w", "11"), ("scale_search", "grid"), ("zero_code", "True"),
+     ("wide_gap", "True"), ("crops", "1"),
      ("asymmetric", "True"), ("hardware_approx", "True"), ("recon_metric", "mae"), ("search_samples", "9"),
      ("first_last_bits", "8"), ("network_options", "a=1"), ("device", "gpu"), ("calib_augment", "True"),
      ("checkpoint_sha256", "cd"),
@@ -302,7 +303,8 @@ def test_the_papers_figures_stand_beside_their_cells() -> None:
     scaled = row(arch="resnet18", search_method="block_wise", scale_search="grid")
     seen = page_of(scaled, paper=figures).matrix("dynamic BW, scale search, LLR", "4 bits")
     assert seen[3:] == ["paper 70.69 (drop 0.31) [1]"]
-    for other in ({"bits": 3}, {"arch": "resnet18", "bits": 3}, {"arch": "resnet18", "zero_code": "True"}):
+    for other in ({"bits": 3}, {"arch": "resnet18", "bits": 3}, {"arch": "resnet18", "zero_code": "True"},
+                  {"arch": "resnet18", "wide_gap": "True"}):
         assert "Sources" not in page_of(row(**other), paper=figures).text
     assert "Sources" not in page_of(row(arch="resnet18"), paper=[]).text
 
