@@ -54,7 +54,7 @@ def main() -> None:
     every, search = range(2 ** (args.bits - 1) + 1), ScaleSearch(args.scale_search)
     every_columns = log_candidates(w.abs().amax(1), args.bits, every, scale_search=search)
     candidates = [DYNAMIC.codebook(columns, args.bits, 0, w.dtype) for columns in every_columns]
-    searched = DYNAMIC.n_candidates(args.bits, search)
+    searched = DYNAMIC.n_candidates(args.bits, GridOptions(scale_search=search))
 
     def choose(error: ErrorFunction) -> Codebook:
         return choose_codebook(w, DYNAMIC, args.bits, error=error, options=GridOptions(scale_search=search))
