@@ -316,7 +316,7 @@ def test_the_digits_are_the_default_data_and_tell_the_whole_story(
         "zero_code": "False", "hardware_approx_terms": "", "layer_bits": "", "skip": "",
         "bits_budget": "", "size_budget": "", "mean_bits": "4.0",
         "layers_by_bits": "4:18",
-        "quantized_weights": "99.617", "damping": "", "mirror": "False",
+        "quantized_weights": "99.617", "damping": "", "mirror": "False", "crops": "", "wide_gap": "",
         "bits_a": "", "input_bits_a": "", "head_bits_a": "", "act_scale": "", "softmax_grid": "",
         "calibrate_with_act": "", "iters_a": "",
     }  # fmt: skip

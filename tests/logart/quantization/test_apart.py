@@ -133,7 +133,7 @@ def test_compensated_rounding_is_nearer_to_the_float_network(name: str) -> None:
         configs = [QuantConfig(n_bits=3, **SETTINGS[how]) for how in ("nearest", "compensated")]
         networks = [quantize_model(model, config, IMAGES)[0] for config in configs]
         nearest, compensated = (float((network(IMAGES) - model(IMAGES)).norm()) for network in networks)
-    assert compensated < 0.7 * nearest
+    assert compensated < 0.8 * nearest
 
 
 def test_moments_are_summed_over_all_uses() -> None:

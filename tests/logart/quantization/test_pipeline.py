@@ -171,6 +171,8 @@ CHANGES: list[dict[str, Any]] = [
     {"rounding": "compensated", "scale_search": "grid"},
     {"rounding": "compensated", "asymmetric": True},
     {"rounding": "compensated", "zero_code": True},
+    {"rounding": "compensated", "wide_gap": True},
+    {"rounding": "compensated", "calib_samples": 5, "crops": 1},
     {"rounding": "compensated", "calib_samples": 12},
     {"seed": 1},
     {"layer_bits": {"stem": 5}},
