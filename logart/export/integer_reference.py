@@ -45,7 +45,7 @@ def shifted(x: Array, places: int) -> Array:
 
 
 def times(x: Array, terms: list[list[int]]) -> Array:
-    """x times a constant form as signed powers [[±1, exponent ≥ 0], …]: shifts, adds and subtractions."""
+    """x times a constant in signed powers [[±1, exponent ≥ 0], …]: shifts, adds and subtractions."""
     result = x - x
     for sign, exponent in terms:
         result = result + (x << exponent) if sign > 0 else result - (x << exponent)

@@ -16,6 +16,8 @@ _RANGES = {
     **dict.fromkeys(("Acc@1", "float_Acc@1", "search_Acc@1", "approx_Acc@1"), (0, 100)),
     **dict.fromkeys(("search_seconds", "reconstruction_seconds", "peak_memory_mb"), (0, 1e9)),
 }
+
+
 class Rows(NamedTuple):
     """The rows to show, and a line on those that were left out; empty where none was."""
 

@@ -101,8 +101,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
-def made(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
+def made(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return build().eval()
 
 
@@ -128,12 +128,16 @@ def test_a_weight_in_no_block_is_rounded_and_named(name: str, how: str, tmp_path
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compensated_rounding_is_nearer_to_the_float_network(name: str) -> None:
-    model = made(NETWORKS[name][0])
-    with torch.no_grad():
-        configs = [QuantConfig(n_bits=3, **SETTINGS[how]) for how in ("nearest", "compensated")]
-        networks = [quantize_model(model, config, IMAGES)[0] for config in configs]
-        nearest, compensated = (float((network(IMAGES) - model(IMAGES)).norm()) for network in networks)
-    assert compensated < 0.8 * nearest
+    """In the mean of some draws: of weights this few a draw alone may be half as good or twice."""
+    ratios = []
+    for seed in (0, 1000, 2000, 3000):
+        model = made(NETWORKS[name][0], seed)
+        with torch.no_grad():
+            configs = [QuantConfig(n_bits=3, **SETTINGS[how]) for how in ("nearest", "compensated")]
+            networks = [quantize_model(model, config, IMAGES)[0] for config in configs]
+            nearest, compensated = (float((network(IMAGES) - model(IMAGES)).norm()) for network in networks)
+        ratios.append(compensated / nearest)
+    assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.6
 
 
 def test_moments_are_summed_over_all_uses() -> None:
