@@ -99,7 +99,7 @@ class LogGrid(Grid):
         return {
             "top_half_step": (top > largest_half_step(dtype)) | (top < -2200),
             "n_base2": (n_base2 < 0) | (n_base2 > n_levels) | ((n_base2 == n_levels) & (top % 2 != 0)),
-            "lowered": ~torch.isin(lowered, torch.tensor(self._lowered(GridOptions(wide_gap=True)))),
+            "lowered": ~torch.isin(lowered, lowered.new_tensor(self._lowered(GridOptions(wide_gap=True)))),
             "flags": (flags & ~15 != 0) | ((unused == 0) & (flags & (NEGATIVE | ONE_SIDED) != 0)),
             "unused_codes": (unused < 0) | (unused > n_levels) | (unused == 1),
             "scale": (scale < 1) | (scale > 255),
