@@ -22,7 +22,7 @@ from logart.networks.weights import COUNTER
 from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
-from logart.quantization.activation_quantizer import INPUT, attach, quantizers
+from logart.quantization.activation_quantizer import INPUT, ActivationQuantizer, attach, quantizers
 from logart.quantization.attention import ATTENTION, OPERANDS, spell_out
 from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
@@ -236,14 +236,19 @@ def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.rest.items():
         owner, _, kind = name.rpartition(".")
-        if owner.rpartition(".")[2] in (INPUT, *OPERANDS):
+        if owner.endswith(INPUT) or owner.rpartition(".")[2] in OPERANDS:
             found.setdefault(owner, {})[kind] = tensor
-    layers, modules = surgery.quantized_layers(model), dict(model.named_modules())
-    for name in dict.fromkeys(owner.rpartition(".")[0] for owner in found):
-        if name in layers:
-            attach(layers[name].module, MAX_BITS_A)
-        elif type(modules.get(name)) in ATTENTION:
-            spell_out(modules[name], MAX_BITS_A)
+    modules = dict(model.named_modules())
+    for owner in found:
+        name, _, own = owner.rpartition(".")
+        module, parameter = modules.get(name), own.removesuffix(f"_{INPUT}")
+        if module is not None and own == INPUT and is_quantized(module):
+            attach(module, MAX_BITS_A)
+        elif module is not None and is_quantized(module, parameter):
+            weight = quantized_weight(module, parameter).weight
+            module.add_module(own, ActivationQuantizer(MAX_BITS_A, weight.device).train(module.training))
+        elif module is not None and type(module) in ATTENTION:
+            spell_out(module, MAX_BITS_A)
     known = quantizers(model)
     for name, tensors in found.items():
         if name not in known:

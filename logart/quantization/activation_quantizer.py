@@ -1,7 +1,8 @@
 """Quantized activations: a module that puts a tensor onto the levels of one codebook, held by the layer that reads it.
 
 A quantizer is a child of its layer, and the layer's forward_pre_hook calls it; the hook knows only the module that it
-is called with, so that copies, state dicts and traces follow. Until its levels are chosen, a quantizer passes on
+is called with, so that copies, state dicts and traces follow. A weight that other functions use has its quantizer
+beside it, and calls it where it is multiplied (`input_quantized`). Until its levels are chosen, a quantizer passes on
 what it is given.
 """
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from logart.grids.activations import EvenGrid, code_range, quantize_even, quantize_log
+from logart.quantization.weight_state import layer_name
 
-INPUT = "input_quantizer"  # of a layer, by this name
+INPUT = "input_quantizer"  # of a layer, by this name; behind a parameter's, of what this is multiplied with
 _TENSORS = ("step", "limits", "levels")
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
@@ -41,6 +43,7 @@ class ActivationQuantizer(nn.Module):
     Attributes:
         n_bits: of a code.
         after_softmax: the input is softmax's output, which may have a grid of its own.
+        n_uses: how often it runs in a forward.
         step: scalar float32, of an even grid; None on a log grid, and before levels are chosen.
         limits: [2] int32, its least and largest code.
         levels: [2^n] float64, of a log grid.
@@ -57,6 +60,7 @@ class ActivationQuantizer(nn.Module):
         """`device` is where the levels will be."""
         super().__init__()
         self.n_bits, self.after_softmax, self._device = n_bits, after_softmax, device
+        self.n_uses = 1
         self.measured: Measured | None = None
         self.log_step: Tensor | None = None
         self.pow2 = False
@@ -190,6 +194,21 @@ def attach(layer: nn.Module, n_bits: int) -> ActivationQuantizer:
 
 def _quantize_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return layer.input_quantizer(args[0]), *args[1:]
+
+
+def input_quantizer_of(parameter: str) -> str:
+    """What the quantizer of what a module's parameter is multiplied with is called there."""
+    return f"{parameter}_{INPUT}"
+
+
+def quantized_name(quantizer: str) -> str:
+    """The layer, or the operand of a product, that a quantizer's name belongs to."""
+    module, _, own = quantizer.rpartition(".")
+    if own == INPUT:
+        return layer_name(module, "weight")
+    if own.endswith(f"_{INPUT}"):
+        return layer_name(module, own.removesuffix(f"_{INPUT}"))
+    return quantizer.removesuffix("_quantizer")
 
 
 def quantizers(module: nn.Module, prefix: str = "") -> dict[str, ActivationQuantizer]:

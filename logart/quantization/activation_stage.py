@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +17,26 @@ from logart.grids import activations
 from logart.grids.activations import ActScale, Seen, SoftmaxGrid, choose_even_grid, choose_log_levels
 from logart.grids.registry import grid_named
 from logart.quantization.activation_learning import learn_steps
-from logart.quantization.activation_quantizer import ActivationQuantizer, Measured, attach, quantizers, watching
+from logart.quantization.activation_quantizer import (
+    ActivationQuantizer,
+    Measured,
+    attach,
+    input_quantizer_of,
+    quantized_name,
+    quantizers,
+    watching,
+)
 from logart.quantization.activations import Capture
 from logart.quantization.attention import quantize_products
 from logart.quantization.cache import Captured
-from logart.quantization.capture import run_to
-from logart.quantization.layers import LAYER_TYPES, find_parameter
+from logart.quantization.capture import Call, run_to
+from logart.quantization.layers import is_layer
+from logart.quantization.operations import Use, is_wrapped
+from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import ReconInput, Settings
+from logart.quantization.surgery import quantized_layers, readers
+from logart.quantization.watching import Watch
 
 
 class Activations(Stage):
@@ -47,19 +61,27 @@ class Activations(Stage):
         return 2 * config.batch_size * size.activations + 24 * (activations.SAMPLE + activations.LARGEST)
 
     def prepare(self, task: NetworkTask) -> list[tuple[str, str]]:
-        """Put quantizers before layers and at the operands of products."""
+        """Put quantizers before layers, beside weights that other functions use, and at the operands of products."""
         names = [block.name for block in task.blocks]
         left = quantize_products(task.quantized, task.config.n_bits_a, names, task.example)
-        found = {name: find_parameter(task.quantized, name) for name in task.bits_a}
-        modules = [module for module, _ in found.values()]
-        ran: set[int] = set()
-        with torch.no_grad(), watching(modules, lambda index, _: ran.add(index)):
-            task.quantized(task.example.clone())
-        for index, (name, (module, own)) in enumerate(found.items()):
-            if own == "weight" and isinstance(module, LAYER_TYPES) and index in ran:
-                attach(module, task.bits_a[name])
+        layers = quantized_layers(task.quantized)
+        used, run_as_layers = _look(task, {name: layers[name] for name in task.bits_a})
+        for name, n_bits in task.bits_a.items():
+            held = readers(task.quantized, layers[name])
+            prefixes = {_joined(block, "") for block in used[name] if block is not None}
+            if not used[name]:
+                left.append((name, "what it is multiplied with is not seen"))
+            elif len(used[name]) > 1 or not prefixes:
+                left.append((name, "it is used outside of any one block"))
+            elif not any(f"{path}.".startswith(tuple(prefixes)) for path, _, _ in held):
+                left.append((name, "the block that uses it does not hold it"))
+            elif name in run_as_layers:
+                attach(layers[name].module, n_bits)
             else:
-                left.append((name, f"{type(module).__name__} is not run as a layer, whose input could be quantized"))
+                quantizer = ActivationQuantizer(n_bits, layers[name].weight.device).train(task.quantized.training)
+                quantizer.n_uses = layers[name].n_uses
+                for _, module, own in held:
+                    module.add_module(input_quantizer_of(own), quantizer)
         return left
 
     def run(self, task: BlockTask) -> None:
@@ -102,13 +124,46 @@ class LearnSteps(Stage):
                 measure(quantizer, seen_by(block, quantizer, inputs, task.config.batch_size))
 
 
+@torch.no_grad()
+def _look(task: NetworkTask, layers: Mapping[str, QuantizedWeight]) -> tuple[dict[str, set[str | None]], set[str]]:
+    """In which blocks each weight is multiplied, None for outside; and whose layers run and do nothing else with it."""
+    names, inside = list(layers), list[str | None]([None])
+    used: dict[str, set[str | None]] = {name: set() for name in names}
+    ran: set[str] = set()
+
+    def see(name: str, use: Use) -> None:
+        if not is_wrapped(use.given):
+            used[name].add(inside[-1])
+
+    def enter(name: str, *_: object) -> None:
+        inside.append(name)
+
+    def leave(*_: object) -> None:
+        inside.pop()
+
+    handles = []
+    for block in task.blocks:
+        module = task.quantized.get_submodule(block.name)
+        handles.append(module.register_forward_pre_hook(partial(enter, block.name)))
+        handles.append(module.register_forward_hook(leave))
+    modules = [layer.module for layer in layers.values()]
+    try:
+        weights = {name: layer.weight for name, layer in layers.items()}
+        with watching(modules, lambda index, _: ran.add(names[index])), Watch(weights, see):
+            task.quantized(task.example.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return used, {name for name in ran if layers[name].n_uses == 1 and is_layer(layers[name].module)}
+
+
 def _joined(block: str, name: str) -> str:
     return f"{block}.{name}" if block else name
 
 
 @torch.no_grad()
 def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantizer]:
-    """The quantizers in a block, in the order they run."""
+    """The quantizers in a block, in the order they first run."""
     found = quantizers(block)
     names = list(found)
     ran: list[str] = []
@@ -118,7 +173,7 @@ def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantiz
 
 
 @torch.no_grad()
-def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size: int) -> Seen:
+def seen_by(block: nn.Module, quantizer: ActivationQuantizer, inputs: Captured, batch_size: int) -> Seen:
     """What a quantizer in a block is given on all ranks: all values, or some that stand for them.
 
     Args:
@@ -130,7 +185,7 @@ def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size
     stride, first, count = 1, 0, 0
     largest = torch.empty(0, device=inputs.device)
     for start in range(0, len(inputs), batch_size):
-        x = run_to(block, quantizer, inputs[start : start + batch_size])[0].flatten()
+        x = _given(block, quantizer, inputs[start : start + batch_size])
         if start == 0:
             total = x.numel() * inputs.total // min(batch_size, len(inputs))
             stride = activations.sampling_stride(total, x.numel())
@@ -148,6 +203,16 @@ def seen_by(block: nn.Module, quantizer: nn.Module, inputs: Captured, batch_size
         return Seen(values, 1.0, (low, high))
     total = int(ranks.all_rows(torch.tensor([count])).sum())
     return Seen.weighted(values, activations.largest(ranks.all_rows(largest)), total, (low, high))
+
+
+def _given(block: nn.Module, quantizer: ActivationQuantizer, call: Call) -> Tensor:
+    """What a quantizer is given when its block is called, as one row; the block runs no further than it must."""
+    if quantizer.n_uses == 1:
+        return run_to(block, quantizer, call)[0].flatten()
+    seen: list[Tensor] = []
+    with watching([quantizer], lambda _, x: seen.append(x.flatten().clone())):
+        call.copy().on(block)
+    return torch.cat(seen)
 
 
 def choose_levels(quantizer: ActivationQuantizer, x: Seen, config: Settings) -> None:
@@ -204,7 +269,7 @@ def activation_reports(model: nn.Module) -> list[ActivationReport]:
         grid, measured = quantizer.even_grid, quantizer.measured or Measured(math.nan, math.nan)
         reports.append(
             ActivationReport(
-                name=name.removesuffix("_quantizer").removesuffix(".input"),
+                name=quantized_name(name),
                 n_bits=quantizer.n_bits,
                 signed=grid is not None and grid.low < 0,
                 step=0.0 if grid is None else grid.step,

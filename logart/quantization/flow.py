@@ -17,8 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from logart.quantization.layout import Layout
 from logart.quantization.modes import autocast_now
-from logart.quantization.operations import Use, is_product, use_of
-from logart.quantization.watching import Places, attention
+from logart.quantization.multihead import attention
+from logart.quantization.operations import Use, is_product, is_wrapped, use_of
+from logart.quantization.watching import Places
 from logart.quantization.weight_state import layer_name
 
 _LINEAR = {
@@ -30,7 +31,6 @@ _RECURRENT = (
     torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
 )  # fmt: skip
 RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # a quantized weight would be one of them
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _IMAGES = ""  # what stands for the network's input among the names of layers
 
 
@@ -154,7 +154,7 @@ class Flow(TorchFunctionMode):
         name = self._places.name_of(weight)
         assert name is not None
         owner, running = self.owners[name], tuple(name for name, _ in self._running)
-        if isinstance(use, Use) and _is_wrapped(use.x):
+        if isinstance(use, Use) and is_wrapped(use.x):
             seen = Seen(None, 1, None, running, False, "is used under vmap or a transform like it")
         elif isinstance(use, Use):
             layout = Layout.of(weight, use.channel_dims, owner.parameter)

@@ -84,8 +84,8 @@ class Report:
         blocks: one entry per learned block.
         rerun: names of the blocks whose inputs were made from the images on, the blocks before run again for it.
         activations: one entry per tensor that is quantized.
-        float_products: (name, reason) of modules where activations are multiplied that stay float, though others are
-            quantized.
+        float_products: (name, reason) of weights and modules where activations that stay float are multiplied, though
+            others are quantized.
         seconds: time in each stage of the rounding method, by its event.
     """
 

@@ -2,7 +2,8 @@
 
 Its class becomes a subclass of its own, of the same name, in which the parameter is a property that asks a child of the
 module, a `QuantizedWeight`. So whoever reads the parameter, the module's own forward or another's function, gets the
-quantized weight, and every padding mode, stride and group works as it does in float.
+quantized weight, and every padding mode, stride and group works as it does in float. Beside a quantizer of activations
+that weight uses it, see `input_quantized`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
+from logart.quantization.activation_quantizer import input_quantizer_of
+from logart.quantization.input_quantized import InputQuantized
 from logart.quantization.layout import WeightUse
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.weight_state import PREFIX, layer_name
@@ -37,7 +40,7 @@ class _ReadsCodes:
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         """What `load_state_dict` calls: a state of float weights is none of a quantized network, strict or not."""
         for name in self._read_off_codes:
-            if prefix + name in state:
+            if prefix + name in state and is_quantized(self, name):  # type: ignore[arg-type]
                 what = "the state has a float weight; expected that of a quantized network"
                 args[-1].append(f"layer {layer_name(prefix.removesuffix('.'), name)}: {what}")
         super()._load_from_state_dict(state, prefix, *args)  # type: ignore[misc]
@@ -47,8 +50,10 @@ class _ReadsCodes:
 def _subclass(kind: Any, names: tuple[str, ...]) -> Any:
     def reading(name: str) -> property:
         def read(module: nn.Module) -> Tensor:
-            weight: QuantizedWeight = getattr(module, PREFIX + name)
-            return weight.weight
+            plain = module._parameters.get(name)  # see `plain_parameters`
+            weight = quantized_weight(module, name).weight if plain is None else plain
+            quantizer = module._modules.get(input_quantizer_of(name))
+            return weight if quantizer is None else InputQuantized.of(weight, quantizer)
 
         return property(read)
 
@@ -87,9 +92,11 @@ def plain_parameters(module: nn.Module) -> None:
     """Make the quantized parameters of a module plain ones again, of the weights that are read now."""
     if not isinstance(module, _ReadsCodes):
         return
-    names = module._read_off_codes
+    names = [name for name in module._read_off_codes if is_quantized(module, name)]
     weights = [quantized_weight(module, name).weight.detach().clone() for name in names]
-    module.__class__ = module._float_type  # type: ignore[assignment]
+    quantizing = tuple(name for name in module._read_off_codes if input_quantizer_of(name) in module._modules)
+    kind: Any = module._float_type
+    module.__class__ = _subclass(kind, quantizing) if quantizing else kind
     for name in names:
         del module._modules[PREFIX + name]
     plain = {n: nn.Parameter(w, requires_grad=False) for n, w in zip(names, weights, strict=True)}
@@ -106,6 +113,11 @@ def quantized_weight(module: nn.Module, name: str = "weight") -> QuantizedWeight
 def is_quantized(module: nn.Module, name: str = "weight") -> bool:
     """Whether a parameter of a module is read off a codebook."""
     return isinstance(module._modules.get(PREFIX + name), QuantizedWeight)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a layer of a type whose forward is known, its parameters quantized or not."""
+    return getattr(module, "_float_type", type(module)) in LAYER_TYPES
 
 
 def find_parameter(model: nn.Module, layer: str) -> tuple[nn.Module, str]:

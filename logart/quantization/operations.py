@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap or a transform like it
+
 
 class Use:
     """One call of a linear operation.
@@ -21,7 +23,8 @@ class Use:
     Attributes:
         weight: the tensor in the weight's place, as a view [channels ..., inputs ...]; the first `channel_dims`
             dimensions, `groups` the outermost of them, are channels.
-        x: what it is multiplied with, [B, ...].
+        given: the argument that it is multiplied with.
+        x: that as [B, ...].
         y: what the operation gave; set once it has run.
         bias: what is added, if anything.
     """
@@ -30,8 +33,8 @@ class Use:
     groups = 1
     y: Tensor
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.x, self.weight, self.bias = x, weight, bias
+    def __init__(self, given: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.given, self.x, self.weight, self.bias = given, x, weight, bias
 
     @property
     def channels(self) -> int:
@@ -59,6 +62,9 @@ class Use:
 class Linear(Use):
     """y = x Wᵀ + b of x [B, ..., K] and W [C, K]."""
 
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(x, _batched(x, 2), weight, bias)
+
     def rows(self, x: Tensor) -> Tensor:
         return x.reshape(1, -1, x.shape[-1])
 
@@ -76,7 +82,7 @@ class Convolution(Use):
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
     ) -> None:
-        super().__init__(x, weight, bias)
+        super().__init__(x, _batched(x, weight.ndim), weight, bias)
         dims = self._dims = weight.ndim - 2
         self.groups, self.stride, self.dilation = groups, _each(stride, dims), _each(dilation, dims)
         self.kernel = tuple(weight.shape[2:])
@@ -119,7 +125,7 @@ class TransposedConvolution(Use):
         dilation: Any,
     ) -> None:
         view = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, Cout/groups, Cin/groups, *kernel]
-        super().__init__(x, view, bias)
+        super().__init__(x, _batched(x, weight.ndim), view, bias)
         dims = weight.ndim - 2
         self.groups, self.kernel = groups, tuple(weight.shape[2:])
         self.stride, self.padding, self.dilation = (_each(size, dims) for size in (stride, padding, dilation))
@@ -164,7 +170,7 @@ class Product(Use):
         sizes = dict(zip(of_weight, weight.shape, strict=True))
         self.groups = prod(sizes[c] for c in groups)
         view = weight.permute([of_weight.index(c) for c in (*groups, *outputs, *inputs)])
-        super().__init__(self._canonical(x.permute([of_x.index(c) for c in self._of_x]), view), view, None)
+        super().__init__(x, self._canonical(x.permute([of_x.index(c) for c in self._of_x]), view), view, None)
 
     def _canonical(self, x: Tensor, view: Tensor) -> Tensor:
         batch = x.shape[0] if self._batch else 1
@@ -225,7 +231,7 @@ def is_product(func: Any) -> bool:
 
 
 def _linear(is_weight: IsWeight, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
-    return Linear(_batched(input, 2), weight, bias) if is_weight(weight) and weight.ndim == 2 else None
+    return Linear(input, weight, bias) if is_weight(weight) and weight.ndim == 2 else None
 
 
 def _convolution(
@@ -240,7 +246,7 @@ def _convolution(
 ) -> Use | None:
     if not is_weight(weight):
         return None
-    return Convolution(_batched(input, weight.ndim), weight, bias, stride, padding, dilation, groups)
+    return Convolution(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _transposed(
@@ -256,13 +262,12 @@ def _transposed(
 ) -> Use | None:
     if not is_weight(weight):
         return None
-    x = _batched(input, weight.ndim)
-    return TransposedConvolution(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return TransposedConvolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _matmul(is_weight: IsWeight, input: Tensor, other: Tensor, **_: Any) -> Use | None:
     if is_weight(other) and other.ndim == 2:
-        return Linear(_batched(input, 2), other.mT, None)
+        return Linear(input, other.mT, None)
     weight, x, of_weight, of_x = other, input, "kc", "pk"
     if is_weight(input):
         weight, x, of_weight, of_x = input, other, "ck", "kp"

@@ -126,7 +126,7 @@ def quantize_model(
         surgery.check_replaced(quantized, example, seen)
         round_without_data([surgery.quantized_layers(quantized)[name] for name in report.blind], config)
         cache = Cache(device) if cache is None else cache
-        bits_a = config.activation_bits([name for name in names if name in seen.modules], seen.inputs, seen.heads)
+        bits_a = config.activation_bits(names, seen.inputs, seen.heads)
         items = in_order(blocks, report.apart, names)
         work = Work(
             reference, quantized, blocks, items, rows, images, config, device, quiet, cache, stage_store, bits_a,

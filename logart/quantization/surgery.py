@@ -16,6 +16,7 @@ from logart.quantization.flow import memory_of
 from logart.quantization.folding import same_outputs
 from logart.quantization.layers import (
     find_parameter,
+    is_quantized,
     plain_parameters,
     quantize_parameter,
     quantized_weight,
@@ -106,11 +107,18 @@ def to_float(model: nn.Module) -> nn.Module:
     return plain
 
 
+def readers(model: nn.Module, weight: QuantizedWeight) -> list[tuple[str, nn.Module, str]]:
+    """The modules that read a quantized weight, their names, and the parameter's there."""
+    held = [(n, m, own) for n, m in model.named_modules() for own in getattr(m, "_read_off_codes", ())]
+    return [(name, module, own) for name, module, own in held if quantized_weight(module, own) is weight]
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     """Every quantized weight by its layer's name, in the order of the network's modules; a shared one once."""
     found: dict[int, tuple[str, QuantizedWeight]] = {}
     for name, module in model.named_modules():
         for own in getattr(module, "_read_off_codes", ()):
-            weight = quantized_weight(module, own)
-            found.setdefault(id(weight), (layer_name(name, own), weight))
+            if is_quantized(module, own):
+                weight = quantized_weight(module, own)
+                found.setdefault(id(weight), (layer_name(name, own), weight))
     return dict(found.values())

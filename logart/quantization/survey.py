@@ -28,7 +28,6 @@ class Survey:
         uses: of every weight that can be quantized how it is used, in the order they are first used; by the layer's
             name, or the parameter's where it is not the `weight` of a layer.
         places: of each, for each operation, the innermost module in whose forward it is that runs once, by name.
-        modules: those of them that are torch's own layers, whose one operation is all they do.
         blind: by name why a weight is rounded without data: what it is multiplied with is not seen, or it did not run.
         skipped: (name, reason) of every weight that stays float.
         inputs: the layers that see the network's input before any other layer did.
@@ -42,7 +41,6 @@ class Survey:
 
     uses: dict[str, WeightUse]
     places: dict[str, list[str]]
-    modules: list[str]
     blind: dict[str, str]
     skipped: list[tuple[str, str]]
     inputs: list[str]
@@ -83,9 +81,8 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
     n_weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     n_weights += sum(t.numel() for t in _unregistered(model, flow).values())
     places = {name: [_place(flow, one) for one in seen] for name, seen in flow.seen.items()}
-    modules = [name for name, seen in flow.seen.items() if len(seen) == 1 and _is_all_of(flow.owners[name], seen[0])]
     skipped = [(name, reason) for name, reason in _skipped(model, flow) if name not in uses]
-    return Survey(uses, places, modules, blind, skipped, *flow.ends(output), n_weights, output, flow.autocast, flow.eps)
+    return Survey(uses, places, blind, skipped, *flow.ends(output), n_weights, output, flow.autocast, flow.eps)
 
 
 def _how(owner: Owner, seen: Sequence[Seen], entered: Mapping[int, int]) -> tuple[WeightUse, str]:

@@ -304,7 +304,7 @@ def layer_table(report: Report) -> str:
     head += ["damping", "output error: calibration", "held out"] if chosen else []
     lines = [table(head, rows, text=("layer", "shape", "channels per n_base2"))]
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped]
-    lines += [f"products in {name} stay float: {reason}" for name, reason in report.float_products]
+    lines += [f"activations at {name} stay float: {reason}" for name, reason in report.float_products]
     lines += [f"block {name}: reached from the images on, every block before it run again" for name in report.rerun]
     lines += [f"block {b.name}: LLR reverted: no improvement" for b in report.blocks if b.kept == "before"]
     return "\n".join(lines)

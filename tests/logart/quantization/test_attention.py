@@ -79,13 +79,13 @@ def test_products_of_other_modules_stay_float_and_are_named() -> None:
     model = nn.Sequential(nn.Linear(6, 6), OwnAttention(), nn.Flatten(), nn.Linear(18, 3)).eval()
     _, report = quantize_model(model, QuantConfig(**FAST, n_bits_a=8), torch.randn(8, 3, 6))
     assert report.float_products == [("1", "OwnAttention is none of the known attention modules")]
-    assert [one.name for one in report.activations] == ["0", "1.qkv", "3"]
+    assert [one.name for one in report.activations] == ["0", "1.qkv", "1.table", "3"]
     known = copy.deepcopy(NETWORK)
     left = quantize_products(known, 4, ["patch_embed.proj"], IMAGES[:2])
     assert left and {reason for _, reason in left} == {"it is in no block"} and not quantizers(known)
 
 
-def test_a_layer_that_is_not_run_as_one_is_named() -> None:
+def test_projections_of_an_attention_module_have_quantized_inputs() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -100,7 +100,8 @@ def test_a_layer_that_is_not_run_as_one_is_named() -> None:
             return self.head(self.mixed(x, x, x, need_weights=False)[0].mean(1))  # type: ignore[no-any-return]
 
     model, report = quantize_model(Net().eval(), QuantConfig(**FAST, n_bits_a=8), torch.randn(8, 5, 6))
-    assert [one.name for one in report.activations] == ["first", "head"]
+    names = {"first", "mixed.in_proj_weight", "mixed.out_proj", "head"}
+    assert {one.name for one in report.activations} == names
     assert all(q.even_grid for q in quantizers(model).values())
     assert "mixed" in dict(report.float_products)
 
