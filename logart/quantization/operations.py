@@ -6,6 +6,7 @@ its tensors is the weight, how that is a matrix of output channels, and what the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -320,6 +321,7 @@ _READERS: dict[Any, Callable[..., Use | None]] = {
     torch.addmm: _addmm,
     torch.einsum: _einsum,
     **dict.fromkeys(
-        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__), _matmul
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, operator.matmul),
+        _matmul,  # the last: what torch.compile sees in the place of the one before
     ),
 }

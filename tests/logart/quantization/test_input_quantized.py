@@ -246,8 +246,9 @@ def test_only_products_with_the_weight_see_the_quantizer() -> None:
     assert len(calls) == 4 and marked.shape == weight.shape and marked.data_ptr() == weight.data_ptr()
 
 
-def test_an_export_that_cannot_follow_is_refused_with_what_to_do() -> None:
-    model, _ = quantized(made("projected"))
+@pytest.mark.parametrize("name", ["functional", "attention"])
+def test_an_export_that_cannot_follow_is_refused_with_what_to_do(name: str) -> None:
+    model, _ = quantized(made(name))
     with pytest.raises(Exception, match="expected strict=True"):
         torch.export.export(model, (IMAGES,), strict=False)
     exported = torch.export.export(model, (IMAGES,), strict=True).module()
