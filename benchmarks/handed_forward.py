@@ -7,7 +7,7 @@
 
 `network` quantizes one; without a checkpoint its weights are random, without a folder its images are. `growth` takes
 networks of 4, 8 and 16 equal residual blocks, in turn, and LLR of one step a block, whose capture is timed. `steps`
-learns a block of ResNet-18 and one of DeiT-tiny alone, on random inputs.
+learns a block of ResNet-18 and one of DeiT-tiny alone, on random inputs; on CUDA launched kernel by kernel as well.
 
 On CUDA the seconds are the wall's, behind a run on a few images that compiles; a last run under the profiler tells the
 share of its time in which the GPU had nothing to do. `--loops torch` rounds without Triton's kernels.
@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import timm
@@ -34,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from logart import QuantConfig, quantize_model
 from logart.networks.calibration import calibration_images
 from logart.networks.data import open_images
-from logart.quantization import column_rounding, loops_plain
+from logart.quantization import column_rounding, loops_plain, reconstruct
 from logart_cnn.models import build_network, load_network
 
 DEPTHS = (4, 8, 16)
@@ -132,13 +133,26 @@ def steps(args: argparse.Namespace) -> None:
         config = QuantConfig(calib_samples=2 * args.batch, batch_size=args.batch, iters=args.steps, warmup=0.0)
         model, images = nn.Sequential(block).eval(), torch.randn(2 * args.batch, *shape)
         run = partial(quantize_model, model, config, images, block_types=[type(block).__name__], device=args.device)
-        if args.device.type == "cuda":
-            quantize_model(model, replace(config, iters=1), images, device=args.device)
-        _, report = run()
-        rate = args.steps / report.blocks[0].learning_seconds
-        print(f"{name}, {args.batch} images a step: {rate:.2f} steps per second, errors before and after included")
-        if args.device.type == "cuda":
-            print(f"  idle {idle_share(run):.0%} under the profiler, capture included", flush=True)
+
+        def rate(run: Callable[[], Any] = run) -> float:
+            _, report = run()
+            return args.steps / report.blocks[0].learning_seconds  # type: ignore[no-any-return]
+
+        what = f"{name}, {args.batch} images a step"
+        if args.device.type != "cuda":
+            print(f"{what}: {rate():.2f} steps per second, errors before and after included")
+            continue
+        quantize_model(model, replace(config, iters=1), images, device=args.device)
+        with patch.object(reconstruct, "Recorded", lambda function, *_: function):
+            plain = rate()
+            idle = [idle_share(run)]
+        recorded = rate()
+        idle.append(idle_share(run))
+        print(
+            f"{what}: {plain:.0f} steps per second launched kernel by kernel, {recorded:.0f} recorded as a CUDA graph, "
+            f"{recorded / plain:.1f}×; idle {idle[0]:.0%} and {idle[1]:.0%} under the profiler, capture included",
+            flush=True,
+        )
 
 
 def main() -> None:

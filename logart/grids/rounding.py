@@ -131,7 +131,7 @@ class _SoftRound(torch.autograd.Function):
         lo: Tensor,
         a: Tensor,
         b: Tensor,
-        beta: float | None,
+        beta: float | Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         sigmoid = torch.sigmoid(alpha)
         h = torch.mul(sigmoid, _STRETCH).sub_(_SHIFT).clamp_(0, 1)
@@ -159,12 +159,14 @@ class _SoftRound(torch.autograd.Function):
         return grad.mul_(slope), None, None, None, None
 
 
-def soft_round(alpha: Tensor, lo: Tensor, a: Tensor, b: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+def soft_round(
+    alpha: Tensor, lo: Tensor, a: Tensor, b: Tensor, beta: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Soft weights and rounding penalty, differentiable in α alone.
 
     Args:
         alpha, lo, a, b: [C, K] from `soft_neighbours`.
-        beta: the penalty's exponent; None leaves the penalty out (0).
+        beta: the penalty's exponent, a number or a scalar; None leaves the penalty out (0).
 
     Returns:
         The soft weights [C, K], and Σ(1 - |2h - 1|^β), a scalar (Nagel et al. 2020, eq. 24).

@@ -19,9 +19,10 @@ from logart.quantization.activation_quantizer import ActivationQuantizer, quanti
 from logart.quantization.best_codes import block_error
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
-from logart.quantization.capture import only_tensor
+from logart.quantization.capture import Call, only_tensor
 from logart.quantization.dbs import wide
-from logart.quantization.reconstruct import Batches, backward
+from logart.quantization.reconstruct import Batches, gradients
+from logart.quantization.recorded import Recorded
 from logart.quantization.settings import Settings
 
 LEARNING_RATE = 0.01  # of log2 of a step, cosine-annealed to 0: 500 steps may halve or double it
@@ -66,14 +67,21 @@ def learn_steps(
     batches = Batches(inputs, float_inputs, config)
     with _learning(found, config.actual_act_scale is ActScale.POW2) as logarithms, batches.mixing(block):
         optimizer = torch.optim.Adam(logarithms, lr=LEARNING_RATE)
+
+        def slope(call: Call, target: Tensor) -> tuple[Tensor, list[Tensor]]:
+            value = logarithms[0].new_zeros(())
+            if len(target):  # a rank may have none
+                output = wide(only_tensor(call.on(block), block))
+                value = loss(output, wide(target)) * (len(target) / config.batch_size)
+            return value.detach(), gradients(value, logarithms, half=False)
+
+        recorded = Recorded(slope, logarithms[0].device, batches.generators)
         for step in range(config.iters_a):
             chosen, call = batches.draw()
-            value = logarithms[0].new_zeros(())
-            if len(chosen):  # a rank may have none
-                output = wide(only_tensor(call.on(block), block))
-                value = loss(output, wide(targets[chosen])) * (len(chosen) / config.batch_size)
+            value, slopes = recorded(call, targets[chosen])
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / config.iters_a)) / 2
-            backward(value, logarithms, half=False)
+            for each, of_loss in zip(logarithms, slopes, strict=True):
+                each.grad = of_loss
             optimizer.step()
             progress(step + 1, value.item())
         steps = [float(quantizer.current_step().detach()) for quantizer in found]

@@ -183,7 +183,7 @@ class QuantizedWeight(nn.Module):
         self.soft_weight = self._as_parameter(self.rows)
         return self.soft
 
-    def update_soft_weight(self, beta: float | None) -> Tensor:
+    def update_soft_weight(self, beta: float | Tensor | None) -> Tensor:
         """Compute the soft weights for the next forward; returns their rounding penalty (see `soft_round`)."""
         assert self.soft is not None
         soft, penalty = self.soft(beta)

@@ -27,6 +27,7 @@ from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, only_tensor
 from logart.quantization.dbs import wide
 from logart.quantization.quantized_weight import QuantizedWeight
+from logart.quantization.recorded import Recorded
 from logart.quantization.settings import Settings
 
 LEARNING_RATE_FLOOR = 0.3  # of its start, where the cosine ends
@@ -153,6 +154,11 @@ class Batches:
             for quantizer in found:
                 quantizer.mix = None
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """What quantizers of activations draw from while they mix."""
+        return [self._mix] if self._float_inputs is not None else []
+
     def some(self, call: Call, places: slice) -> Call:
         """What was drawn, for some of the images drawn."""
         return self._inputs.of_images(call, places)  # type: ignore[no-any-return]
@@ -186,34 +192,41 @@ def _learn(
     rates = [1.0, *(BIAS_RATE * float(bias.detach().square().mean().sqrt()) for bias in biases)]
     groups: list[dict[str, Any]] = [{"params": alphas}, *({"params": [bias]} for bias in biases)]
     optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
-    losses = []
+    losses: list[float] = []
     every, looks = max(config.iters // 100, 1), max(config.iters // LOOKS, 1)
 
-    def part_loss(call: Call, chosen: Tensor) -> Tensor:
+    def part_loss(call: Call, target: Tensor) -> Tensor:
         """The part of a batch's loss, a mean over its images, that some of them make."""
-        if not len(chosen):  # a rank may have none
+        if not len(target):  # a rank may have none
             return alphas[0].new_zeros(())
-        share = len(chosen) / config.batch_size
+        share = len(target) / config.batch_size
         with batches.mixing(block):
             output = only_tensor(call.on(block), block)
-        return loss(wide(output), wide(targets[chosen])) * share
+        return loss(wide(output), wide(target)) * share
 
+    def slope(call: Call, target: Tensor, beta: float | None) -> tuple[Tensor, list[Tensor]]:
+        """The part of a batch's loss, and the gradients of what is learned, penalty included, of all of it."""
+        penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
+        reconstruction = part_loss(call, target)
+        if not losses and len(target):
+            _check_gradients(name, layers, alphas, reconstruction)
+        whole = reconstruction + config.rrweight / ranks.size() * penalty
+        return reconstruction.detach(), gradients(whole, [*alphas, *biases], half)
+
+    recorded = Recorded(slope, alphas[0].device, batches.generators)
     try:
         for step in range(config.iters):
             chosen, call = batches.draw()
-            beta = penalty_exponent(step, config)
-            penalty = torch.stack([layer.update_soft_weight(beta) for layer in layers]).sum()
-            reconstruction = part_loss(call, chosen)
-            if step == 0 and len(chosen):
-                _check_gradients(name, layers, alphas, reconstruction)
-            value = float(ranks.all_sum(reconstruction.detach().clone()))
+            target = targets[chosen]
+            reconstruction, slopes = recorded(call, target, penalty_exponent(step, config))
+            value = float(ranks.all_sum(reconstruction.clone()))
             if not math.isfinite(value):  # found before it spoils α, while one image can be told from the others
                 drawn = [batches.images[place] for place in chosen.tolist()]
-                raise _non_finite(name, step, value, lambda i: part_loss(batches.some(call, i), chosen[i]), drawn)  # noqa: B023
+                raise _non_finite(name, step, value, lambda i: part_loss(batches.some(call, i), target[i]), drawn)  # noqa: B023
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate(step, config)
-            optimizer.zero_grad()
-            backward(reconstruction + config.rrweight / ranks.size() * penalty, [*alphas, *biases], half)
+            for each, of_loss in zip([*alphas, *biases], slopes, strict=True):
+                each.grad = of_loss
             optimizer.step()
             if look is not None and (step + 1) % looks == 0 and step + 1 < config.iters:
                 look()
@@ -238,19 +251,18 @@ def _own_biases(layers: list[QuantizedWeight]) -> list[Tensor]:
     return learned
 
 
-def backward(loss: Tensor, learned: Sequence[Tensor], half: bool) -> None:
+def gradients(loss: Tensor, learned: Sequence[Tensor], half: bool) -> list[Tensor]:
     """The gradients of what is learned, of a loss that is summed over ranks; where they overflow half precision on
     their way, of a smaller loss, made larger again.
     """
     for scale in (1.0, 2.0**-8, 2.0**-16) if half else (1.0,):
-        gradients: Sequence[Tensor] = [torch.zeros_like(each) for each in learned]
+        found: Sequence[Tensor] = [torch.zeros_like(each) for each in learned]
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss * scale, learned, retain_graph=half, materialize_grads=True)
-        gradients = [ranks.all_sum(gradient) for gradient in gradients]
-        if not half or all(gradient.isfinite().all() for gradient in gradients):
+            found = torch.autograd.grad(loss * scale, learned, retain_graph=half, materialize_grads=True)
+        found = [ranks.all_sum(gradient) for gradient in found]
+        if not half or all(gradient.isfinite().all() for gradient in found):
             break
-    for each, gradient in zip(learned, gradients, strict=True):
-        each.grad = gradient / scale
+    return [gradient / scale for gradient in found]
 
 
 def _check_gradients(name: str, layers: list[QuantizedWeight], alphas: Sequence[Tensor], loss: Tensor) -> None:

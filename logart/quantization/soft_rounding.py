@@ -27,7 +27,7 @@ class SoftRounding(nn.Module):
         self.register_buffer("b", b)
         self.alpha = nn.Parameter(alpha)
 
-    def forward(self, beta: float | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, beta: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Soft weights [G, M] and the rounding penalty (0 without `beta`)."""
         return soft_round(self.alpha, self.lo, self.a, self.b, beta)
 
