@@ -211,7 +211,10 @@ def _learn(
         if not losses and len(target):
             _check_gradients(name, layers, alphas, reconstruction)
         whole = reconstruction + config.rrweight / ranks.size() * penalty
-        return reconstruction.detach(), gradients(whole, [*alphas, *biases], half)
+        found = gradients(whole, [*alphas, *biases], half)
+        for layer in layers:  # no autograd graph of this step may be there when the next is recorded
+            layer.soft_weight = layer.soft_weight.detach()
+        return reconstruction.detach(), found
 
     recorded = Recorded(slope, alphas[0].device, batches.generators)
     try:
