@@ -23,13 +23,20 @@ from logart.packed.file import PackedFile, PackedFileError
 from logart.packed.layer import PackedLayer
 from logart.quantization import surgery
 from logart.quantization.activation_quantizer import INPUT, ActivationQuantizer, attach, quantizers
-from logart.quantization.attention import ATTENTION, OPERANDS, spell_out
 from logart.quantization.baking import plain_layer
 from logart.quantization.clone import clone_sharing
 from logart.quantization.flow import memory_of
 from logart.quantization.folding import drop_batch_norms, replace_module
-from logart.quantization.layers import find_parameter, is_quantized, quantize_parameter, quantized_weight, read_off
+from logart.quantization.layers import (
+    find_parameter,
+    is_quantized,
+    quantize_parameter,
+    quantized_weight,
+    read_off,
+    run_on_levels,
+)
 from logart.quantization.layout import Layout, WeightUse
+from logart.quantization.products import operand_place
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.survey import is_plain
 from logart.text import table
@@ -236,7 +243,8 @@ def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.rest.items():
         owner, _, kind = name.rpartition(".")
-        if owner.endswith(INPUT) or owner.rpartition(".")[2] in OPERANDS:
+        own = owner.rpartition(".")[2]
+        if own.endswith(INPUT) or operand_place(own) is not None:
             found.setdefault(owner, {})[kind] = tensor
     modules = dict(model.named_modules())
     for owner in found:
@@ -244,11 +252,10 @@ def _restore_quantizers(model: nn.Module, file: PackedFile) -> None:
         module, parameter = modules.get(name), own.removesuffix(f"_{INPUT}")
         if module is not None and own == INPUT and is_quantized(module):
             attach(module, MAX_BITS_A)
-        elif module is not None and is_quantized(module, parameter):
-            weight = quantized_weight(module, parameter).weight
-            module.add_module(own, ActivationQuantizer(MAX_BITS_A, weight.device).train(module.training))
-        elif module is not None and type(module) in ATTENTION:
-            spell_out(module, MAX_BITS_A)
+        elif module is not None and (is_quantized(module, parameter) or operand_place(own) is not None):
+            module.add_module(own, ActivationQuantizer(MAX_BITS_A, torch.device("cpu")).train(module.training))
+            if operand_place(own) is not None:
+                run_on_levels(module)
     known = quantizers(model)
     for name, tensors in found.items():
         if name not in known:

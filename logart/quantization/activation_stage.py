@@ -27,11 +27,11 @@ from logart.quantization.activation_quantizer import (
     watching,
 )
 from logart.quantization.activations import Capture
-from logart.quantization.attention import quantize_products
 from logart.quantization.cache import Captured
 from logart.quantization.capture import Call, run_to
 from logart.quantization.layers import is_layer
 from logart.quantization.operations import Use, is_wrapped
+from logart.quantization.product_quantizers import quantize_products
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import ReconInput, Settings

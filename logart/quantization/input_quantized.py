@@ -20,7 +20,7 @@ from logart.quantization.multihead import attention
 from logart.quantization.operations import is_wrapped, use_of
 
 Quantize = Callable[[Tensor], Tensor]
-_plainly = torch._C.DisableTorchFunctionSubclass
+_plainly = torch._C.DisableTorchFunction  # modes come before classes: here none is active any more
 
 
 class InputQuantized(Tensor):

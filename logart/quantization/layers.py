@@ -3,14 +3,15 @@
 Its class becomes a subclass of its own, of the same name, in which the parameter is a property that asks a child of the
 module, a `QuantizedWeight`. So whoever reads the parameter, the module's own forward or another's function, gets the
 quantized weight, and every padding mode, stride and group works as it does in float. Beside a quantizer of activations
-that weight uses it, see `input_quantized`.
+that weight uses it, see `input_quantized`; where a module multiplies quantized activations, its class also runs its
+forward on their levels, see `products`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from timm.layers import Conv2dSame
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from logart.quantization.activation_quantizer import input_quantizer_of
 from logart.quantization.input_quantized import InputQuantized
 from logart.quantization.layout import WeightUse
+from logart.quantization.products import OnLevels
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.weight_state import PREFIX, layer_name
 
@@ -27,15 +29,16 @@ from logart.quantization.weight_state import PREFIX, layer_name
 LAYER_TYPES = (nn.Conv2d, nn.Linear, Conv2dSame, TimmLinear)
 
 
-class _ReadsCodes:
+class _Quantized:
     """What such a subclass adds: it is made anew where a module is copied or unpickled."""
 
     _float_type: type[nn.Module]
     _read_off_codes: tuple[str, ...]
+    _on_levels: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         made = super().__reduce_ex__(protocol)
-        return (_blank, (self._float_type, self._read_off_codes), *made[2:])
+        return (_blank, (self._float_type, self._read_off_codes, self._on_levels), *made[2:])
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         """What `load_state_dict` calls: a state of float weights is none of a quantized network, strict or not."""
@@ -47,7 +50,7 @@ class _ReadsCodes:
 
 
 @cache
-def _subclass(kind: Any, names: tuple[str, ...]) -> Any:
+def _subclass(kind: Any, names: tuple[str, ...], on_levels: bool) -> Any:
     def reading(name: str) -> property:
         def read(module: nn.Module) -> Tensor:
             plain = module._parameters.get(name)  # see `plain_parameters`
@@ -57,14 +60,36 @@ def _subclass(kind: Any, names: tuple[str, ...]) -> Any:
 
         return property(read)
 
-    members: dict[str, Any] = {name: reading(name) for name in names}
-    members |= {"_float_type": kind, "_read_off_codes": names, "__module__": kind.__module__}
-    return type(kind.__name__, (_ReadsCodes, kind), members)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with OnLevels(module):
+            return kind.forward(module, *args, **kwargs)
+
+    members: dict[str, Any] = {name: reading(name) for name in names} | ({"forward": forward} if on_levels else {})
+    members |= {"_float_type": kind, "_read_off_codes": names, "_on_levels": on_levels, "__module__": kind.__module__}
+    return type(kind.__name__, (_Quantized, kind), members)
 
 
-def _blank(kind: Any, names: tuple[str, ...]) -> nn.Module:
-    made: Any = _subclass(kind, names)
+def _blank(kind: Any, names: tuple[str, ...], on_levels: bool) -> nn.Module:
+    made: Any = _subclass(kind, names, on_levels)
     return made.__new__(made)  # type: ignore[no-any-return]
+
+
+def _become(module: nn.Module, names: tuple[str, ...], on_levels: bool) -> None:
+    """Let these parameters of a module be properties; where nothing is left to add, it is of its own class again."""
+    kind: Any = getattr(module, "_float_type", type(module))
+    module.__class__ = _subclass(kind, names, on_levels) if names or on_levels else kind
+
+
+def run_on_levels(module: nn.Module) -> Callable[[], None]:
+    """Let a module multiply activations on the levels of its quantizers; what is returned takes that back."""
+    names: tuple[str, ...] = getattr(module, "_read_off_codes", ())
+    _become(module, names, True)
+    return partial(_become, module, names, False)
+
+
+def runs_on_levels(module: nn.Module) -> bool:
+    """Whether `run_on_levels` was called with it."""
+    return getattr(module, "_on_levels", False)
 
 
 def quantize_parameter(
@@ -83,20 +108,18 @@ def quantize_parameter(
 def read_off(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
     """Let a parameter be read off a quantized weight, which may be that of another module, too."""
     del module._parameters[name]
-    kind: Any = getattr(module, "_float_type", type(module))
-    module.__class__ = _subclass(kind, (*getattr(module, "_read_off_codes", ()), name))
+    _become(module, (*getattr(module, "_read_off_codes", ()), name), runs_on_levels(module))
     module.add_module(PREFIX + name, weight)
 
 
 def plain_parameters(module: nn.Module) -> None:
     """Make the quantized parameters of a module plain ones again, of the weights that are read now."""
-    if not isinstance(module, _ReadsCodes):
+    if not isinstance(module, _Quantized):
         return
     names = [name for name in module._read_off_codes if is_quantized(module, name)]
     weights = [quantized_weight(module, name).weight.detach().clone() for name in names]
     quantizing = tuple(name for name in module._read_off_codes if input_quantizer_of(name) in module._modules)
-    kind: Any = module._float_type
-    module.__class__ = _subclass(kind, quantizing) if quantizing else kind
+    _become(module, quantizing, runs_on_levels(module))
     for name in names:
         del module._modules[PREFIX + name]
     plain = {n: nn.Parameter(w, requires_grad=False) for n, w in zip(names, weights, strict=True)}
