@@ -61,8 +61,11 @@ def _subclass(kind: Any, names: tuple[str, ...], on_levels: bool) -> Any:
         return property(read)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with OnLevels(module):
-            return kind.forward(module, *args, **kwargs)
+        products = OnLevels(module)
+        with products:
+            given = kind.forward(module, *args, **kwargs)
+        products.check()
+        return given
 
     members: dict[str, Any] = {name: reading(name) for name in names} | ({"forward": forward} if on_levels else {})
     members |= {"_float_type": kind, "_read_off_codes": names, "_on_levels": on_levels, "__module__": kind.__module__}

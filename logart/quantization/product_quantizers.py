@@ -86,7 +86,7 @@ class _Finding(Products):
             for side, index in enumerate(at):
                 found.places[own.count, side] = _memory(leaves[index]) in self._of_softmax
         for running in self._running:
-            running.count += 1
+            running.count += len(at) == 2
         return func(*args, **kwargs)
 
     def softmax(self, of: Callable[[], Any]) -> Any:

@@ -119,9 +119,16 @@ class OnLevels(Products):
 
     def multiply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, how = tree_flatten((args, kwargs))
-        for side, index in enumerate(operands(leaves)):
+        at = operands(leaves)
+        for side, index in enumerate(at):
             quantizer = self._quantizers.get((self._count, side))
             leaves[index] = leaves[index] if quantizer is None else quantizer(leaves[index])
-        self._count += 1
+        self._count += len(at) == 2
         args, kwargs = tree_unflatten(leaves, how)
         return func(*args, **kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError where there were fewer products than have quantizers: another release's, or torch.fx's."""
+        expected = 1 + max(product for product, _ in self._quantizers)
+        if self._count < expected:
+            raise ValueError(f"{self._count} products of two tensors were seen; expected {expected} to be quantized")

@@ -154,7 +154,8 @@ class Attends(nn.Module):
         self.qkv, self.multiply = nn.Linear(6, 18), multiply
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(*self.qkv(x).split(6, -1))
+        y = self.qkv(x)
+        return self.multiply(y[..., :6], y[..., 6:12], y[..., 12:])
 
 
 def image_by_image(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -262,6 +263,27 @@ def test_projections_and_products_of_an_attention_module_are_quantized() -> None
     names = {"first", "mixed.in_proj_weight", "mixed.out_proj", "head", *(f"mixed.{own}" for own in ATTENTION)}
     assert {one.name for one in report.activations} == names and report.float_products == []
     assert all(q.even_grid for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "compile"])
+@torch.no_grad()
+def test_exports_have_the_levels(how: str) -> None:
+    x = torch.randn(8, 3, 6)
+    fused = nn.Sequential(Attends(F.scaled_dot_product_attention), Attends(lambda q, k, v: (q @ k.mT).softmax(-1) @ v))
+    model, report = quantize_model(fused.eval(), QuantConfig(**FAST, n_bits_a=3), x, block_types=["Attends"])
+    assert len(report.activations) == 10
+    if how == "compile":
+        follows = torch.compile(model, backend="eager")
+    else:
+        follows = torch.export.export(model, (x,), strict=how == "strict export").module()
+    assert torch.equal(follows(x), model(x))
+
+
+def test_a_trace_that_sees_no_products_is_refused() -> None:
+    model = nn.Sequential(Attends(lambda q, k, v: q @ k.mT @ v))
+    assert quantize_products(model, 4, [""], torch.randn(2, 3, 6)) == []
+    with pytest.raises(ValueError, match="0 products of two tensors were seen; expected 2 to be quantized"):
+        torch.fx.symbolic_trace(model)
 
 
 def test_names_of_operands_are_read_back() -> None:
