@@ -131,6 +131,7 @@ def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], exam
     except Exception:  # of any type: the network's own
         of_one = {}
     reasons: dict[str, str] = {}
+    put: dict[str, Callable[[], Callable[[], None]]] = {}
     for name, each in found.items():
         held = tuple(f"{block}." if block else "" for block in each.blocks if block is not None)
         if len(each.blocks) > 1 or not f"{name}.".startswith(held):
@@ -138,14 +139,24 @@ def quantize_products(model: nn.Module, n_bits: int, blocks: Iterable[str], exam
         elif name not in of_one or of_one[name].counts != each.counts or len(set(each.counts)) > 1:
             reasons[name] = "how often it multiplies depends on the images"
         elif each.places:
-            undo = put_quantizers(model.get_submodule(name), each, n_bits)
-            try:
-                if same_outputs(model(example.clone()), target, eps**0.5):
-                    continue
-                reasons[name] = "with its products spelled out the network gave other outputs"
-            except Exception as error:  # of any type: another release's forward
-                reasons[name] = one_line(error)[:120]
-            undo()
+            put[name] = partial(put_quantizers, model.get_submodule(name), each, n_bits)
+
+    def difference() -> str:
+        try:
+            same = same_outputs(model(example.clone()), target, eps**0.5)
+        except Exception as error:  # of any type: another release's forward
+            return one_line(error)[:120]
+        return "" if same else "with its products spelled out the network gave other outputs"
+
+    undo = [each() for each in put.values()]
+    if undo and difference():
+        for restore in undo:
+            restore()
+        for name, one in put.items():  # which of them it is
+            restore = one()
+            if why := difference():
+                reasons[name] = why
+                restore()
     for name, each in _find(model, blocks, example).items():
         if each.refused:
             reasons.setdefault(name, each.refused)
