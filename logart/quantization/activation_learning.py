@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.grids.activations import ActScale, EvenGrid
-from logart.quantization.activation_quantizer import ActivationQuantizer, quantizers
+from logart.quantization.activation_quantizer import ActivationQuantizer, block_quantizers
 from logart.quantization.best_codes import block_error
 from logart.quantization.block_loss import Loss
 from logart.quantization.cache import Captured
@@ -59,7 +59,7 @@ def learn_steps(
     Returns:
         Whether they stay: the error over all captured images is smaller than before.
     """
-    found = [quantizer for quantizer in quantizers(block).values() if quantizer.step is not None]
+    found = [quantizer for quantizer in block_quantizers(block).values() if quantizer.step is not None]
     if not found:
         return False
     undo = [quantizer.snapshot() for quantizer in found]

@@ -44,6 +44,7 @@ class ActivationQuantizer(nn.Module):
         n_bits: of a code.
         after_softmax: the input is softmax's output, which may have a grid of its own.
         n_uses: how often it runs in a forward.
+        apart: in no one block, so that its levels are chosen in the whole network.
         step: scalar float32, of an even grid; None on a log grid, and before levels are chosen.
         limits: [2] int32, its least and largest code.
         levels: [2^n] float64, of a log grid.
@@ -60,7 +61,7 @@ class ActivationQuantizer(nn.Module):
         """`device` is where the levels will be."""
         super().__init__()
         self.n_bits, self.after_softmax, self._device = n_bits, after_softmax, device
-        self.n_uses = 1
+        self.n_uses, self.apart = 1, False
         self.measured: Measured | None = None
         self.log_step: Tensor | None = None
         self.pow2 = False
@@ -214,6 +215,11 @@ def quantized_name(quantizer: str) -> str:
 def quantizers(module: nn.Module, prefix: str = "") -> dict[str, ActivationQuantizer]:
     """Every activation quantizer by name; `prefix` is the module's own."""
     return {name: m for name, m in module.named_modules(prefix=prefix) if isinstance(m, ActivationQuantizer)}
+
+
+def block_quantizers(block: nn.Module, prefix: str = "") -> dict[str, ActivationQuantizer]:
+    """Those in a block that no other block has a part in."""
+    return {name: quantizer for name, quantizer in quantizers(block, prefix).items() if not quantizer.apart}
 
 
 @contextmanager

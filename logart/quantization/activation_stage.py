@@ -21,6 +21,7 @@ from logart.quantization.activation_quantizer import (
     ActivationQuantizer,
     Measured,
     attach,
+    block_quantizers,
     input_quantizer_of,
     quantized_name,
     quantizers,
@@ -35,7 +36,7 @@ from logart.quantization.product_quantizers import quantize_products
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import ReconInput, Settings
-from logart.quantization.surgery import quantized_layers, readers
+from logart.quantization.surgery import input_quantizers, quantized_layers, readers
 from logart.quantization.watching import Watch
 
 
@@ -71,28 +72,28 @@ class Activations(Stage):
             prefixes = {_joined(block, "") for block in used[name] if block is not None}
             if not used[name]:
                 left.append((name, "what it is multiplied with is not seen"))
-            elif len(used[name]) > 1 or not prefixes:
+            elif name not in task.apart and (len(used[name]) > 1 or not prefixes):
                 left.append((name, "it is used outside of any one block"))
-            elif not any(f"{path}.".startswith(tuple(prefixes)) for path, _, _ in held):
+            elif name not in task.apart and not any(f"{path}.".startswith(tuple(prefixes)) for path, _, _ in held):
                 left.append((name, "the block that uses it does not hold it"))
             elif name in run_as_layers:
                 attach(layers[name].module, n_bits)
             else:
                 quantizer = ActivationQuantizer(n_bits, layers[name].weight.device).train(task.quantized.training)
-                quantizer.n_uses = layers[name].n_uses
+                quantizer.n_uses, quantizer.apart = layers[name].n_uses, name in task.apart
                 for _, module, own in held:
                     module.add_module(input_quantizer_of(own), quantizer)
         return left
 
     def run(self, task: BlockTask) -> None:
-        block, inputs = task.quantized.get_submodule(task.block.name), task.captured[Capture.INPUTS]
-        for name, quantizer in _in_order(block, inputs).items():
-            seen = seen_by(block, quantizer, inputs, task.config.batch_size)
-            if not all(map(math.isfinite, seen.extremes)):
-                raise NetworkError(f"{_joined(task.block.name, name)}: what it is given is not finite")
-            choose_levels(quantizer, seen, task.config)
+        block = task.quantized.get_submodule(task.block.name)
+        _choose(task, block, _in_order(block, task.captured[Capture.INPUTS]))
         if self._learn:
             self._learn.run(task)
+
+    def run_whole(self, task: BlockTask) -> None:
+        """Levels alone: of a step that several blocks share none of these can learn."""
+        _choose(task, task.quantized, input_quantizers(task.quantized, task.block.layers))
 
 
 class LearnSteps(Stage):
@@ -120,7 +121,7 @@ class LearnSteps(Stage):
         float_inputs = captured.get(Capture.FLOAT_INPUTS)
         loss = task.loss(targets.shape)
         if learn_steps(block, inputs, targets, task.config, loss, task.show, float_inputs):
-            for quantizer in quantizers(block).values():
+            for quantizer in block_quantizers(block).values():
                 measure(quantizer, seen_by(block, quantizer, inputs, task.config.batch_size))
 
 
@@ -157,6 +158,14 @@ def _look(task: NetworkTask, layers: Mapping[str, QuantizedWeight]) -> tuple[dic
     return used, {name for name in ran if layers[name].n_uses == 1 and is_layer(layers[name].module)}
 
 
+def _choose(task: BlockTask, block: nn.Module, found: Mapping[str, ActivationQuantizer]) -> None:
+    for name, quantizer in found.items():
+        seen = seen_by(block, quantizer, task.captured[Capture.INPUTS], task.config.batch_size)
+        if not all(map(math.isfinite, seen.extremes)):
+            raise NetworkError(f"{_joined(task.block.name, name)}: what it is given is not finite")
+        choose_levels(quantizer, seen, task.config)
+
+
 def _joined(block: str, name: str) -> str:
     return f"{block}.{name}" if block else name
 
@@ -164,7 +173,7 @@ def _joined(block: str, name: str) -> str:
 @torch.no_grad()
 def _in_order(block: nn.Module, inputs: Captured) -> dict[str, ActivationQuantizer]:
     """The quantizers in a block, in the order they first run."""
-    found = quantizers(block)
+    found = block_quantizers(block)
     names = list(found)
     ran: list[str] = []
     with watching(list(found.values()), lambda index, _: ran.append(names[index])):

@@ -86,6 +86,7 @@ class NetworkTask:
     Attributes:
         quantized: the network being quantized.
         blocks: of it, in the order they run.
+        apart: the layers that are used in no one of them.
         bits_a: the bits of each layer's input, by the layer's name; none of those that stay float.
         config: the settings.
         example: two images on its device.
@@ -93,6 +94,7 @@ class NetworkTask:
 
     quantized: nn.Module
     blocks: Sequence[Block]
+    apart: Sequence[str]
     bits_a: Mapping[str, int]
     config: Settings
     example: Tensor

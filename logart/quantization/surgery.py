@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logart.errors import NetworkError
+from logart.quantization.activation_quantizer import ActivationQuantizer, input_quantizer_of
 from logart.quantization.flow import memory_of
 from logart.quantization.folding import same_outputs
 from logart.quantization.layers import (
@@ -111,6 +112,17 @@ def readers(model: nn.Module, weight: QuantizedWeight) -> list[tuple[str, nn.Mod
     """The modules that read a quantized weight, their names, and the parameter's there."""
     held = [(n, m, own) for n, m in model.named_modules() for own in getattr(m, "_read_off_codes", ())]
     return [(name, module, own) for name, module, own in held if quantized_weight(module, own) is weight]
+
+
+def input_quantizers(model: nn.Module, layers: Iterable[str]) -> dict[str, ActivationQuantizer]:
+    """What quantizes the inputs of these weights where functions use them, by name; one of several readers once."""
+    known, found = quantized_layers(model), {}
+    for layer in layers:
+        name, module, own = readers(model, known[layer])[0]
+        quantizer = module._modules.get(input_quantizer_of(own))
+        if isinstance(quantizer, ActivationQuantizer):
+            found[f"{name}.{input_quantizer_of(own)}".lstrip(".")] = quantizer
+    return found
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:

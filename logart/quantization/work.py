@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from logart import ranks
 from logart.errors import NoRoomError, one_line
 from logart.quantization import surgery
-from logart.quantization.activation_quantizer import quantizers
+from logart.quantization.activation_quantizer import block_quantizers
 from logart.quantization.activations import BothActivations, Capture
 from logart.quantization.block_loss import BlockLosses, Loss
 from logart.quantization.blocks import Block
@@ -75,7 +75,8 @@ class Work:
         images = self.images[: self.config.views * count]
         activations = BothActivations(*networks, self._sources, images, batch_size, self.cache, self.rows)
         example = self.images[:2].to(self.device, copy=True)
-        whole = NetworkTask(self.quantized, self.blocks, self.bits_a, self.config, example)
+        apart = [name for item in self.items if item.whole for name in item.layers]
+        whole = NetworkTask(self.quantized, self.blocks, apart, self.bits_a, self.config, example)
         self.float_products += stage.prepare(whole)
         results: list[StageResult] = []
         with progress_bar(len(self.items) * steps, stage.title, self.quiet) as bar:
@@ -126,8 +127,10 @@ class Work:
     def _own(self, block: Block, stage: Stage) -> dict[str, Stored]:
         """What a stage may change of a block, by name."""
         own: dict[str, Stored] = {name: self._layers[name] for name in block.layers if stage.changes_weights}
-        if not block.whole:
-            own.update(quantizers(self.quantized.get_submodule(block.name), block.name))
+        if block.whole:
+            own.update(surgery.input_quantizers(self.quantized, block.layers))
+        else:
+            own.update(block_quantizers(self.quantized.get_submodule(block.name), block.name))
         return own
 
     def _with_room(

@@ -123,6 +123,15 @@ def tied_in_a_block() -> nn.Module:
     return nn.Sequential(Inside(lambda m, x: m.b(F.relu(m.a(rows(x)))), **layers))
 
 
+def tied() -> nn.Module:
+    """In two blocks, of which no one can choose the levels."""
+    blocks = [
+        Inside(lambda m, x: F.relu(m.b(m.a(rows(x)))), a=nn.Linear(192, 192), b=nn.Linear(192, 192)) for _ in range(2)
+    ]
+    blocks[1].a.weight = blocks[0].a.weight  # type: ignore[assignment]
+    return nn.Sequential(*blocks, nn.Linear(192, 4))
+
+
 def layer_and_function() -> nn.Module:
     return Graph(lambda m, x: m.a(rows(x)) + rows(x).square() @ m.a.weight.t(), a=nn.Linear(192, 5))
 
@@ -137,7 +146,13 @@ def cross_attention() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("build", "name"),
-    [(in_parts, "0.a"), (tied_in_a_block, "0.a"), (layer_and_function, "a"), (cross_attention, "a.in_proj_weight")],
+    [
+        (in_parts, "0.a"),
+        (tied, "0.a"),
+        (tied_in_a_block, "0.a"),
+        (layer_and_function, "a"),
+        (cross_attention, "a.in_proj_weight"),
+    ],
 )
 def test_a_weight_that_is_used_several_times_has_levels_for_all_that_it_is_multiplied_with(
     build: Callable[[], nn.Module], name: str, tmp_path: Path
@@ -153,7 +168,7 @@ def test_a_weight_that_is_used_several_times_has_levels_for_all_that_it_is_multi
             model(images)
         handle.remove()
     assert quantizer.n_uses == len(inputs) // 2 == (3 if build is cross_attention else 2)
-    if build is not tied_in_a_block:  # whose second input depends on the levels
+    if build not in (tied, tied_in_a_block):  # whose second input depends on the levels
         assert quantizer.even_grid == choose_even_grid(Seen.of(torch.cat(inputs)), 3, pow2=False)
     assert report.float_products == []
     wanted = model(IMAGES)
@@ -203,18 +218,11 @@ def borrowed() -> nn.Module:
     return Graph(lambda m, x: m.b(m.a(rows(x))), a=nn.Linear(192, 8), b=Borrows(lender), lender=lender)
 
 
-def tied() -> nn.Module:
-    blocks = [Inside(lambda m, x: F.relu(m.a(rows(x))), a=nn.Linear(192, 192)) for _ in range(2)]
-    blocks[1].a.weight = blocks[0].a.weight  # type: ignore[assignment]
-    return nn.Sequential(*blocks, nn.Linear(192, 4))
-
-
 @pytest.mark.parametrize(
     ("build", "named"),
     [
         (in_vmap, ("0.b", "what it is multiplied with is not seen")),
         (borrowed, ("lender", "the block that uses it does not hold it")),
-        (tied, ("0.a", "it is used outside of any one block")),
     ],
 )
 def test_what_cannot_be_quantized_is_named_with_its_reason(
