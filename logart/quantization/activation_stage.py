@@ -33,6 +33,7 @@ from logart.quantization.capture import Call, run_to
 from logart.quantization.layers import is_layer
 from logart.quantization.operations import Use, is_wrapped
 from logart.quantization.product_quantizers import quantize_products
+from logart.quantization.products import operand_place
 from logart.quantization.quantized_weight import QuantizedWeight
 from logart.quantization.rounding_methods import BlockSize, BlockTask, NetworkTask, Stage
 from logart.quantization.settings import ReconInput, Settings
@@ -272,13 +273,18 @@ class ActivationReport:
 
 
 def activation_reports(model: nn.Module) -> list[ActivationReport]:
-    """The report of every quantizer of a network, by the name of the layer or operand that it belongs to."""
+    """The report of every quantizer of a network, by the name of the layer or operand that it belongs to.
+
+    An operand that a layer has the name of, q of an attention module with a layer q, goes by its quantizer's.
+    """
     reports = []
+    layers = {name for name, module in model.named_modules() if not isinstance(module, ActivationQuantizer)}
     for name, quantizer in quantizers(model).items():
+        is_operand = operand_place(name.rpartition(".")[2]) is not None
         grid, measured = quantizer.even_grid, quantizer.measured or Measured(math.nan, math.nan)
         reports.append(
             ActivationReport(
-                name=quantized_name(name),
+                name=name if is_operand and quantized_name(name) in layers else quantized_name(name),
                 n_bits=quantizer.n_bits,
                 signed=grid is not None and grid.low < 0,
                 step=0.0 if grid is None else grid.step,

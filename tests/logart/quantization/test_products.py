@@ -109,8 +109,10 @@ def test_every_operand_takes_at_most_2_to_the_n_values_and_files_bring_them_back
     model, report = quantize_model(float_model, QuantConfig(**{**FAST, "n_bits_a": 3}), x)
     assert report.float_products == []
     names = [one.name for one in report.activations]
-    assert {f"{name}.{own}" for name, each in places.items() for own in each} <= set(names)
-    assert set(names) >= {layer.name for layer in report.layers}
+    layers = {layer.name for layer in report.layers}
+    operands = [f"{name}.{own}" for name, each in places.items() for own in each]
+    assert len(names) == len(set(names)) == len(layers) + len(operands)  # of which some are called as layers are
+    assert set(names) == layers | {f"{name}_quantizer" if name in layers else name for name in operands}
     with torch.no_grad(), Kernels(model) as kernels:
         wanted = model(x)
     assert len(kernels.seen) == 2 * sum(len(each) // 2 for each in places.values())
