@@ -18,8 +18,8 @@ __all__ = ["PRESETS", "QuantConfig", "ReconInput", "ReconMetric", "SearchMethod"
 PRESETS = ("fast", "paper", "best")
 
 
-def preset(name: str, n_bits: int) -> dict[str, Any]:
-    """The defaults that a preset of `PRESETS` stands for at a bit width: see docs/experiments.md."""
+def preset(name: str, n_bits: float) -> dict[str, Any]:
+    """The defaults that a preset of `PRESETS` stands for at so many bits, or mean bits: see docs/experiments.md."""
     if name == "paper":
         return {"rounding": "learned", "calib_samples": 1024, "iters": 20000, "rrweight": 10000.0}
     closed: dict[str, Any] = {"rounding": "compensated", "damping": "auto"}
@@ -27,8 +27,9 @@ def preset(name: str, n_bits: int) -> dict[str, Any]:
         closed["wide_gap"] = True
     if name == "fast":  # half-steps cost nothing
         return closed | {"calib_samples": 256} | ({"scale_search": ScaleSearch.HALF_STEP} if n_bits <= 3 else {})
-    best = closed | {"calib_samples": 1024, "mirror": True}
-    best |= {"iters": 500, "lr": 0.03}  # where --rounding both asks for LLR after it
+    best = closed | {"calib_samples": 1024, "mirror": True, "iters": 500, "lr": 0.03}
+    if n_bits < 3:  # else the steps are for who asks for LLR: where there are more levels it gains nothing
+        best["rounding"] = "both"
     # With more bits there is nothing left for these to gain, and thousands of candidates to search.
     return best | ({"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {})
 

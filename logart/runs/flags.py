@@ -6,7 +6,6 @@ Only the entry points import this; the core never reads a command line.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -83,9 +82,10 @@ def _named(error: str, args: argparse.Namespace, flags: Mapping[str, str]) -> st
     return start + " ".join(f"{dashes}{names[word]}" if word in names else word for word in words)
 
 
-def preset_bits(args: argparse.Namespace, n_bits: int | None, default: int) -> int:
-    """The bits that a preset's defaults are for: the budget's, rounded up, or the flag's or the default."""
-    return default_if_none(n_bits, default) if args.bits_budget is None else math.ceil(args.bits_budget)
+def preset_bits(args: argparse.Namespace, n_bits: int | None, default: int) -> float:
+    """The bits that a preset's defaults are for: the budget's, or the flag's or the default."""
+    bits: float = default_if_none(args.bits_budget, default_if_none(n_bits, default))
+    return bits
 
 
 def _first_last_bits(text: str) -> int | None:

@@ -49,7 +49,8 @@ def method_name(row: Mapping[str, str]) -> str:
     words = [family(row)]
     expected = QuantConfig(rounding="nearest")
     if row["preset"]:
-        known = preset(row["preset"], int(row["bits"])) if row["preset"] in PRESETS else {}
+        bits = float(row["bits_budget"] or row["bits"])
+        known = preset(row["preset"], bits) if row["preset"] in PRESETS else {}
         expected = QuantConfig(n_bits=int(row["bits"]), **known)
         if row["scale_method"] != _text(expected.scale_method):
             words.append(GRID_NAMES.get(row["scale_method"], row["scale_method"]))

@@ -138,6 +138,15 @@ RESOLVED = {
     "best --rounding both": (QuantConfig(**MOST | {"rounding": "both"}), "iters_w=500 "),
     "fast --n_bits_w 3": (replace(FAST, **FEW), "scale_search=half_step "),
     "best --n_bits_w 3": (QuantConfig(**MOST | {"wide_gap": True}, n_bits=3), "scale_search=grid asymmetric=False "),
+    "best --n_bits_w 2": (
+        QuantConfig(**MOST | {"wide_gap": True, "rounding": "both"}, n_bits=2), "wide_gap=True rounding=both "
+    ),
+    "best --bits_budget 2.5": (
+        QuantConfig(**MOST | {"wide_gap": True, "rounding": "both"}, bits_budget=2.5), "wide_gap=True rounding=both "
+    ),
+    "best --n_bits_w 2 --rounding compensated": (
+        QuantConfig(**MOST | {"wide_gap": True}, n_bits=2), "wide_gap=True rounding=compensated "
+    ),
     "fast --n_bits_w 2 --scale_search grid --asymmetric --zero_code --calib_samples 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, wide_gap=True,
                 calib_samples=32),

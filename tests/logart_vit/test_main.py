@@ -228,6 +228,10 @@ RESOLVED = {
     "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=500 lr=0.03 "),
     "fast --w_bit 3": (replace(FAST, **FEW), "scale_search=half_step "),
     "best --w_bit 3": (replace(BEST, **MOST | {"wide_gap": True}, n_bits=3), "scale_search=grid asymmetric=False "),
+    "best --w_bit 2": (
+        replace(BEST, **MOST | {"wide_gap": True, "rounding": "both"}, n_bits=2), "rounding=both damping=auto "
+    ),
+    "best --w_bit 2 --rounding compensated": (replace(BEST, **MOST | {"wide_gap": True}, n_bits=2), "wide_gap=True "),
     "fast --w_bit 2 --scale_search grid --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32,
                 wide_gap=True),
