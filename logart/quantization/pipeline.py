@@ -103,15 +103,7 @@ def quantize_model(
         names = [name for name in seen.layers if name not in dict(report.skipped)]
         if not names:
             raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-        seeing = [name for name in names if name not in seen.blind]
-        if block_types is None:
-            blocks = find_blocks(reference, seeing, example, seen.places)
-        else:
-            blocks = blocks_of_types(reference, seeing, block_types, seen.places)
-        blocks, rows, reasons = _with_rows(reference, blocks, example, config)
-        placed = {name for block in blocks for name in block.layers}
-        report.blind = {name: seen.blind[name] for name in names if name in seen.blind}
-        report.apart = {name: reasons.get(name, NO_BLOCK) for name in seeing if name not in placed}
+        blocks, rows = _find_blocks(reference, seen, names, example, block_types, config, report)
         stage_store = stage_store or StageStore()
         bits = config.bits_of(names, [*seen.inputs, *seen.heads])
         if config.has_budget:
@@ -134,16 +126,7 @@ def quantize_model(
         )  # fmt: skip
         autocast = {block.name: seen.autocast.get(block.name) for block in blocks}
         with autocast_inside((reference, quantized), autocast, device.type):
-            for stage in config.stages:
-                stage.check_room(surgery.quantized_layers(quantized))
-            if config.method.learns:
-                check_room({name: surgery.quantized_layers(quantized)[name] for name in report.apart})
-            report.rerun = work.prepare(example)
-            for stage in config.stages:
-                results = work.each(stage)
-                report.seconds[stage.event] = sum(done.seconds for done in results)
-                report.blocks += [done.report for done in results if done.report is not None]
-                on_stage_end(stage.event, quantized)
+            _run_stages(work, example, report, on_stage_end)
         seen_images = images if config.images_needed else None
         output_errors = layer_output_errors(reference, quantized, seen_images, held_out_images, report.blind)
         report.layers = layer_reports(quantized, items, output_errors, report.blind)
@@ -187,6 +170,28 @@ def _look_at(reference: nn.Module, example: Tensor, config: QuantConfig, report:
     return seen
 
 
+def _find_blocks(
+    reference: nn.Module,
+    seen: Survey,
+    names: Sequence[str],
+    example: Tensor,
+    block_types: Sequence[str] | None,
+    config: QuantConfig,
+    report: Report,
+) -> tuple[list[Block], list[BlockRows]]:
+    """The blocks to reconstruct, and where their tensors have their images; the report names layers in none."""
+    seeing = [name for name in names if name not in seen.blind]
+    if block_types is None:
+        blocks = find_blocks(reference, seeing, example, seen.places)
+    else:
+        blocks = blocks_of_types(reference, seeing, block_types, seen.places)
+    blocks, rows, reasons = _with_rows(reference, blocks, example, config)
+    placed = {name for block in blocks for name in block.layers}
+    report.blind = {name: seen.blind[name] for name in names if name in seen.blind}
+    report.apart = {name: reasons.get(name, NO_BLOCK) for name in seeing if name not in placed}
+    return blocks, rows
+
+
 def _with_rows(
     reference: nn.Module, blocks: list[Block], example: Tensor, config: QuantConfig
 ) -> tuple[list[Block], list[BlockRows], dict[str, str]]:
@@ -200,6 +205,21 @@ def _with_rows(
     kept = [(block, rows) for block, rows in zip(blocks, seen, strict=True) if isinstance(rows, BlockRows)]
     reasons = {name: torn[block.name] for block in blocks if block.name in torn for name in block.layers}
     return [block for block, _ in kept], [rows for _, rows in kept], reasons
+
+
+def _run_stages(work: Work, example: Tensor, report: Report, on_stage_end: Callable[[str, nn.Module], None]) -> None:
+    """Every stage of all blocks, where there is room for each; the report says what came of it."""
+    layers, config = surgery.quantized_layers(work.quantized), work.config
+    for stage in config.stages:
+        stage.check_room(layers)
+    if config.method.learns:
+        check_room({name: layers[name] for name in report.apart})
+    report.rerun = work.prepare(example)
+    for stage in config.stages:
+        results = work.each(stage)
+        report.seconds[stage.event] = sum(done.seconds for done in results)
+        report.blocks += [done.report for done in results if done.report is not None]
+        on_stage_end(stage.event, work.quantized)
 
 
 def _any_matches(patterns: Sequence[str], name: str) -> bool:
