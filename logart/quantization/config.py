@@ -27,8 +27,8 @@ def preset(name: str, n_bits: float) -> dict[str, Any]:
         closed["wide_gap"] = True
     if name == "fast":  # half-steps cost nothing
         return closed | {"calib_samples": 256} | ({"scale_search": ScaleSearch.HALF_STEP} if n_bits <= 3 else {})
-    best = closed | {"calib_samples": 1024, "mirror": True, "iters": 500, "lr": 0.03}
-    if n_bits < 3:  # with more levels the steps are for who asks for LLR
+    best = closed | {"calib_samples": 1024, "mirror": True, "iters": 300, "lr": 0.01}
+    if n_bits <= 3:  # with more levels the steps are for who asks for LLR
         best["rounding"] = "both"
     # With more bits there is nothing left for these to gain, and thousands of candidates to search.
     return best | ({"scale_search": ScaleSearch.GRID} if n_bits <= 5 else {})

@@ -124,10 +124,12 @@ def test_alias_weight_is_rrweight() -> None:
 FAST = QuantConfig(rounding="compensated", damping="auto", calib_samples=256)
 MOST = {  # of preset best
     "rounding": "compensated", "damping": "auto", "mirror": True, "calib_samples": 1024,
-    "scale_search": ScaleSearch.GRID, "iters": 500, "lr": 0.03,
+    "scale_search": ScaleSearch.GRID, "iters": 300, "lr": 0.01,
 }  # fmt: skip
 PLAIN = {"scale_search": ScaleSearch.NONE}  # from 6 bits on
-FEW = {"n_bits": 3, "scale_search": ScaleSearch.HALF_STEP, "wide_gap": True}  # of preset fast
+WIDE = {"wide_gap": True}  # up to 3 bits
+LEARNED = WIDE | {"rounding": "both"}  # up to 3 bits
+FEW = WIDE | {"n_bits": 3, "scale_search": ScaleSearch.HALF_STEP}  # of preset fast
 RESOLVED = {
     "fast": (FAST, "rounding=compensated calib_samples=256 "),
     "paper": (QuantConfig(iters=20000, rrweight=10000.0), "iters_w=20000 rrweight=10000.0 "),
@@ -135,18 +137,12 @@ RESOLVED = {
     "best --n_bits_w 6": (QuantConfig(**MOST | PLAIN, n_bits=6), "wide_gap=False rounding=compensated "),
     "best --n_bits_w 5": (QuantConfig(**MOST, n_bits=5), "scale_search=grid asymmetric=False "),
     "best --n_bits_w 8 --zero_code": (QuantConfig(**MOST | PLAIN | {"zero_code": True}, n_bits=8), "zero_code=True "),
-    "best --rounding both": (QuantConfig(**MOST | {"rounding": "both"}), "iters_w=500 "),
+    "best --rounding both": (QuantConfig(**MOST | {"rounding": "both"}), "iters_w=300 rrweight=0.1 calib_lr=0.01 "),
     "fast --n_bits_w 3": (replace(FAST, **FEW), "scale_search=half_step "),
-    "best --n_bits_w 3": (QuantConfig(**MOST | {"wide_gap": True}, n_bits=3), "scale_search=grid asymmetric=False "),
-    "best --n_bits_w 2": (
-        QuantConfig(**MOST | {"wide_gap": True, "rounding": "both"}, n_bits=2), "wide_gap=True rounding=both "
-    ),
-    "best --bits_budget 2.5": (
-        QuantConfig(**MOST | {"wide_gap": True, "rounding": "both"}, bits_budget=2.5), "wide_gap=True rounding=both "
-    ),
-    "best --n_bits_w 2 --rounding compensated": (
-        QuantConfig(**MOST | {"wide_gap": True}, n_bits=2), "wide_gap=True rounding=compensated "
-    ),
+    "best --n_bits_w 3": (QuantConfig(**MOST | LEARNED, n_bits=3), "wide_gap=True rounding=both "),
+    "best --bits_budget 3": (QuantConfig(**MOST | LEARNED, bits_budget=3), "wide_gap=True rounding=both "),
+    "best --bits_budget 3.5": (QuantConfig(**MOST, bits_budget=3.5), "wide_gap=False rounding=compensated "),
+    "best --n_bits_w 2 --rounding compensated": (QuantConfig(**MOST | WIDE, n_bits=2), "rounding=compensated "),
     "fast --n_bits_w 2 --scale_search grid --asymmetric --zero_code --calib_samples 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, wide_gap=True,
                 calib_samples=32),

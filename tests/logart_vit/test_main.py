@@ -215,23 +215,22 @@ def test_the_paper_s_command_is_understood_and_runs_as_it_stands(
 FAST = replace(BEST, rounding="compensated", damping="auto", calib_samples=256)
 MOST = {  # of preset best
     "rounding": "compensated", "damping": "auto", "mirror": True, "calib_samples": 1024,
-    "scale_search": ScaleSearch.GRID, "iters": 500, "lr": 0.03,
+    "scale_search": ScaleSearch.GRID, "iters": 300, "lr": 0.01,
 }  # fmt: skip
 PLAIN = {"scale_search": ScaleSearch.NONE}  # from 6 bits on
-FEW = {"n_bits": 3, "scale_search": ScaleSearch.HALF_STEP, "wide_gap": True}  # of preset fast
+WIDE = {"wide_gap": True}  # up to 3 bits
+LEARNED = WIDE | {"rounding": "both"}  # up to 3 bits
+FEW = WIDE | {"n_bits": 3, "scale_search": ScaleSearch.HALF_STEP}  # of preset fast
 RESOLVED = {
     "fast": (FAST, "rounding=compensated "),
     "paper": (replace(BEST, iters=20000, rrweight=10000.0), "iters_w=20000 lr=0.1 rrweight=10000.0 "),
     "best": (replace(BEST, **MOST), "rounding=compensated "),
     "best --w_bit 6": (replace(BEST, **MOST | PLAIN, n_bits=6), "zero_code=False "),
     "best --w_bit 5": (replace(BEST, **MOST, n_bits=5), "scale_search=grid asymmetric=False "),
-    "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=500 lr=0.03 "),
+    "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=300 lr=0.01 "),
     "fast --w_bit 3": (replace(FAST, **FEW), "scale_search=half_step "),
-    "best --w_bit 3": (replace(BEST, **MOST | {"wide_gap": True}, n_bits=3), "scale_search=grid asymmetric=False "),
-    "best --w_bit 2": (
-        replace(BEST, **MOST | {"wide_gap": True, "rounding": "both"}, n_bits=2), "rounding=both damping=auto "
-    ),
-    "best --w_bit 2 --rounding compensated": (replace(BEST, **MOST | {"wide_gap": True}, n_bits=2), "wide_gap=True "),
+    "best --w_bit 3": (replace(BEST, **MOST | LEARNED, n_bits=3), "rounding=both damping=auto "),
+    "best --w_bit 2 --rounding compensated": (replace(BEST, **MOST | WIDE, n_bits=2), "wide_gap=True "),
     "fast --w_bit 2 --scale_search grid --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32,
                 wide_gap=True),

@@ -228,8 +228,8 @@ def test_presets_are_settings() -> None:
         assert QuantConfig(**preset("fast", n_bits)) == fast
         assert QuantConfig(**preset("paper", n_bits)) == QuantConfig(iters=20000, rrweight=10000.0)
         grid = {"scale_search": ScaleSearch.GRID if n_bits < 6 else ScaleSearch.NONE, **few}
-        more = {"calib_samples": 1024, "mirror": True, "iters": 500, "lr": 0.03}
-        best = QuantConfig(rounding="both" if n_bits < 3 else "compensated", damping="auto", **grid, **more)
+        more = {"calib_samples": 1024, "mirror": True, "iters": 300, "lr": 0.01}
+        best = QuantConfig(rounding="both" if n_bits < 4 else "compensated", damping="auto", **grid, **more)
         assert QuantConfig(**preset("best", n_bits)) == best
     assert set(PRESETS) == {"fast", "paper", "best"}
 
