@@ -103,7 +103,7 @@ def quantize_model(
         names = [name for name in seen.layers if name not in dict(report.skipped)]
         if not names:
             raise NetworkError(f"{type(model).__name__} has no layer that can be quantized")
-        blocks, rows = _find_blocks(reference, seen, names, example, block_types, config, report)
+        blocks, rows = _blocks_to_reconstruct(reference, seen, names, example, block_types, config, report)
         stage_store = stage_store or StageStore()
         bits = config.bits_of(names, [*seen.inputs, *seen.heads])
         if config.has_budget:
@@ -170,7 +170,7 @@ def _look_at(reference: nn.Module, example: Tensor, config: QuantConfig, report:
     return seen
 
 
-def _find_blocks(
+def _blocks_to_reconstruct(
     reference: nn.Module,
     seen: Survey,
     names: Sequence[str],

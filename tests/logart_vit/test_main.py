@@ -230,6 +230,8 @@ RESOLVED = {
     "best --optimize": (replace(BEST, **MOST | {"rounding": "both"}), "iters_w=300 lr=0.01 "),
     "fast --w_bit 3": (replace(FAST, **FEW), "scale_search=half_step "),
     "best --w_bit 3": (replace(BEST, **MOST | LEARNED, n_bits=3), "rounding=both damping=auto "),
+    "best --bits_budget 3": (replace(BEST, **MOST | LEARNED, bits_budget=3), "rounding=both damping=auto "),
+    "best --bits_budget 3.5": (replace(BEST, **MOST, bits_budget=3.5), "rounding=compensated damping=auto "),
     "best --w_bit 2 --rounding compensated": (replace(BEST, **MOST | WIDE, n_bits=2), "wide_gap=True "),
     "fast --w_bit 2 --scale_search grid --asymmetric --zero_code --optim_size 32": (
         replace(FAST, n_bits=2, scale_search=ScaleSearch.GRID, asymmetric=True, zero_code=True, calib_samples=32,
